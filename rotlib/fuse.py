@@ -1,0 +1,73 @@
+"""Fuse a rotation into a model, in place, without changing what the model computes.
+
+Each weight is read once, lifted to float64, given the gain of the norm it reads, multiplied by its rotations and stored
+back in the model's dtype. Norm gains become ones, tied embeddings are untied first, biases turn with their output.
+The result is an ordinary transformers model of the same family: it needs no code of ours and costs nothing to run.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from rotlib.families import Family, adapt, check_finite
+from rotlib.rotation import SITES, Rotation, placed_weights, rotate_weight, times
+
+ORTHOGONALITY_TOLERANCE = 1e-6
+
+
+@torch.no_grad()
+def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
+    """Fold the norms, untie the head and fuse R1 and R2 in float64; returns the model, changed in place.
+
+    Raises ValueError before touching anything for: a model that is already rotated, an architecture that can't be
+    rotated, a rotation of the wrong shape or not orthogonal to 1e-6, non-finite weights.
+    """
+    family = adapt(model)
+    if is_rotated(model):
+        raise ValueError("this model is already rotated: load the original again and fuse one rotation into it")
+    if is_quantized(model):
+        raise ValueError("this model is already quantized: load the original again, rotate it, then quantize it")
+    _check_rotation(family, rotation)
+    check_finite(model)
+    family.untie()
+    rotation = rotation.projected(family.embedding.weight.device)
+    for placed in placed_weights(family):
+        reads, writes = rotation.at(SITES[placed.site], placed.layer)
+        rotated = rotate_weight(placed.folded(), reads, writes)
+        placed.module.weight.copy_(rotated.mT if placed.site == "embedding" else rotated)
+        bias = getattr(placed.module, "bias", None)
+        if bias is not None:
+            bias.copy_(times(bias.double(), writes))
+    for norm in _folded_norms(family):
+        norm.weight.fill_(1.0)
+    model.config.rotlib_rotated = True
+    return model
+
+
+def is_rotated(model: PreTrainedModel) -> bool:
+    """True once a rotation has been fused; the config carries the mark through save and load."""
+    return bool(getattr(model.config, "rotlib_rotated", False))
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """True once the weights have been put on a grid; the config carries the mark."""
+    return bool(getattr(model.config, "rotlib_quantized", False))
+
+
+def _folded_norms(family: Family):
+    for layer in range(len(family.layers)):
+        yield from family.norms(layer).values()
+    yield family.final_norm
+
+
+def _check_rotation(family: Family, rotation: Rotation) -> None:
+    expected = {
+        "R1": (family.width, family.width),
+        "R2": (len(family.layers), family.kv_heads, family.head_dim, family.head_dim),
+    }
+    for name, shape in expected.items():
+        R = getattr(rotation, name)
+        if R is not None and tuple(R.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(R.shape)}, but this model needs {shape}")
+    error = rotation.orthogonality_error()
+    if not error < ORTHOGONALITY_TOLERANCE:
+        raise ValueError(f"the rotation isn't orthogonal: max|R Rᵀ − I| is {error:.1e}, it must be below {ORTHOGONALITY_TOLERANCE:.0e}")

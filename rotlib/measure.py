@@ -1,0 +1,118 @@
+"""Perplexity, KL divergence and incoherence: how far a quantized model is from the model it came from.
+
+Perplexity follows the WikiText-2 protocol: disjoint windows, the tail dropped, exp of the mean over windows of the mean
+cross-entropy of each window's next tokens. The KL divergence KL(reference ‖ model) is the mean over the same tokens, in
+nats; it compares whole distributions with the reference's and is far less noisy than perplexity. Logits exist for a
+few positions at a time.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from math import exp
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotlib.families import adapt
+from rotlib.text import windows as cut
+
+_CHUNK = 128  # positions whose logits exist at a time
+
+
+@dataclass
+class Evaluation:
+    """Per window, in nats per token: cross-entropy and, where there was a reference, its own and KL(reference ‖ model)."""
+
+    cross_entropy: list[float] = field(default_factory=list)
+    reference_cross_entropy: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        return exp(fmean(self.cross_entropy))
+
+    @property
+    def reference_perplexity(self) -> float:
+        return exp(fmean(self.reference_cross_entropy))
+
+    @property
+    def kl_divergence(self) -> float:
+        return fmean(self.kl)
+
+
+class Reference:
+    """A model's hidden states over some windows, from which its logits are one product away.
+
+    Comparing many quantized models with one original then runs the original once; raises like `adapt`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "windows length"]):
+        self.windows = windows
+        self.lm_head = deepcopy(adapt(model).lm_head)  # the model may be rotated or quantized in place later on
+        self.hidden = [_hidden(model, ids) for ids in windows]
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, windows: Int[Tensor, "windows length"], reference: Reference | None = None) -> Evaluation:
+    """Cross-entropy and, where a reference over the same windows is given, KL divergence, window by window."""
+    if windows.shape[1] < 2:
+        raise ValueError("a window needs at least 2 tokens: the first predicts the second")
+    if reference is not None and not torch.equal(reference.windows, windows):
+        raise ValueError("the reference was taken over other tokens: build it from the same windows")
+    result = Evaluation()
+    lm_head = adapt(model).lm_head
+    for number, ids in enumerate(windows):
+        sums = torch.zeros(3, dtype=torch.float64)
+        next_tokens = ids[1:].to(lm_head.weight.device).split(_CHUNK)
+        hidden = _hidden(model, ids).split(_CHUNK)
+        targets = reference.hidden[number].split(_CHUNK) if reference is not None else [None] * len(hidden)
+        for x, target, labels in zip(hidden, targets, next_tokens, strict=True):
+            logprobs = lm_head(x).float().log_softmax(-1)
+            sums[0] += F.nll_loss(logprobs, labels, reduction="sum").item()
+            if target is not None:
+                truth = reference.lm_head(target).float().log_softmax(-1)
+                sums[1] += F.nll_loss(truth, labels, reduction="sum").item()
+                sums[2] += F.kl_div(logprobs, truth, reduction="sum", log_target=True).item()
+        means = (sums / (len(ids) - 1)).tolist()
+        result.cross_entropy.append(means[0])
+        if reference is not None:
+            result.reference_cross_entropy.append(means[1])
+            result.kl.append(means[2])
+    return result
+
+
+def _hidden(model: PreTrainedModel, ids: Int[Tensor, " length"]) -> Float[Tensor, "length-1 d"]:
+    """What lm_head reads at every position that has a next token."""
+    family = adapt(model)
+    return family.decoder(input_ids=ids[None].to(family.embedding.weight.device), use_cache=False).last_hidden_state[0, :-1]
+
+
+def perplexity(model: PreTrainedModel, tokens: Int[Tensor, " n"], window: int = 1024) -> float:
+    """Perplexity over the disjoint windows of a token stream; raises ValueError where it holds no whole window."""
+    return evaluate(model, _all_windows(tokens, window)).perplexity
+
+
+def kl_divergence(reference: PreTrainedModel, model: PreTrainedModel, tokens: Int[Tensor, " n"], window: int = 1024) -> float:
+    """KL(reference ‖ model) in nats per token over the disjoint windows of a token stream; raises like `perplexity`."""
+    ids = _all_windows(tokens, window)
+    return evaluate(model, ids, Reference(reference, ids)).kl_divergence
+
+
+def incoherence(W: Float[Tensor, "out in"]) -> float:
+    """The smallest μ with max|W_ij| ≤ μ ‖W‖_F / √(mn) (QuIP, arXiv 2307.13304, Definition 1)."""
+    return (W.abs().max() / W.square().mean().sqrt()).item()
+
+
+def kurtosis(x: Float[Tensor, "..."]) -> float:
+    """E x⁴ / (E x²)² about zero: 3 for a Gaussian, 1 where all magnitudes are equal."""
+    x = x.double()
+    return (x.pow(4).mean() / x.square().mean().square()).item()
+
+
+def _all_windows(tokens: Tensor, window: int) -> Tensor:
+    return cut(tokens, window, max(1, len(tokens) // window))

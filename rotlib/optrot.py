@@ -1,0 +1,213 @@
+"""OptRot: learn R1 and R2 by making the rotated weights' fourth powers small (Gadhikar et al., arXiv 2512.24124).
+
+The objective is ``Σ_W ‖R_outᵀ W R_in‖₄⁴`` over q, k, v, o, gate, up and down with the norms folded in. Rotations leave
+‖W‖_F alone, so per matrix this is kurtosis: a smooth stand-in for the largest weight, which sets the step of an absmax
+grid. No data and no forward pass are needed, and the gradient is closed: ``∂‖X R‖₄⁴/∂R = 4 Xᵀ (X R)^∘3``.
+
+The paper runs Cayley SGD on all weights. Here, by default, rows are drawn with probability ∝ ‖row‖⁴ and scaled to unit
+norm, which keeps the gradient unbiased; the draw is systematic and used up before the next, so that momentum averages
+the sampling noise away. R2's share is small and is descended in full, between draws.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from rotlib.families import Family, adapt, check_finite
+from rotlib.fuse import ORTHOGONALITY_TOLERANCE, is_rotated
+from rotlib.manifold import Descent, cayley_sgd_step
+from rotlib.rotation import (
+    SITES,
+    PlacedWeight,
+    Rotation,
+    hadamard_rotation,
+    placed_weights,
+    random_rotation,
+    rotate_weight,
+    times,
+)
+
+_BATCH = 8192  # rows per step
+_DRAW = 8  # steps that use up one draw
+_R1_LENGTH = 2.0  # Frobenius norm of R1's first step; a cosine takes it to zero
+_R2_LENGTH = 0.5
+_R2_EVERY = 5  # draws between R2's turns
+_R2_STEPS = 5  # steps in one turn
+_PAPER_LR = 1.0
+
+# the weight that R acts on, row by row, is scaled by one of these before learning; which one the paper uses is unknown
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor | float]] = {
+    "plain": lambda rows: 1.0,
+    "per-matrix": lambda rows: 1 / rows.square().mean().sqrt(),
+    "per-row": lambda rows: 1 / rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12),
+}
+
+
+@torch.no_grad()
+def optrot(
+    model: PreTrainedModel, seed: int = 0, method: str = "sampled", normalisation: str = "plain", steps: int | None = None
+) -> Rotation:
+    """Learn R1 and R2 on the model's weights, which stay as they are; fuse the result with `fuse`.
+
+    `method` is "sampled" or "cayley-sgd", the paper's (1000 full gradients, lr 1); `normalisation` is a key of
+    `NORMALISATIONS`; `steps` overrides the method's own number. `history` holds the objective: an estimate per step for
+    "sampled", exact per step for "cayley-sgd", and exact in its last entry. Raises ValueError for an unknown choice, a
+    rotated model or non-finite weights.
+    """
+    for name, value, allowed in (("method", method, METHODS), ("normalisation", normalisation, NORMALISATIONS)):
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be positive, not {steps!r}")
+    family = adapt(model)
+    if is_rotated(model):
+        raise ValueError("this model is already rotated: learn the rotation on the original")
+    check_finite(model)
+    learn, default_steps = METHODS[method]
+    weights = Weights(family, NORMALISATIONS[normalisation])
+    rotation = start(family, seed)
+    learn(weights, rotation, steps or default_steps, seed)
+    rotation.history.append(weights.objective(rotation))
+    rotation = rotation.projected()
+    if not (error := rotation.orthogonality_error()) < ORTHOGONALITY_TOLERANCE:
+        raise RuntimeError(f"OptRot lost orthogonality: max|R Rᵀ − I| is {error:.1e}")
+    return rotation
+
+
+def fourth_power(rows: Float[Tensor, "m n"], R: Tensor) -> tuple[Tensor, Tensor]:
+    """(‖rows R‖₄⁴, its gradient with respect to R)."""
+    rotated = rows @ R
+    cube = rotated.square().mul_(rotated)
+    return torch.dot(rotated.flatten(), cube.flatten()), 4 * (rows.mT @ cube)
+
+
+class Weights:
+    """The weights that get quantized, norms folded in and normalised, held once in the model's dtype."""
+
+    def __init__(self, family: Family, scale: Callable[[Tensor], Tensor | float]):
+        self.device = family.embedding.weight.device
+        self.placed = list(placed_weights(family, quantized_only=True))
+        self._folded = [self._scaled(placed, scale).to(placed.module.weight.dtype) for placed in self.placed]
+
+    def rows(self, which: int, name: str, rotation: Rotation, index: Tensor | slice = slice(None)) -> Float[Tensor, "m n"]:
+        """Weight number `which` with every rotation but `name` applied, laid out so that `name` acts on its rows."""
+        placed = self.placed[which]
+        site = SITES[placed.site]
+        others = replace(rotation, **{name: None}).at(site, placed.layer)
+        W = rotate_weight(self._folded[which].float() if any(R is not None for R in others) else self._folded[which], *others)
+        return (W if site.reads == name else W.mT)[index].float()
+
+    def touched_by(self, name: str) -> list[int]:
+        """The weights that `name` acts on."""
+        return [which for which, placed in enumerate(self.placed) if name in (SITES[placed.site].reads, SITES[placed.site].writes)]
+
+    def objective(self, rotation: Rotation) -> float:
+        """Σ‖rotated W‖₄⁴, exactly; R1 acts on every weight that is quantized."""
+        R1 = rotation.R1.float()
+        return sum(times(self.rows(which, "R1", rotation), R1).pow(4).sum().item() for which in self.touched_by("R1"))
+
+    def _scaled(self, placed: PlacedWeight, scale: Callable[[Tensor], Tensor | float]) -> Tensor:
+        W = placed.folded(torch.float32)
+        return W * scale(W) if SITES[placed.site].reads == "R1" else (W.mT * scale(W.mT)).mT
+
+
+def start(family: Family, seed: int) -> Rotation:
+    """Where learning starts: a random Hadamard rotation, or a random orthogonal one where no Hadamard matrix fits."""
+    try:
+        rotation = hadamard_rotation(family.model, seed)
+    except ValueError:
+        rotation = random_rotation(family.model, seed)
+    device = family.embedding.weight.device
+    return Rotation(rotation.R1.to(device, torch.float32), rotation.R2.to(device, torch.float32))
+
+
+def _learn_sampled(weights: Weights, rotation: Rotation, steps: int, seed: int) -> None:
+    """Momentum descent: R1 on drawn rows, R2 on all of its rows at its turns."""
+    rows = _RowSampler(weights, rotation, seed)
+    R1, R2 = Descent(rotation.R1), Descent(rotation.R2)
+    for step in tqdm(range(steps), desc="OptRot", unit="step"):
+        anneal = 0.5 * (1 + math.cos(math.pi * step / steps))
+        if step % (_DRAW * _R2_EVERY) == 0:
+            heads = _R2Rows(weights, rotation)
+            for _ in range(_R2_STEPS):
+                R2.step(heads.gradient(R2.R), _R2_LENGTH * anneal)
+            R2.project()
+            rotation.R2 = R2.R
+        if step % _DRAW == 0:
+            rows.draw(rotation)
+            R1.project()
+        value, gradient = fourth_power(rows.batch(step % _DRAW), R1.R)
+        R1.step(gradient, _R1_LENGTH * anneal)
+        rotation.R1 = R1.R
+        rotation.history.append(rows.total * value.item() / _BATCH)
+
+
+def _learn_cayley_sgd(weights: Weights, rotation: Rotation, steps: int, seed: int) -> None:
+    """The paper's optimiser: Cayley SGD on the whole objective."""
+    for _ in tqdm(range(steps), desc="OptRot, Cayley SGD", unit="step"):
+        value, slope1 = 0.0, torch.zeros_like(rotation.R1)
+        for which in weights.touched_by("R1"):
+            part, slope = fourth_power(weights.rows(which, "R1", rotation), rotation.R1)
+            value += part.item()
+            slope1 += slope
+        slope2 = _R2Rows(weights, rotation).gradient(rotation.R2)
+        rotation.R1 = cayley_sgd_step(rotation.R1, slope1, _PAPER_LR)
+        rotation.R2 = cayley_sgd_step(rotation.R2, slope2, _PAPER_LR)
+        rotation.history.append(value)
+
+
+class _RowSampler:
+    """Unit rows for R1, drawn with probability ∝ ‖row‖⁴ at the start; `total` turns their mean into the objective."""
+
+    def __init__(self, weights: Weights, rotation: Rotation, seed: int):
+        self._weights = weights
+        self._generator = torch.Generator().manual_seed(seed)
+        norms = [weights.rows(which, "R1", rotation).norm(dim=1).cpu() for which in weights.touched_by("R1")]
+        self._inverse = [1 / norm.clamp_min(1e-30) for norm in norms]
+        fourth = torch.cat(norms).double() ** 4
+        self.total = fourth.sum().item()
+        self._cumulative = fourth.cumsum(0) / self.total
+        self._starts = torch.tensor([0] + [len(norm) for norm in norms]).cumsum(0)
+
+    def draw(self, rotation: Rotation) -> None:
+        """Rows for the next `_DRAW` steps by systematic sampling: every row as often as it should be, to within one."""
+        count = _DRAW * _BATCH
+        offset = torch.rand(1, generator=self._generator, dtype=torch.float64)
+        chosen = torch.searchsorted(self._cumulative, (torch.arange(count) + offset) / count).clamp_(max=len(self._cumulative) - 1)
+        bounds = torch.searchsorted(chosen, self._starts).tolist()
+        place = torch.randperm(count, generator=self._generator).to(self._weights.device)
+        self._rows = torch.empty(count, len(rotation.R1), device=self._weights.device)
+        for which, (begin, end) in enumerate(pairwise(bounds)):
+            index = chosen[begin:end] - self._starts[which]
+            scale = self._inverse[which][index].unsqueeze(1)
+            rows = self._weights.rows(which, "R1", rotation, index)
+            self._rows[place[begin:end]] = rows.mul_(scale.to(rows))
+
+    def batch(self, number: int) -> Float[Tensor, "batch d"]:
+        """One step's rows of the current draw."""
+        return self._rows[number * _BATCH : (number + 1) * _BATCH]
+
+
+class _R2Rows:
+    """Everything R2 acts on at the present R1, stacked by layer and KV head."""
+
+    def __init__(self, weights: Weights, rotation: Rotation):
+        layers, heads, b, _ = rotation.R2.shape
+        by_layer = [[] for _ in range(layers)]
+        for which in weights.touched_by("R2"):
+            rows = weights.rows(which, "R2", rotation)
+            by_layer[weights.placed[which].layer].append(rows.unflatten(1, (heads, -1, b)).movedim(1, 0).flatten(1, 2))
+        self._rows = torch.stack([torch.cat(rows, dim=1) for rows in by_layer])  # (layers, heads, m, b)
+
+    def gradient(self, R2: Float[Tensor, "layers heads b b"]) -> Float[Tensor, "layers heads b b"]:
+        return 4 * (self._rows.mT @ (self._rows @ R2).pow_(3))
+
+
+METHODS = {"sampled": (_learn_sampled, 700), "cayley-sgd": (_learn_cayley_sgd, 1000)}

@@ -1,0 +1,117 @@
+"""Where the outliers are: kurtosis and incoherence of every quantized weight, and kurtosis of what it reads.
+
+A model is rotated (or not), its weights are measured as they would be quantized, and some text runs through it while
+hooks gather the moments of every linear's input, so nothing larger than one activation is held. A histogram of all
+weights over their matrix's root mean square shows the tails.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotlib import store
+from rotlib.families import STAGES, Family, adapt
+from rotlib.fuse import fuse
+from rotlib.measure import incoherence, kurtosis
+from rotlib.recipe import Recipe, calibration_tokens, make_rotation
+from rotlib.rotation import Rotation, placed_weights
+from rotlib.store import Record, Result
+from rotlib.text import fingerprint
+from rotlib.zoo import load, pick_device
+
+HISTOGRAM_EDGES = [edge / 4 for edge in range(121)]  # |w| / rms from 0 to 30
+
+
+def outliers(recipe: Recipe, device: str = "auto") -> Result:
+    """Outliers of the recipe's model under its rotation (`rotation`, `seed`), over its calibration windows; kept like a run."""
+    read = ("model", "text", "rotation", "normalisation", "window", "calibration_windows", "seed")
+    recipe = Recipe(**{name: getattr(recipe, name) for name in read})
+    picked = pick_device(device)
+    return store.once(recipe.spec() | {"task": "outliers"}, picked, lambda record: _compute(recipe, picked, record))
+
+
+def compare_outliers(recipe: Recipe, rotations: tuple[str, ...]) -> dict[str, Result]:
+    """`outliers` of the same recipe under several rotations."""
+    return {rotation: outliers(replace(recipe, rotation=rotation)) for rotation in rotations}
+
+
+@torch.no_grad()
+def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
+    calibration = calibration_tokens(recipe)
+    model, _ = load(recipe.model, device.type)
+    rotation, record.seconds["rotate"] = make_rotation(recipe, model)
+    # without a rotation the norms are folded all the same, so that every arm reads normalised activations
+    fuse(model, rotation or Rotation(None, None))
+    family = adapt(model)
+    with record.stage("weights"):
+        record.metrics["modules"] = weight_outliers(family)
+        record.metrics["histogram"] = _histogram(family).tolist()
+    with record.stage("activations"):
+        inputs = input_kurtosis(model, calibration)
+    for module in record.metrics["modules"]:
+        module["input_kurtosis"] = inputs[module["layer"], module["site"]]
+    record.tokens["calibration"] = fingerprint(calibration)
+
+
+def weight_outliers(family: Family) -> list[dict]:
+    """Kurtosis and incoherence of every quantized weight as it stands."""
+    return [
+        {
+            "site": placed.site,
+            "layer": placed.layer,
+            "kurtosis": kurtosis(placed.module.weight),
+            "incoherence": incoherence(placed.module.weight),
+        }
+        for placed in placed_weights(family, quantized_only=True)
+    ]
+
+
+def input_kurtosis(model: PreTrainedModel, calibration: Int[Tensor, "windows length"]) -> dict[tuple[int, str], float]:
+    """Kurtosis of every linear's input over some text, by layer and site."""
+    family = adapt(model)
+    moments: dict[tuple[int, str], Tensor] = {}
+    with _watch_inputs(family, moments):
+        for ids in calibration:
+            family.decoder(input_ids=ids[None].to(family.embedding.weight.device), use_cache=False)
+    return {key: (n * fourth / square**2).item() for key, (n, square, fourth) in moments.items()}
+
+
+@contextmanager
+def _watch_inputs(family: Family, moments: dict[tuple[int, str], Tensor]) -> Iterator[None]:
+    """Add (count, Σx², Σx⁴) of each input to `moments`; linears that read the same input share one hook."""
+
+    def hook_for(layer: int, stage: tuple[str, ...]):
+        def hook(module, args):
+            x = args[0].double()
+            seen = torch.stack([torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), x.square().sum(), x.pow(4).sum()])
+            for site in stage:
+                moments[layer, site] = moments.get((layer, site), 0) + seen
+
+        return hook
+
+    handles = [
+        family.linears(layer)[stage[0]].register_forward_pre_hook(hook_for(layer, stage))
+        for layer in range(len(family.layers))
+        for stage in STAGES
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _histogram(family: Family) -> Tensor:
+    """Counts of |w| / rms over all quantized weights in the bins of `HISTOGRAM_EDGES`; the last bin takes the rest."""
+    edges = torch.tensor(HISTOGRAM_EDGES)
+    counts = torch.zeros(len(edges) - 1, dtype=torch.float64)
+    for placed in placed_weights(family, quantized_only=True):
+        w = placed.module.weight.float()
+        scaled = (w.abs() / w.square().mean().sqrt()).clamp(max=HISTOGRAM_EDGES[-1])
+        counts += torch.histc(scaled.cpu(), bins=len(edges) - 1, min=0, max=HISTOGRAM_EDGES[-1]).double()
+    return counts

@@ -1,0 +1,162 @@
+"""Figures, drawn from saved results alone: one function a figure, colour-blind-safe, the same bytes on every run.
+
+`save` writes PDF and PNG to `ROTLIB_FIGURES`, or to figures/draft/ where a notebook runs outside `make reproduce`, so
+that stepping through a notebook never overwrites the committed figures.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from rotlib.families import Family
+from rotlib.outliers import HISTOGRAM_EDGES
+from rotlib.store import ROOT, Result, write_atomically
+from rotlib.tables import Arm, mean_and_error
+
+WIDTH = 7.0  # inches
+# Okabe and Ito's palette, one colour and marker a rotation in every figure
+STYLE = {
+    "none": ("#000000", "o"),
+    "random": ("#56B4E9", "s"),
+    "hadamard": ("#E69F00", "^"),
+    "optrot": ("#009E73", "D"),
+}
+_RC = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "figure.dpi": 110,
+}
+
+
+def save(figure: Figure, name: str) -> None:
+    """Write figures/<name>.pdf and .png without dates or versions, so that equal figures are equal files."""
+    folder = Path(os.environ.get("ROTLIB_FIGURES") or ROOT / "figures" / "draft")
+    metadata = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
+    for kind in ("pdf", "png"):
+        write_atomically(
+            folder / f"{name}.{kind}",
+            lambda scratch, kind=kind: figure.savefig(scratch, format=kind, metadata=metadata[kind], dpi=200),
+        )
+
+
+def kl_bars(arms: Sequence[Arm]) -> Figure:
+    """KL divergence of each arm from the original, one bar an arm."""
+    with plt.rc_context(_RC):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.2), layout="constrained")
+        for height, arm in enumerate(reversed(arms)):
+            value, _ = mean_and_error(arm.values("kl").values())
+            axis.barh(height, value, color=STYLE[arm.recipe.rotation][0], height=0.6)
+            axis.annotate(f"{value:.2f}", (value, height), xytext=(4, 0), textcoords="offset points", va="center")
+        axis.set_yticks(range(len(arms)), [arm.recipe.rotation for arm in reversed(arms)])
+        axis.set_xlabel("KL divergence from the original, nats per token")
+        axis.margins(x=0.15)
+    return figure
+
+
+def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) -> Figure:
+    """`quantity` ("kurtosis", "incoherence", "input_kurtosis") of every module over the layers, a panel a site."""
+    sites = list(Family.linear_paths)
+    if quantity == "input_kurtosis":
+        sites = ["q", "o", "gate", "down"]
+    with plt.rc_context(_RC):
+        columns = min(4, len(sites))
+        rows = -(-len(sites) // columns)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(WIDTH, 1.9 * rows), layout="constrained", sharex=True, sharey=True, squeeze=False
+        )
+        for axis, site in zip(axes.flat, sites, strict=False):
+            for rotation, result in results.items():
+                modules = [module for module in result.metrics["modules"] if module["site"] == site]
+                color, marker = STYLE[rotation]
+                axis.plot(
+                    [m["layer"] for m in modules],
+                    [m[quantity] for m in modules],
+                    color=color,
+                    marker=marker,
+                    ms=2.5,
+                    lw=0.8,
+                    label=rotation,
+                )
+            axis.set_title({"q": "q, k, v", "gate": "gate, up"}.get(site, site) if quantity == "input_kurtosis" else site)
+            axis.set_yscale("log")
+            if quantity != "incoherence":
+                axis.axhline(3, color="0.7", lw=0.8, zorder=0)
+        for axis in axes.flat[len(sites) :]:
+            axis.set_axis_off()
+        figure.supxlabel("layer")
+        figure.supylabel(ylabel)
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def weight_tails(results: dict[str, Result]) -> Figure:
+    """The share of weights larger than k times their matrix's root mean square."""
+    with plt.rc_context(_RC):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.6), layout="constrained")
+        for rotation, result in results.items():
+            counts = result.metrics["histogram"]
+            above = [sum(counts[i:]) / sum(counts) for i in range(len(counts))]
+            kept = [(edge, share) for edge, share in zip(HISTOGRAM_EDGES, above, strict=False) if share > 0]
+            axis.plot(*zip(*kept, strict=True), color=STYLE[rotation][0], label=rotation)
+        axis.set_yscale("log")
+        axis.set_xlabel("|w| / root mean square of its matrix")
+        axis.set_ylabel("share of weights above")
+        axis.legend()
+    return figure
+
+
+def learning_curves(curves: dict[int, list[float]]) -> Figure:
+    """The objective while OptRot learns, by seed, over the exact value at its end (the last entry of a history)."""
+    with plt.rc_context(_RC):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.6), layout="constrained")
+        for number, (seed, history) in enumerate(curves.items()):
+            axis.plot(
+                range(len(history) - 1), history[:-1], lw=0.8, color=STYLE["optrot"][0], alpha=1 - 0.25 * number, label=f"seed {seed}"
+            )
+            axis.plot(len(history) - 1, history[-1], STYLE["optrot"][1], color=STYLE["optrot"][0], ms=4)
+        axis.set_xlabel("step")
+        axis.set_ylabel("sum of fourth powers (estimate)")
+        axis.legend()
+    return figure
+
+
+def arm_comparison(arms: Sequence[Arm]) -> Figure:
+    """KL divergence of every arm, mean and standard error over seeds with the seeds behind, a panel a rounding."""
+    roundings = list(dict.fromkeys(arm.label[1] for arm in arms))
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(1, len(roundings), figsize=(WIDTH, 2.6), layout="constrained", squeeze=False)
+        for axis, rounding in zip(axes[0], roundings, strict=True):
+            shown = [arm for arm in arms if arm.label[1] == rounding]
+            for place, arm in enumerate(shown):
+                color, marker = STYLE[arm.recipe.rotation]
+                values = list(arm.values("kl").values())
+                mean, error = mean_and_error(values)
+                axis.plot([place] * len(values), values, ".", color="0.75", ms=4, zorder=1)
+                axis.errorbar(place, mean, yerr=error if error == error else None, color=color, marker=marker, ms=5, capsize=3)
+            axis.set_xticks(range(len(shown)), [arm.recipe.rotation for arm in shown])
+            axis.set_title(rounding)
+            axis.set_ylim(bottom=0)
+            axis.margins(x=0.15)
+        axes[0][0].set_ylabel("KL, nats per token")
+    return figure
+
+
+def matrices(named: dict[str, object]) -> Figure:
+    """Rotation matrices as pictures, each on the scale of its own largest entry."""
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(1, len(named), figsize=(WIDTH, 2.6), layout="constrained", squeeze=False)
+        for axis, (name, R) in zip(axes[0], named.items(), strict=True):
+            limit = R.abs().max().item()
+            axis.imshow(R, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
+            axis.set_title(f"{name}\nlargest entry {limit:.2f}")
+            axis.set_xticks([])
+            axis.set_yticks([])
+    return figure

@@ -1,0 +1,145 @@
+"""Integer grids for weights, the search for their scale, and round-to-nearest (RTN).
+
+A weight row (or a group of `group_size` of its entries) is written as ``scale · (code − zero)`` with b-bit codes. The
+unclipped step is absmax/(2^(b−1)−½) ("half": GPTQ, compressed-tensors) or absmax/(2^(b−1)−1) ("full": QuaRot,
+SpinQuant); asymmetric grids span [min, max] with a rounded zero point. Clip search tries 80 shrink factors 1.00 … 0.21
+and keeps the one with the smallest Σ|w − q(w)|^2.4 (GPTQ, arXiv 2210.17323, public code).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from rotlib.families import Family, adapt, check_finite
+from rotlib.fuse import is_quantized
+from rotlib.rotation import placed_weights
+
+CLIP_NORM = 2.4
+CLIP_FACTORS = 1.0 - torch.arange(80) / 100  # 1.00 … 0.21
+_SEARCH = (tuple(range(0, 80, 8)), (-6, -4, -2, 0, 2, 4, 6), (-1, 0, 1))  # coarse to fine: steps from the best so far
+_CHUNK = 2**19  # entries searched at a time, so that temporaries stay in the processor's cache
+CONVENTIONS = ("half", "full")
+
+
+@dataclass(frozen=True)
+class WeightQuant:
+    """How weights are quantized: `bits` 2–8, one scale per output channel or per `group_size` inputs.
+
+    Raises ValueError at construction for bits or a convention outside the choices.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+    convention: str = "half"
+    clip_search: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be a whole number from 2 to 8, not {self.bits!r}")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ValueError(f"group_size must be None or a positive whole number, not {self.group_size!r}")
+        if self.convention not in CONVENTIONS:
+            raise ValueError(f"unknown convention {self.convention!r}: choose one of {', '.join(CONVENTIONS)}")
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+
+    def check_width(self, width: int, name: str) -> None:
+        """Raises ValueError where the groups don't divide an input width."""
+        if self.group_size and width % self.group_size:
+            raise ValueError(f"group_size {self.group_size} doesn't divide the {width} inputs of {name}")
+
+
+class Grid(NamedTuple):
+    """Scale and zero point of each row of a (rows, n) block; both broadcast against it."""
+
+    scale: Float[Tensor, "rows 1"]
+    zero: Float[Tensor, "rows 1"]
+    low: int
+    high: int
+
+    def round(self, w: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+        """The nearest points of the grid."""
+        return (w / self.scale).add_(self.zero).round_().clamp_(self.low, self.high).sub_(self.zero).mul_(self.scale)
+
+    def row(self) -> "Grid":
+        """The same grid for a single column laid out as a vector of rows."""
+        return Grid(self.scale.squeeze(-1), self.zero.squeeze(-1), self.low, self.high)
+
+
+def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
+    """The grid of each row, with the clip factor searched where `quant` says so."""
+    if not quant.clip_search:
+        return _grid(W, quant, 1.0)
+    rows = max(1, _CHUNK // W.shape[1])
+    factors = torch.cat([_best_factor(part, quant) for part in W.split(rows)])
+    return _grid(W, quant, factors)
+
+
+def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> Float[Tensor, "out in"]:
+    """W on its grid, per output channel or per group."""
+    grouped = W.reshape(-1, quant.group_size or W.shape[1])
+    return fit_grid(grouped, quant).round(grouped).view_as(W)
+
+
+@torch.no_grad()
+def rtn(model: PreTrainedModel, quant: WeightQuant) -> PreTrainedModel:
+    """Round every linear of every decoder layer to its nearest grid point, in place; raises like `check_quantizable`."""
+    family = check_quantizable(model, quant)
+    for placed in tqdm(list(placed_weights(family, quantized_only=True)), desc="RTN", unit="weight"):
+        weight = placed.module.weight
+        weight.copy_(round_to_nearest(weight.float(), quant))
+    model.config.rotlib_quantized = True
+    return model
+
+
+def check_quantizable(model: PreTrainedModel, quant: WeightQuant) -> Family:
+    """The model's family, once it is known that its weights can be quantized so.
+
+    Raises ValueError for a model quantized before, groups that don't divide a width, or non-finite weights.
+    """
+    family = adapt(model)
+    if is_quantized(model):
+        raise ValueError("this model is already quantized: load the original again and quantize it once")
+    for name, linear in family.linears(0).items():
+        quant.check_width(linear.in_features, f"{name}_proj")
+    check_finite(model)
+    return family
+
+
+def _grid(W: Tensor, quant: WeightQuant, factor: Tensor | float) -> Grid:
+    """The grid whose range is `factor` times the unclipped one; all-zero rows get the step 1."""
+    low, high = quant.codes
+    if quant.symmetric:
+        steps = 2 ** (quant.bits - 1) - (0.5 if quant.convention == "half" else 1.0)
+        scale = W.abs().amax(dim=1, keepdim=True) * factor / steps
+        zero = torch.zeros_like(scale)
+    else:
+        bottom = W.amin(dim=1, keepdim=True).clamp(max=0) * factor
+        top = W.amax(dim=1, keepdim=True).clamp(min=0) * factor
+        scale = (top - bottom) / high
+        zero = (-bottom / torch.where(scale > 0, scale, 1)).round()
+    return Grid(torch.where(scale > 0, scale, 1), zero, low, high)
+
+
+def _best_factor(W: Tensor, quant: WeightQuant) -> Float[Tensor, "rows 1"]:
+    """The best clip factor of each row, coarse to fine over `CLIP_FACTORS`."""
+    factors = CLIP_FACTORS.to(W)
+    best = torch.zeros(len(W), 1, dtype=torch.long, device=W.device)
+    for offsets in _SEARCH:
+        candidates = (best + torch.tensor(offsets, device=W.device)).clamp(0, len(factors) - 1)
+        errors = [_clip_error(W, quant, factors[index].unsqueeze(1)) for index in candidates.unbind(1)]
+        best = candidates.gather(1, torch.stack(errors, dim=1).argmin(dim=1, keepdim=True))
+    return factors[best]
+
+
+def _clip_error(W: Tensor, quant: WeightQuant, factor: Tensor) -> Float[Tensor, " rows"]:
+    return _grid(W, quant, factor).round(W).sub_(W).abs_().pow_(CLIP_NORM).sum(dim=1)

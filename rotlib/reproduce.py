@@ -1,0 +1,104 @@
+"""Run the notebooks in order at one scale: ``python -m rotlib.reproduce laptop [--only 03_optrot_w4] [--in-place]``.
+
+A scale is configs/<scale>.yaml: for each notebook the parameters that differ from its own defaults, which are the smoke
+scale. Executed copies go to results/local/notebooks, figures to figures/. Finished runs are read from the store, so the
+same command after an interruption goes on where it stopped.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from tqdm.auto import tqdm
+
+from rotlib import store
+from rotlib.store import ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
+_VOLATILE = ("papermill", "execution")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m rotlib.reproduce", description=__doc__.splitlines()[0])
+    parser.add_argument("scale", help="smoke, laptop, or another file in configs/")
+    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="run just these")
+    parser.add_argument("--in-place", action="store_true", help="store the outputs in notebooks/, ready to commit")
+    options = parser.parse_args(arguments)
+    try:
+        plan = make_plan(options.scale, options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    for path, parameters in tqdm(plan, desc=f"{options.scale} scale", unit="notebook", disable=False):
+        execute(path, parameters, options.in_place)
+    if not options.in_place:
+        print(table())
+
+
+def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dict]]:
+    """Which notebooks run, in order, with which parameters.
+
+    Raises ValueError for an unknown scale, notebook or parameter, before anything runs.
+    """
+    notebooks = {path.stem: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    config = ROOT / "configs" / f"{scale}.yaml"
+    if not config.is_file():
+        known = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
+        raise ValueError(f"unknown scale {scale!r}: choose one of {known}")
+    parameters = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    for name in [*(only or ()), *parameters]:
+        if name not in notebooks:
+            raise ValueError(f"unknown notebook {name!r}: choose among {', '.join(notebooks)}")
+    for name, given in parameters.items():
+        declared = papermill.inspect_notebook(str(notebooks[name]))
+        for parameter in given:
+            if parameter not in declared:
+                raise ValueError(f"{config.name}: {name} has no parameter {parameter!r}, it has {', '.join(declared)}")
+    return [(path, parameters.get(name, {})) for name, path in notebooks.items() if not only or name in only]
+
+
+def execute(path: Path, parameters: dict, in_place: bool) -> None:
+    """Run one notebook through papermill; in place, keep outputs and counts and drop what changes from run to run."""
+    copies = store.results_folder() / "local" / "notebooks"
+    copies.mkdir(parents=True, exist_ok=True)
+    target = copies / path.name
+    environment = {"TQDM_DISABLE": "1"} if in_place else {"ROTLIB_FIGURES": os.environ.get("ROTLIB_FIGURES", str(ROOT / "figures"))}
+    os.environ.update(environment)
+    if not in_place:
+        _show_kernel_progress()
+    papermill.execute_notebook(str(path), str(target), parameters, cwd=str(NOTEBOOKS), progress_bar=False, log_output=not in_place)
+    if in_place:
+        notebook = nbformat.read(target, as_version=4)
+        for holder in (notebook, *notebook.cells):
+            for key in _VOLATILE:
+                holder.metadata.pop(key, None)
+        notebook.metadata.get("language_info", {}).pop("version", None)
+        store.write_atomically(path, lambda scratch: nbformat.write(notebook, scratch))
+
+
+def table() -> str:
+    """Every arm that this machine has a result for, as Markdown."""
+    from rotlib.tables import arms, markdown
+
+    return markdown(arms(store.load_results()))
+
+
+def _show_kernel_progress() -> None:
+    """papermill logs what a kernel prints; the progress bars among it go to the terminal."""
+    logger = logging.getLogger("papermill")
+    if logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.terminator = ""
+    handler.addFilter(lambda record: "\r" in record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    main()

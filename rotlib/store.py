@@ -1,0 +1,175 @@
+"""Results on disk: one JSON file per finished run, written atomically, with where it came from.
+
+`results/study/` holds the committed study; `results/local/` is what this machine computed and wins where both have a
+result. A run is finished when its file is there and was computed by today's code: the code's fingerprint hashes the
+modules that numbers depend on, without comments and docstrings. Anything else is stale, and shown as such.
+"""
+
+import ast
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+_NUMERIC = (
+    "families", "fuse", "gptq", "hadamard", "manifold", "measure", "optrot", "outliers", "quant", "recipe", "rotation",
+    "text", "zoo",
+)  # fmt: skip
+
+
+@dataclass
+class Result:
+    """One finished run: what was asked for, what came out, how long each stage took and where it ran."""
+
+    spec: dict
+    metrics: dict
+    seconds: dict[str, float]
+    peak_memory_mb: float
+    provenance: dict
+
+    @property
+    def stale(self) -> bool:
+        """True where the code has changed since."""
+        return self.provenance["code"] != code_fingerprint()
+
+
+def results_folder() -> Path:
+    """`ROTLIB_RESULTS`, else results/ of this checkout."""
+    return Path(os.environ.get("ROTLIB_RESULTS") or ROOT / "results")
+
+
+def spec_hash(spec: dict) -> str:
+    """Twelve hexadecimal digits that name a specification; the order of its keys doesn't matter."""
+    return sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass
+class Record:
+    """What a run notes down while it goes: metrics, seconds per stage, the sha256 of each token stream it read."""
+
+    metrics: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str):
+        """Time the block under this name."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
+
+
+def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) -> Result:
+    """The finished result of a specification, or else computed now, saved and returned."""
+    if result := find(spec):
+        return result
+    record = Record()
+    _reset_peak_memory(device)
+    compute(record)
+    memory = _peak_memory_mb(device)
+    result = Result(spec, record.metrics, record.seconds, memory, provenance(device, record.tokens))
+    path = local_path(spec)
+    write_atomically(path, lambda scratch: scratch.write_text(json.dumps(asdict(result), indent=1, sort_keys=True) + "\n"))
+    return result
+
+
+def find(spec: dict) -> Result | None:
+    """This machine's finished result for a specification, unless the code has changed since."""
+    result = _read(local_path(spec))
+    return None if result is None or result.stale else result
+
+
+def load_results() -> list[Result]:
+    """Every result, sorted by file name: this machine's, and the committed ones it hasn't recomputed."""
+    paths = {path.name: path for folder in ("study", "local") for path in sorted((results_folder() / folder).glob("*.json"))}
+    return [result for _, path in sorted(paths.items()) if (result := _read(path)) is not None]
+
+
+def local_path(spec: dict, suffix: str = ".json") -> Path:
+    """Where this machine keeps the result of a specification."""
+    return results_folder() / "local" / f"{spec['task']}-{spec_hash(spec)}{suffix}"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a scratch file beside `path`, then rename it: a killed run leaves no half file to read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def provenance(device: torch.device, tokens: dict[str, str]) -> dict:
+    """Commit, code, versions, device and the sha256 of every token stream."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "rotlib")),
+        "code": code_fingerprint(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "tokens": tokens,
+    }
+
+
+@lru_cache
+def code_fingerprint() -> str:
+    """Twelve hexadecimal digits over the modules that numbers depend on; comments and docstrings don't count."""
+    sources = ((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in _NUMERIC)
+    return sha256("".join(_without_docstrings(source) for source in sources).encode()).hexdigest()[:12]
+
+
+def _without_docstrings(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _read(path: Path) -> Result | None:
+    try:
+        return Result(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} isn't a result of rotlib: delete it and run again ({error})") from error
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (reset := Path("/proc/self/clear_refs")).exists():
+        reset.write_text("5")  # Linux: start the high-water mark again from what is resident now
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """The device's peak where it has memory of its own, else the process's since the reset (elsewhere: since it began)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return round(int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 2**10)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # macOS counts bytes
+
+
+def _git(*arguments: str) -> str | None:
+    run = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else None

