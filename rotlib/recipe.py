@@ -50,7 +50,7 @@ class Recipe:
     damping: float = 0.01
     window: int = 1024
     calibration_windows: int = 16
-    test_windows: int = 16
+    test_windows: int = 8
     seed: int = 0
 
     def __post_init__(self):
@@ -62,6 +62,8 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if not isinstance(self.damping, int | float) or not self.damping > 0:
+            raise ValueError(f"damping must be positive, not {self.damping!r}")
         check_text(self.text)
         self.quant  # noqa: B018 - checks bits, group_size and convention
 
@@ -115,6 +117,7 @@ def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
     }
     if rotation is not None and rotation.history:
         record.metrics["objective"] = rotation.history[-1]
+        record.metrics["objective_history"] = [round(value, 1) for value in rotation.history[:-1:10]]
     record.tokens |= {"calibration": fingerprint(calibration), "test": fingerprint(reference.windows)}
 
 

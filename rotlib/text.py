@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from rotlib.zoo import on_hub
 
+_WHOLE = 1024
 SPLITS = ("calibration", "test")
 _GENSIM_SLICE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _C4_DOCUMENTS = 4000
@@ -36,6 +37,7 @@ _WIKITEXT_SPLIT = {"calibration": "train", "test": "test"}
 def load_tokens(name: str, tokenizer: PreTrainedTokenizerBase, split: str = "calibration") -> Int[Tensor, " n"]:
     """One split of a corpus as a single stream of token ids, tokenized once, special tokens as the tokenizer adds them.
 
+    The tail beyond a multiple of 1024 is dropped, so that `tokens.view(-1, 1024)` works; windows of that size lose nothing.
     Raises ValueError for an unknown corpus or split, or where the corpus is neither in `ROTLIB_DATA` nor in reach.
     """
     check_text(name, split)
@@ -44,7 +46,7 @@ def load_tokens(name: str, tokenizer: PreTrainedTokenizerBase, split: str = "cal
     logging.set_verbosity_error()  # a whole corpus is longer than the model's context, and meant to be
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     logging.set_verbosity(verbosity)
-    return ids
+    return ids[: len(ids) // _WHOLE * _WHOLE] if len(ids) >= _WHOLE else ids
 
 
 def check_text(name: str, split: str = "calibration") -> None:

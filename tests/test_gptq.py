@@ -1,0 +1,158 @@
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import rotlib as rl
+from rotlib.gptq import Solver
+from rotlib.quant import fit_grid, round_to_nearest
+
+gptq_module = import_module("rotlib.gptq")  # rotlib.gptq, the attribute, is the function
+
+
+def problem(rows=24, n=256, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(4 * n, n, generator=generator) @ torch.randn(n, n, generator=generator) / n**0.5
+    X[:, 7] *= 20  # an outlier channel
+    return torch.randn(rows, n, generator=generator), 2 * X.T @ X / len(X)
+
+
+def gptq_slowly(W, H, quant, act_order, damping):
+    """GPTQ as first written: H⁻¹ is updated column by column, no blocks, no shared factor, float64."""
+    W, H = W.double(), H.double()
+    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(H))
+    group = quant.group_size or len(H)
+    original = W.clone()
+    inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
+    Q = torch.zeros_like(W)
+    left = order.tolist()
+    grids = {}
+    for step, j in enumerate(order.tolist()):
+        g = j // group
+        if g not in grids:
+            fresh = not act_order and quant.group_size
+            source = W if fresh else original
+            grids[g] = fit_grid(source[:, g * group : (g + 1) * group].float().contiguous(), quant)
+        Q[:, j] = grids[g].round(W[:, j : j + 1].float()).squeeze(1)
+        error = (W[:, j] - Q[:, j]) / inverse[j, j]
+        rest = left[step + 1 :]
+        W[:, rest] -= torch.outer(error, inverse[j, rest])
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j, :]) / inverse[j, j]
+    return Q
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128, 256])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_blocked_solver_agrees_with_gptq_column_by_column(symmetric, group_size, act_order):
+    W, H = problem()
+    quant = rl.WeightQuant(bits=3, group_size=group_size, symmetric=symmetric)
+    Q, *_ = Solver(quant, act_order)(W, H)
+    slow = gptq_slowly(W, H, quant, act_order, 0.01)
+    # float32 and float64 may round a tie apart, and everything after it moves; nearly all codes must agree
+    assert ((Q - slow).abs() < 1e-4).float().mean() > 0.97
+    loss, slow_loss = (torch.trace((A - W).double() @ H.double() @ (A - W).double().T) for A in (Q, slow))
+    assert loss == pytest.approx(slow_loss.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 128])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_has_less_proxy_loss_than_rounding_to_nearest(group_size, act_order):
+    W, H = problem(seed=1)
+    quant = rl.WeightQuant(bits=4, group_size=group_size)
+    Q, error, damping, fallback = Solver(quant, act_order)(W, H)
+    E = round_to_nearest(W, quant) - W
+    assert error.sum() < 0.7 * (E @ H * E).sum()
+    assert not fallback
+    assert damping == 0.01
+    for row in Q:
+        assert len(row.unique()) <= 16 * (256 // (group_size or 256))
+
+
+def test_an_identity_hessian_gives_rounding_to_nearest():
+    W, _ = problem()
+    Q, *_ = Solver(rl.WeightQuant())(W, torch.eye(256))
+    torch.testing.assert_close(Q, round_to_nearest(W, rl.WeightQuant()))
+
+
+def test_dead_inputs_get_zero_weights_and_do_no_harm():
+    W, H = problem()
+    H[5, :] = H[:, 5] = 0
+    Q, *_ = Solver(rl.WeightQuant())(W, H)
+    assert Q[:, 5].abs().max() == 0
+    assert torch.isfinite(Q).all()
+
+
+def test_a_singular_hessian_climbs_the_damping_ladder():
+    W, H = problem()
+    H = H - 0.05 * H.diagonal().mean() * torch.eye(256)  # no longer positive
+    _, _, damping, fallback = Solver(rl.WeightQuant())(W, H)
+    assert damping in (0.1, 1.0)
+    assert not fallback
+
+
+def test_a_hopeless_hessian_falls_back_to_rtn_and_is_counted(tokens, monkeypatch):
+    W, H = problem()
+    Q, _, _, fallback = Solver(rl.WeightQuant())(W, -H)
+    assert fallback
+    torch.testing.assert_close(Q, round_to_nearest(W, rl.WeightQuant()))
+
+    monkeypatch.setattr(Solver, "_factorise", lambda self, H: (None, 1.0))
+    report = rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant())
+    assert report.fallbacks == len(report.modules) == 14
+
+
+def test_one_batch_and_many_give_the_same_model(tokens, monkeypatch):
+    models = []
+    for batch_tokens in (10**6, 32):
+        monkeypatch.setattr(gptq_module, "_BATCH_TOKENS", batch_tokens)
+        model = tiny_model(dtype=torch.float32)
+        rl.gptq(model, tokens, rl.WeightQuant(bits=8))
+        models.append(model)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+def test_every_hessian_is_of_inputs_made_by_what_is_already_quantized(tokens, monkeypatch):
+    seen = {}
+    original = gptq_module._quantize_stage
+
+    def spy(index, linears, H, solve, report):
+        seen[index, next(iter(linears))] = H
+        original(index, linears, H, solve, report)
+
+    monkeypatch.setattr(gptq_module, "_quantize_stage", spy)
+    model = tiny_model(dtype=torch.float32)
+    rl.gptq(model, tokens, rl.WeightQuant(bits=3))
+    # the quantized model's own inputs to the last down_proj: q, k, v, o, gate, up of both layers are as they were then
+    inputs = []
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
+    model(tokens)
+    expected = 2 * inputs[0].T @ inputs[0] / inputs[0].shape[0]
+    torch.testing.assert_close(seen[1, "down"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gptq_beats_rtn_on_a_models_own_outputs(tokens):
+    original = tiny_model(dtype=torch.float32)
+    by_gptq, by_rtn = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
+    rl.gptq(by_gptq, tokens, rl.WeightQuant(bits=4))
+    rl.rtn(by_rtn, rl.WeightQuant(bits=4))
+    stream = tokens.flatten()
+    assert rl.kl_divergence(original, by_gptq, stream, window=32) < rl.kl_divergence(original, by_rtn, stream, window=32)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.zeros(64, dtype=torch.long), "shape"),
+        (torch.zeros(2, 32), "LongTensor"),
+        (torch.full((2, 32), 96), "token ids from 0 to 95"),
+        (torch.zeros(0, 32, dtype=torch.long), "at least one"),
+    ],
+)
+def test_unusable_calibration_is_refused_before_any_work(calibration, message):
+    model = tiny_model(dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        rl.gptq(model, calibration, rl.WeightQuant())
+    assert not getattr(model.config, "rotlib_quantized", False)

@@ -1,0 +1,127 @@
+import pytest
+import torch
+from conftest import tiny_model
+
+import rotlib as rl
+from rotlib.families import adapt
+from rotlib.manifold import Descent, cayley, cayley_sgd_step
+from rotlib.optrot import METHODS, NORMALISATIONS, Weights, _R2Rows, fourth_power, start
+from rotlib.rotation import Rotation, placed_weights
+
+
+def weights_of(model, normalisation="plain"):
+    return Weights(adapt(model), NORMALISATIONS[normalisation])
+
+
+def test_the_objective_is_the_fourth_power_of_the_fused_weights(any_model):
+    rotation = rl.random_rotation(any_model, seed=5)
+    objective = weights_of(any_model).objective(rotation)
+    rl.fuse(any_model, rotation)
+    fused = sum(placed.module.weight.pow(4).sum().item() for placed in placed_weights(adapt(any_model), quantized_only=True))
+    assert objective == pytest.approx(fused, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["R1", "R2"])
+def test_the_closed_gradient_is_the_derivative_of_the_objective(name):
+    model = tiny_model("qwen2, biases")
+    weights = weights_of(model)
+    rotation = rl.random_rotation(model)
+    R1, R2 = (R.float().requires_grad_() for R in (rotation.R1, rotation.R2))
+    probe = Rotation(R1, R2)
+    value = sum((weights.rows(which, "R1", probe) @ R1).pow(4).sum() for which in weights.touched_by("R1"))
+    value.backward()
+    plain = Rotation(R1.detach(), R2.detach())
+    if name == "R1":
+        closed = sum(fourth_power(weights.rows(which, "R1", plain), plain.R1)[1] for which in weights.touched_by("R1"))
+        torch.testing.assert_close(closed, R1.grad, rtol=1e-3, atol=1e-2)
+    else:
+        torch.testing.assert_close(_R2Rows(weights, plain).gradient(plain.R2), R2.grad, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_learning_lowers_the_objective_and_stays_orthogonal(method, normalisation):
+    model = tiny_model()
+    rotation = rl.optrot(model, seed=1, method=method, normalisation=normalisation, steps=60)
+    weights = weights_of(model, normalisation)
+    assert rotation.history[-1] < 0.97 * weights.objective(start(adapt(model), seed=1))
+    assert rotation.history[-1] == pytest.approx(weights.objective(rotation), rel=1e-4)
+    assert rotation.orthogonality_error() < 1e-6
+    assert rotation.R1.dtype == torch.float64
+    assert rotation.R1.shape == (48, 48)
+    assert rotation.R2.shape == (2, 2, 8, 8)
+
+
+def test_the_default_reaches_the_papers_objective():
+    model = tiny_model()
+    ours = rl.optrot(model, seed=0, steps=300).history[-1]
+    papers = rl.optrot(model, seed=0, method="cayley-sgd", steps=300).history[-1]
+    assert ours < 1.005 * papers
+
+
+def test_the_same_seed_learns_the_same_rotation_and_another_seed_another():
+    model = tiny_model()
+    first, again, other = (rl.optrot(model, seed=seed, steps=20) for seed in (0, 0, 1))
+    assert torch.equal(first.R1, again.R1)
+    assert torch.equal(first.R2, again.R2)
+    assert not torch.allclose(first.R1, other.R1)
+
+
+def test_learning_leaves_the_model_alone(tokens):
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    rl.optrot(model, steps=5)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_per_row_normalisation_ignores_the_scale_of_a_row_and_plain_does_not():
+    model, scaled = tiny_model(), tiny_model()
+    scaled.model.layers[0].mlp.gate_proj.weight[3] *= 10
+    rotation = rl.random_rotation(model)
+    for normalisation, same in (("per-row", True), ("plain", False)):
+        a, b = (weights_of(m, normalisation).objective(rotation) for m in (model, scaled))
+        assert (abs(a - b) < 1e-4 * a) == same
+
+
+def test_cayley_is_orthogonal_and_follows_the_exponential():
+    S = torch.randn(3, 16, 16, dtype=torch.float64)
+    S = S - S.mT
+    Q = cayley(S)
+    torch.testing.assert_close(Q @ Q.mT, torch.eye(16, dtype=torch.float64).expand(3, -1, -1))
+    torch.testing.assert_close(cayley(1e-3 * S), torch.matrix_exp(-1e-3 * S), rtol=0, atol=1e-7)
+
+
+def test_a_descent_step_lowers_a_smooth_function():
+    A = torch.randn(12, 12, dtype=torch.float64)
+    descent = Descent(torch.eye(12, dtype=torch.float64))
+    values = []
+    for _ in range(200):
+        values.append((descent.R - A).square().sum().item())
+        descent.step(2 * (descent.R - A), 0.02)
+    U, _, Vh = torch.linalg.svd(A)
+    assert values[-1] < values[0]
+    assert values[-1] < (U @ Vh - A).square().sum().item() * 1.5
+
+
+def test_the_papers_step_descends_and_stays_orthogonal():
+    rows = torch.randn(200, 16, dtype=torch.float64) ** 3
+    R = torch.eye(16, dtype=torch.float64)
+    first, _ = fourth_power(rows, R)
+    for _ in range(50):
+        value, gradient = fourth_power(rows, R)
+        R = cayley_sgd_step(R, gradient, 1.0)
+    assert value < first
+    assert (R @ R.T - torch.eye(16, dtype=torch.float64)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "adam"}, "unknown method 'adam': choose one of sampled, cayley-sgd"),
+        ({"normalisation": "row"}, "unknown normalisation 'row'"),
+        ({"steps": 0}, "steps must be positive"),
+    ],
+)
+def test_unknown_choices_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rl.optrot(tiny_model(), **arguments)

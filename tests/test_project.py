@@ -1,0 +1,159 @@
+"""What holds the project together: one list of pins, notebooks that keep their contract, figures that keep their bytes."""
+
+import ast
+import hashlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from rotlib import notebook as shared
+from rotlib.reproduce import make_plan
+from rotlib.store import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def lock() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    return {_canonical(name): version for name, version in (line.split("==") for line in lines if not line.startswith("#"))}
+
+
+def _canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_environment_yml_installs_the_locks_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert {"pip": ["-r requirements.lock"]} in environment["dependencies"]
+    pinned = next(entry for entry in environment["dependencies"] if str(entry).startswith("python="))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=" + pinned.removeprefix("python=")
+
+
+def test_every_declared_dependency_is_pinned_in_the_lock():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["dev"]
+    pins = lock()
+    for requirement in declared:
+        name, _, version = requirement.partition("==")
+        assert _canonical(name) in pins
+        assert not version or pins[_canonical(name)] == version
+
+
+def test_the_packages_of_the_brief_are_declared():
+    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    assert {"transformers", "jupyterlab", "papermill", "matplotlib", "datasets", "lm-eval"} <= declared
+    assert "torch==2.13.0" in declared
+
+
+def test_ci_runs_every_notebook():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "pytest --nbval notebooks" in makefile  # the whole folder: no notebook can be left out
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert [path for path, _ in make_plan("laptop")] == NOTEBOOKS
+    assert all(re.match(r"\d\d_\w+$", path.stem) for path in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_keeps_its_contract(path):
+    notebook = nbformat.read(path, as_version=4)
+    first, *_ = notebook.cells
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
+    for heading in ("**Question.**", "**You will see**", "**Inputs.**", "**Runtime**", "smoke", "laptop"):
+        assert heading in first.source, heading
+
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == [code[0]], "one parameters cell, before any other code"
+    assert set(papermill.inspect_notebook(str(path))) <= set(shared.PARAMETERS)
+    assert "check_parameters()" in code[1].source
+    assert "print(" in code[-1].source
+    assert "plots.save(" in code[-1].source
+
+    for cell in code:
+        assert cell.execution_count, "stored outputs need their counts: nbval compares nothing without them"
+        assert not any(output.output_type == "error" for output in cell.outputs)
+        assert len(cell.source.splitlines()) <= 15, cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 10, node.name
+    for position, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code" and "= plots." in cell.source:
+            assert notebook.cells[position + 1].cell_type == "markdown", "a figure is read in words below it"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (["lapto"], "unknown scale 'lapto': choose one of laptop, smoke"),
+        (["laptop", "--only", "03_optrot"], "unknown notebook '03_optrot'"),
+    ],
+)
+def test_a_mistyped_scale_or_notebook_is_refused_before_anything_runs(call, message):
+    run = subprocess.run([sys.executable, "-m", "rotlib.reproduce", *call], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_scale_cannot_name_a_parameter_that_a_notebook_lacks(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "bad.yaml").write_text("00_quickstart: {sedes: [1]}")
+    monkeypatch.setattr("rotlib.reproduce.ROOT", tmp_path)
+    with pytest.raises(ValueError, match="00_quickstart has no parameter 'sedes'"):
+        make_plan("bad")
+
+
+def check(**parameters):
+    namespace = {"model": "smollm2-135m", "text": "wikipedia-mini", "seeds": [0], "check_parameters": shared.check_parameters}
+    exec("recipe = check_parameters()", namespace | parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"sedes": [1]}, "unknown parameter sedes, did you mean seeds"),
+        ({"seeds": "[0, 1]"}, "seeds must be of type list, not str"),
+        ({"seeds": []}, "at least one seed"),
+        ({"seeds": [0.5]}, "list of whole numbers"),
+        ({"window": "1024"}, "window must be of type int"),
+        ({"window": True}, "window must be of type int"),
+        ({"text": "wiki"}, "unknown text 'wiki'"),
+        ({"model": "smollm"}, "unknown model 'smollm'"),
+    ],
+)
+def test_a_mistyped_notebook_parameter_is_one_sentence(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        check(**parameters)
+
+
+def test_a_notebooks_own_variables_do_not_disturb_a_second_check():
+    namespace = {"model": "smollm2-135m", "text": "wikipedia-mini", "seeds": [0], "check_parameters": shared.check_parameters}
+    exec("check_parameters(); best = 0.1; check_parameters()", namespace)
+
+
+def test_figures_are_the_same_bytes_every_time(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    from rotlib import plots
+
+    digests = []
+    for run in ("a", "b"):
+        monkeypatch.setenv("ROTLIB_FIGURES", str(tmp_path / run))
+        figure, axis = plt.subplots()
+        axis.plot([1, 2], [3, 4], label="line")
+        plots.save(figure, "figure")
+        digests.append([hashlib.sha256((tmp_path / run / f"figure.{kind}").read_bytes()).hexdigest() for kind in ("pdf", "png")])
+    assert digests[0] == digests[1]
+
+
+def test_no_module_outgrows_a_room():
+    for path in (ROOT / "rotlib").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name

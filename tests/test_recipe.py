@@ -1,0 +1,183 @@
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CONFIGS
+from transformers import AutoModelForCausalLM
+
+import rotlib as rl
+from rotlib import store, tables
+from rotlib.zoo import load_tokenizer
+
+recipe_module = importlib.import_module("rotlib.recipe")
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A recipe on a tiny model with the packaged tokenizer, with a store of its own."""
+    config = deepcopy(CONFIGS["qwen3, tied"])
+    config.vocab_size = 49152
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    load_tokenizer("smollm2-135m").save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
+    return rl.Recipe(model=str(tmp_path / "model"), window=64, calibration_windows=2, test_windows=2)
+
+
+def test_only_non_defaults_name_a_recipe():
+    assert rl.Recipe().spec() == {"task": "quantize"}
+    assert rl.Recipe(bits=4, seed=0, rotation="optrot").spec() == {"task": "quantize", "rotation": "optrot"}
+    assert store.spec_hash({"a": 1, "b": 2}) == store.spec_hash({"b": 2, "a": 1})
+
+
+def test_every_result_says_what_ran_where_on_which_tokens(recipe):
+    result = rl.run(replace(recipe, rotation="optrot"))
+    assert {"load", "rotate", "fuse", "quantize", "evaluate"} == set(result.seconds)
+    assert result.metrics["fallbacks"] == 0
+    assert result.metrics["kl"] > 0
+    assert len(result.metrics["kl_windows"]) == 2
+    assert result.peak_memory_mb > 0
+    assert set(result.provenance) == {"commit", "uncommitted_changes", "code", "versions", "device", "tokens"}
+    assert all(len(digest) == 64 for digest in result.provenance["tokens"].values())
+    assert not result.stale
+    assert tables.recipe_of(result) == replace(recipe, rotation="optrot")
+
+
+def test_a_finished_recipe_is_not_computed_twice(recipe, monkeypatch):
+    first = rl.run(recipe)
+    monkeypatch.setattr(recipe_module, "_compute", lambda *_: pytest.fail("computed again"))
+    assert rl.run(recipe) == first
+
+
+def test_changed_code_makes_a_result_stale_and_it_is_run_again(recipe, monkeypatch):
+    result = rl.run(recipe)
+    monkeypatch.setattr(store, "code_fingerprint", lambda: "0" * 12)
+    assert result.stale
+    assert store.find(recipe.spec()) is None
+    assert "stale" in tables.markdown(tables.arms(store.load_results()))
+
+
+def test_comments_and_docstrings_make_nothing_stale():
+    def source(comment, text, value):
+        return f'"""{text}"""\ndef f(x):\n    """{text}"""\n    return x + {value}  # {comment}\n'
+
+    assert store._without_docstrings(source("a", "b", 1)) == store._without_docstrings(source("c", "d", 1))
+    assert store._without_docstrings(source("a", "b", 1)) != store._without_docstrings(source("a", "b", 2))
+
+
+def test_this_machines_results_win_over_the_committed_ones(recipe):
+    rl.run(recipe)
+    local = store.local_path(recipe.spec())
+    committed = store.results_folder() / "study" / local.name
+    committed.parent.mkdir()
+    other = json.loads(local.read_text()) | {"peak_memory_mb": -1.0}
+    committed.write_text(json.dumps(other))
+    assert store.load_results()[0].peak_memory_mb > 0
+    local.unlink()
+    assert store.load_results()[0].peak_memory_mb == -1.0
+    assert store.find(recipe.spec()) is None  # a committed result is shown, but this machine still computes its own
+
+
+def test_a_failed_write_leaves_neither_half_a_file_nor_the_old_one_broken(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def fail(scratch):
+        scratch.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.write_atomically(path, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert path.read_text() == "old"
+
+
+def test_a_killed_run_leaves_no_result_and_the_next_one_finishes(recipe):
+    script = f"import rotlib as rl; rl.run_all([rl.Recipe(**{vars(recipe)!r}), rl.Recipe(**{vars(replace(recipe, seed=1))!r})])"
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ, stderr=subprocess.DEVNULL)
+    first = store.local_path(recipe.spec())
+    deadline = time.time() + 120
+    while not first.exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = first.stat().st_mtime_ns
+    results = rl.run_all([recipe, replace(recipe, seed=1)])
+    assert first.stat().st_mtime_ns == written  # the finished run was kept
+    assert len(results) == len(store.load_results()) == 2
+    assert all(result.metrics["kl"] > 0 for result in results)
+
+
+def test_a_corrupt_result_is_named(recipe):
+    rl.run(recipe)
+    path = store.local_path(recipe.spec())
+    path.write_text("{")
+    with pytest.raises(ValueError, match=f"{path.name} isn't a result"):
+        rl.run(recipe)
+
+
+def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
+    model, _ = rl.load(recipe.model)
+    first, seconds = rl.make_rotation(replace(recipe, rotation="optrot"), model)
+    monkeypatch.setattr(recipe_module, "optrot", lambda *_, **__: pytest.fail("learned again"))
+    again, kept_seconds = rl.make_rotation(replace(recipe, rotation="optrot", bits=3), model)
+    assert torch.equal(first.R1, again.R1)
+    assert kept_seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rotation": "hadamrd"}, "unknown rotation 'hadamrd': choose one of none, random, hadamard, optrot"),
+        ({"rounding": "awq"}, "unknown rounding 'awq'"),
+        ({"normalisation": "row"}, "unknown normalisation 'row'"),
+        ({"text": "wiki"}, "unknown text 'wiki'"),
+        ({"bits": 9}, "bits must be"),
+        ({"window": 1}, "window must be a whole number of at least 2"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"calibration_windows": True}, "calibration_windows must be"),
+        ({"damping": 0}, "damping must be positive"),
+    ],
+)
+def test_a_recipe_outside_the_choices_is_refused_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rl.Recipe(**arguments)
+
+
+def test_outliers_are_kept_like_runs(recipe):
+    result = rl.outliers(replace(recipe, rotation="random"))
+    assert len(result.metrics["modules"]) == 14
+    for module in result.metrics["modules"]:
+        assert module["kurtosis"] > 1
+        assert module["incoherence"] >= 1
+        assert module["input_kurtosis"] > 1
+    assert store.find(result.spec) == result
+
+
+def fake_arm(rotation, kls):
+    results = [
+        store.Result({"task": "quantize", "rotation": rotation} | ({"seed": seed} if seed else {}), {"kl": kl}, {}, 0, {"code": ""})
+        for seed, kl in enumerate(kls)
+    ]
+    return tables.arms(results)[0]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"),
+    [
+        ([0.10, 0.11, 0.12], [0.20, 0.22, 0.21], "reproduced"),
+        ([0.20, 0.22, 0.21], [0.10, 0.11, 0.12], "not reproduced"),
+        ([0.10, 0.30, 0.20], [0.21, 0.22, 0.20], "undecided"),
+        ([0.10, 0.11], [0.20, 0.22], "undecided"),
+    ],
+)
+def test_the_verdict_rule(better, worse, verdict):
+    assert tables.judge(fake_arm("optrot", better), fake_arm("hadamard", worse)).verdict == verdict
