@@ -26,9 +26,10 @@ reproduce: $(READY)
 quick: $(READY)
 	$(BIN)/python -m rotlib.reproduce laptop --only 00_quickstart
 
+# the notebooks first: the tests then judge the numbers they left in results/local
 test: $(READY)
+	TQDM_DISABLE=1 $(BIN)/pytest --nbval notebooks
 	$(BIN)/pytest
-	$(BIN)/pytest --nbval notebooks
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks

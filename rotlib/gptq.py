@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.families import STAGES, Family

@@ -108,10 +108,13 @@ def incoherence(W: Float[Tensor, "out in"]) -> float:
     return (W.abs().max() / W.square().mean().sqrt()).item()
 
 
-def kurtosis(x: Float[Tensor, "..."]) -> float:
-    """E x⁴ / (E x²)² about zero: 3 for a Gaussian, 1 where all magnitudes are equal."""
-    x = x.double()
-    return (x.pow(4).mean() / x.square().mean().square()).item()
+def kurtosis(W: Float[Tensor, "out in"]) -> float:
+    """E w⁴ / (E w²)² of each row, averaged over the rows: what a grid with one scale an output channel sees.
+
+    3 for a Gaussian, 1 where all magnitudes in a row are equal, and for a row with a single entry its length.
+    """
+    W = W.double()
+    return (W.pow(4).mean(dim=1) / W.square().mean(dim=1).square().clamp_min(1e-300)).mean().item()
 
 
 def _all_windows(tokens: Tensor, window: int) -> Tensor:

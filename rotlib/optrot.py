@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.families import Family, adapt, check_finite
@@ -59,9 +59,9 @@ def optrot(
     """Learn R1 and R2 on the model's weights, which stay as they are; fuse the result with `fuse`.
 
     `method` is "sampled" or "cayley-sgd", the paper's (1000 full gradients, lr 1); `normalisation` is a key of
-    `NORMALISATIONS`; `steps` overrides the method's own number. `history` holds the objective: an estimate per step for
-    "sampled", exact per step for "cayley-sgd", and exact in its last entry. Raises ValueError for an unknown choice, a
-    rotated model or non-finite weights.
+    `NORMALISATIONS`; `steps` overrides the method's own number. `history` holds the objective: for "sampled" an unbiased
+    estimate at every draw of rows, for "cayley-sgd" the exact value at every step; the last entry is exact. Raises
+    ValueError for an unknown choice, a rotated model or non-finite weights.
     """
     for name, value, allowed in (("method", method, METHODS), ("normalisation", normalisation, NORMALISATIONS)):
         if value not in allowed:
@@ -156,14 +156,16 @@ def _learn_sampled(weights: Weights, rotation: Rotation, steps: int, seed: int) 
                 R2.step(heads.gradient(R2.R), _R2_LENGTH * anneal)
             R2.project()
             rotation.R2 = R2.R
-        if step % (_DRAW * _PASSES) == 0:
+        fresh = step % (_DRAW * _PASSES) == 0
+        if fresh:
             rows.draw(rotation)
             R1.project()
         with _coarse_products():
             value, gradient = fourth_power(rows.batch(step % _DRAW), R1.R)
         R1.step(gradient, _R1_LENGTH * anneal)
         rotation.R1 = R1.R
-        rotation.history.append(rows.total * value.item() / rows.size)
+        if fresh:  # later in a draw its rows have been seen, and flatter the objective
+            rotation.history.append(rows.total * value.item() / rows.size)
 
 
 def _learn_cayley_sgd(weights: Weights, rotation: Rotation, steps: int, seed: int) -> None:

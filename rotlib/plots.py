@@ -115,16 +115,15 @@ def weight_tails(results: dict[str, Result]) -> Figure:
 
 
 def learning_curves(arm: Arm) -> Figure:
-    """The objective while OptRot learns, a curve a seed; the points are the exact values at the end."""
+    """The objective, estimated at every draw of rows, a curve a seed; the points are the exact values at the end."""
     with plt.rc_context(_RC):
         figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.6), layout="constrained")
         for result, dashes in zip(arm.results, cycle(("-", "--", ":")), strict=False):
             history = result.metrics["objective_history"]
-            steps = range(0, 10 * len(history), 10)
             color, marker = STYLE["optrot"]
-            axis.plot(steps, history, dashes, lw=0.9, color=color, label=f"seed {recipe_of(result).seed}")
-            axis.plot(10 * len(history), result.metrics["objective"], marker, color=color, ms=4)
-        axis.set_xlabel("step")
+            axis.plot(range(len(history)), history, dashes, lw=0.9, color=color, label=f"seed {recipe_of(result).seed}")
+            axis.plot(len(history), result.metrics["objective"], marker, color=color, ms=4)
+        axis.set_xlabel("draw of rows")
         axis.set_ylabel("sum of fourth powers")
         axis.legend()
     return figure

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib import store
@@ -117,7 +117,7 @@ def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
     }
     if rotation is not None and rotation.history:
         record.metrics["objective"] = rotation.history[-1]
-        record.metrics["objective_history"] = [round(value, 1) for value in rotation.history[:-1:10]]
+        record.metrics["objective_history"] = [round(value, 1) for value in rotation.history[:-1]]
     record.tokens |= {"calibration": fingerprint(calibration), "test": fingerprint(reference.windows)}
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
-from tqdm.auto import tqdm
+from tqdm import tqdm
+from traitlets.config import Config
 
 from rotlib import store
 from rotlib.store import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
+_IPC = Config(KernelManager={"transport": "ipc"})  # parallel runs would race for TCP ports
 _VOLATILE = ("papermill", "execution")
 
 
@@ -70,7 +72,9 @@ def execute(path: Path, parameters: dict, in_place: bool) -> None:
     os.environ.update(environment)
     if not in_place:
         _show_kernel_progress()
-    papermill.execute_notebook(str(path), str(target), parameters, cwd=str(NOTEBOOKS), progress_bar=False, log_output=not in_place)
+    papermill.execute_notebook(
+        str(path), str(target), parameters, cwd=str(NOTEBOOKS), progress_bar=False, log_output=not in_place, config=_IPC
+    )
     if in_place:
         notebook = nbformat.read(target, as_version=4)
         for holder in (notebook, *notebook.cells):

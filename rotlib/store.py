@@ -12,7 +12,6 @@ import platform
 import re
 import resource
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -107,9 +106,7 @@ def local_path(spec: dict, suffix: str = ".json") -> Path:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a scratch file beside `path`, then rename it: a killed run leaves no half file to read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-    os.close(handle)
-    scratch = Path(name)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(scratch)
         os.replace(scratch, path)

@@ -18,6 +18,7 @@ import torch
 from httpx import HTTPError
 from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 
 class Packaged(NamedTuple):
@@ -52,11 +53,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _one_sentence(name: str):
+    """Turn what transformers raises into one sentence, and keep its progress bars for downloads."""
+    logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name!r} can't be loaded as a causal language model with its tokenizer: {reason}") from error
+    finally:
+        logging.enable_progress_bar()
 
 
 def pick_device(device: str = "auto") -> torch.device:
