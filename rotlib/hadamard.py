@@ -17,6 +17,9 @@ from sympy import ZZ, factorint
 from sympy.polys.galoistools import gf_irreducible_p, gf_rem, gf_sqr
 from torch import Tensor
 
+from rotlib.checks import whole_number
+
+_LARGEST = 2**20  # far above any width; the search for neighbours of an impossible order stays short
 _SYLVESTER = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
 _ONE = _SYLVESTER[:1, :1]
 
@@ -40,8 +43,7 @@ def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
 @lru_cache
 def hadamard_factors(n: int) -> tuple[Int8[Tensor, "m m"], ...]:
     """±1 matrices whose Kronecker product is the Hadamard matrix of order n; raises like `hadamard`."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"a Hadamard order is a positive whole number, not {n!r}")
+    whole_number("a Hadamard matrix's order", n, 1, _LARGEST)
     orders = _orders(n)
     if orders is None:
         below = next(m for m in range(n - 1, 0, -1) if _orders(m) is not None)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rotlib.checks import token_ids, whole_number
 from rotlib.families import adapt
 from rotlib.text import windows as cut
 
@@ -52,20 +53,21 @@ class Reference:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "windows length"]):
+        lm_head = adapt(model).lm_head
+        token_ids("windows", windows, 2, model)
         self.windows = windows
-        self.lm_head = deepcopy(adapt(model).lm_head)  # the model may be rotated or quantized in place later on
+        self.lm_head = deepcopy(lm_head)  # the model may be rotated or quantized in place later on
         self.hidden = [_hidden(model, ids) for ids in windows]
 
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, windows: Int[Tensor, "windows length"], reference: Reference | None = None) -> Evaluation:
     """Cross-entropy and, where a reference over the same windows is given, KL divergence, window by window."""
-    if windows.shape[1] < 2:
-        raise ValueError("a window needs at least 2 tokens: the first predicts the second")
+    lm_head = adapt(model).lm_head
+    token_ids("windows", windows, 2, model)
     if reference is not None and not torch.equal(reference.windows, windows):
         raise ValueError("the reference was taken over other tokens: build it from the same windows")
     result = Evaluation()
-    lm_head = adapt(model).lm_head
     for number, ids in enumerate(windows):
         sums = torch.zeros(3, dtype=torch.float64)
         next_tokens = ids[1:].to(lm_head.weight.device).split(_CHUNK)
@@ -105,6 +107,7 @@ def kl_divergence(reference: PreTrainedModel, model: PreTrainedModel, tokens: In
 
 def incoherence(W: Float[Tensor, "out in"]) -> float:
     """The smallest μ with max|W_ij| ≤ μ ‖W‖_F / √(mn) (QuIP, arXiv 2307.13304, Definition 1)."""
+    W = W.double()
     return (W.abs().max() / W.square().mean().sqrt()).item()
 
 
@@ -118,4 +121,5 @@ def kurtosis(W: Float[Tensor, "out in"]) -> float:
 
 
 def _all_windows(tokens: Tensor, window: int) -> Tensor:
-    return cut(tokens, window, max(1, len(tokens) // window))
+    token_ids("tokens", tokens, 1)
+    return cut(tokens, window, max(1, len(tokens) // whole_number("window", window, 2)))

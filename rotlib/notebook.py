@@ -7,6 +7,7 @@ one sentence in a notebook's first code cell, before any work.
 import inspect
 from difflib import get_close_matches
 
+from rotlib.checks import whole_number
 from rotlib.recipe import Recipe
 from rotlib.zoo import resolve
 
@@ -31,15 +32,18 @@ def check_parameters() -> Recipe:
     if not namespace.get("_parameters_checked"):  # later on the notebook's own variables are there too
         strangers = [name for name, value in namespace.items() if _looks_like_a_parameter(name, value) and name not in given]
         if strangers:
-            hint = f", did you mean {match[0]}" if (match := get_close_matches(strangers[0], PARAMETERS)) else ""
-            raise ValueError(f"unknown parameter {strangers[0]}{hint}? The notebooks know {', '.join(PARAMETERS)}")
+            hint = f" (did you mean {match[0]}?)" if (match := get_close_matches(strangers[0], PARAMETERS)) else ""
+            raise ValueError(f"unknown parameter {strangers[0]}{hint}: the notebooks know {', '.join(PARAMETERS)}")
     for name, value in given.items():
         kind = PARAMETERS[name]
         if isinstance(value, bool) or not isinstance(value, kind):
             raise ValueError(f"the parameter {name} must be of type {kind.__name__}, not {type(value).__name__} ({value!r})")
-        if kind is list and any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in value):
-            raise ValueError(f"the parameter {name} must be a list of whole numbers, not {value!r}")
-    if not given["seeds"]:
+        if kind is list:
+            for seed in value:
+                whole_number(f"every seed in {name}", seed, 0)
+            if len(set(value)) < len(value):
+                raise ValueError(f"the parameter {name} names a seed twice: {value!r}")
+    if not given.get("seeds"):
         raise ValueError("the parameter seeds must hold at least one seed")
     recipe = Recipe(**{name: value for name, value in given.items() if PARAMETERS[name] is not list}, seed=given["seeds"][0])
     resolve(recipe.model)

@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from rotlib.checks import one_of, whole_number
 from rotlib.families import Family, adapt, check_finite
-from rotlib.fuse import ORTHOGONALITY_TOLERANCE, is_rotated
+from rotlib.fuse import is_quantized, is_rotated
 from rotlib.manifold import Descent, cayley_sgd_step
 from rotlib.rotation import (
     SITES,
@@ -43,11 +44,12 @@ _R2_LENGTH = 1.0
 _R2_EVERY = 16  # steps between R2's turns
 _R2_STEPS = 4  # steps in one turn
 _PAPER_LR = 1.0
+_DRIFT = 1e-4  # what float32 may add up to before the projection in float64
 
 # the weight that R acts on, row by row, is scaled by one of these before learning; which one the paper uses is unknown
 NORMALISATIONS: dict[str, Callable[[Tensor], Tensor | float]] = {
     "plain": lambda rows: 1.0,
-    "per-matrix": lambda rows: 1 / rows.square().mean().sqrt(),
+    "per-matrix": lambda rows: 1 / rows.square().mean().sqrt().clamp_min(1e-12),
     "per-row": lambda rows: 1 / rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12),
 }
 
@@ -63,24 +65,24 @@ def optrot(
     estimate at every draw of rows, for "cayley-sgd" the exact value at every step; the last entry is exact. Raises
     ValueError for an unknown choice, a rotated model or non-finite weights.
     """
-    for name, value, allowed in (("method", method, METHODS), ("normalisation", normalisation, NORMALISATIONS)):
-        if value not in allowed:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be positive, not {steps!r}")
+    one_of("method", method, METHODS)
+    one_of("normalisation", normalisation, NORMALISATIONS)
+    if steps is not None:
+        whole_number("steps", steps, 1)
+    whole_number("seed", seed, 0)
     family = adapt(model)
-    if is_rotated(model):
-        raise ValueError("this model is already rotated: learn the rotation on the original")
+    if is_rotated(model) or is_quantized(model):
+        raise ValueError("this model is already rotated or quantized: learn the rotation on the original")
     check_finite(model)
     learn, default_steps = METHODS[method]
     weights = Weights(family, NORMALISATIONS[normalisation])
     rotation = start(family, seed)
     learn(weights, rotation, steps or default_steps, seed)
+    if not (drift := rotation.orthogonality_error()) < _DRIFT:
+        raise RuntimeError(f"OptRot lost orthogonality: max|R Rᵀ − I| is {drift:.1e} in float32")
+    rotation = rotation.projected(weights.device)  # before the objective is taken: drift would flatter it
     rotation.history.append(weights.objective(rotation))
-    rotation = rotation.projected()
-    if not (error := rotation.orthogonality_error()) < ORTHOGONALITY_TOLERANCE:
-        raise RuntimeError(f"OptRot lost orthogonality: max|R Rᵀ − I| is {error:.1e}")
-    return rotation
+    return Rotation(rotation.R1.cpu(), rotation.R2.cpu(), rotation.history)
 
 
 def fourth_power(rows: Float[Tensor, "m n"], R: Tensor) -> tuple[Tensor, Tensor]:

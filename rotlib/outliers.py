@@ -19,7 +19,7 @@ from rotlib.families import STAGES, Family, adapt
 from rotlib.fuse import fuse
 from rotlib.measure import incoherence, kurtosis
 from rotlib.recipe import Recipe, calibration_tokens, make_rotation
-from rotlib.rotation import Rotation, placed_weights
+from rotlib.rotation import placed_weights
 from rotlib.store import Record, Result
 from rotlib.text import fingerprint
 from rotlib.zoo import load, pick_device
@@ -43,10 +43,10 @@ def compare_outliers(recipe: Recipe, rotations: tuple[str, ...]) -> dict[str, Re
 @torch.no_grad()
 def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
     calibration = calibration_tokens(recipe)
-    model, _ = load(recipe.model, device.type)
+    model, _ = load(recipe.model, str(device))
     rotation, record.seconds["rotate"] = make_rotation(recipe, model)
-    # without a rotation the norms are folded all the same, so that every arm reads normalised activations
-    fuse(model, rotation or Rotation(None, None))
+    if rotation is not None:
+        fuse(model, rotation)
     family = adapt(model)
     with record.stage("weights"):
         record.metrics["modules"] = weight_outliers(family)

@@ -7,10 +7,10 @@ that stepping through a notebook never overwrites the committed figures.
 import os
 from collections.abc import Sequence
 from itertools import cycle
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from rotlib.families import Family
 from rotlib.outliers import HISTOGRAM_EDGES
@@ -38,7 +38,7 @@ _RC = {
 
 def save(figure: Figure, name: str) -> None:
     """Write figures/<name>.pdf and .png without dates or versions, so that equal figures are equal files."""
-    folder = Path(os.environ.get("ROTLIB_FIGURES") or ROOT / "figures" / "draft")
+    folder = ROOT / (os.environ.get("ROTLIB_FIGURES") or "figures/draft")
     metadata = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
     for kind in ("pdf", "png"):
         write_atomically(
@@ -87,6 +87,7 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
                 )
             axis.set_title({"q": "q, k, v", "gate": "gate, up"}.get(site, site) if quantity == "input_kurtosis" else site)
             axis.set_yscale("log")
+            axis.yaxis.set_minor_formatter(NullFormatter())
             if quantity != "incoherence":
                 axis.axhline(3, color="0.7", lw=0.8, zorder=0)
         for axis in axes.flat[len(sites) :]:

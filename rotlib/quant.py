@@ -2,8 +2,8 @@
 
 A weight row (or a group of `group_size` of its entries) is written as ``scale · (code − zero)`` with b-bit codes. The
 unclipped step is absmax/(2^(b−1)−½) ("half": GPTQ, compressed-tensors) or absmax/(2^(b−1)−1) ("full": QuaRot,
-SpinQuant); asymmetric grids span [min, max] with a rounded zero point. Clip search tries 80 shrink factors 1.00 … 0.21
-and keeps the one with the smallest Σ|w − q(w)|^2.4 (GPTQ, arXiv 2210.17323, public code).
+SpinQuant); asymmetric grids span [min, max] with a rounded zero point. Clip search looks for the shrink factor among
+1.00, 0.99 … 0.21 with the smallest Σ|w − q(w)|^2.4 (GPTQ's public code tries all 80; here 20 of them, coarse to fine).
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from rotlib.checks import one_of, whole_number, yes_or_no
 from rotlib.families import Family, adapt, check_finite
 from rotlib.fuse import is_quantized
 from rotlib.rotation import placed_weights
@@ -40,12 +41,12 @@ class WeightQuant:
     clip_search: bool = True
 
     def __post_init__(self):
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be a whole number from 2 to 8, not {self.bits!r}")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
-            raise ValueError(f"group_size must be None or a positive whole number, not {self.group_size!r}")
-        if self.convention not in CONVENTIONS:
-            raise ValueError(f"unknown convention {self.convention!r}: choose one of {', '.join(CONVENTIONS)}")
+        whole_number("bits", self.bits, 2, 8)
+        if self.group_size is not None:
+            whole_number("group_size (unless it is None)", self.group_size, 1)
+        one_of("convention", self.convention, CONVENTIONS)
+        yes_or_no("symmetric", self.symmetric)
+        yes_or_no("clip_search", self.clip_search)
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -94,10 +95,10 @@ def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> Float[Te
 def rtn(model: PreTrainedModel, quant: WeightQuant) -> PreTrainedModel:
     """Round every linear of every decoder layer to its nearest grid point, in place; raises like `check_quantizable`."""
     family = check_quantizable(model, quant)
+    model.config.rotlib_quantized = True  # first: an interrupted model is neither the original nor quantized
     for placed in tqdm(list(placed_weights(family, quantized_only=True)), desc="RTN", unit="weight"):
         weight = placed.module.weight
         weight.copy_(round_to_nearest(weight.float(), quant))
-    model.config.rotlib_quantized = True
     return model
 
 
@@ -107,6 +108,8 @@ def check_quantizable(model: PreTrainedModel, quant: WeightQuant) -> Family:
     Raises ValueError for a model quantized before, groups that don't divide a width, or non-finite weights.
     """
     family = adapt(model)
+    if not isinstance(quant, WeightQuant):
+        raise ValueError(f"quant must be a WeightQuant such as WeightQuant(bits=4), not {quant!r}")
     if is_quantized(model):
         raise ValueError("this model is already quantized: load the original again and quantize it once")
     for name, linear in family.linears(0).items():

@@ -7,6 +7,7 @@ its hash and what is stored.
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 
@@ -17,15 +18,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib import store
+from rotlib.checks import one_of, positive, whole_number, yes_or_no
 from rotlib.fuse import fuse
 from rotlib.gptq import gptq
 from rotlib.measure import Reference, evaluate
 from rotlib.optrot import NORMALISATIONS, optrot
-from rotlib.quant import WeightQuant, rtn
+from rotlib.quant import WeightQuant, check_quantizable, rtn
 from rotlib.rotation import Rotation, hadamard_rotation, random_rotation
 from rotlib.store import Record, Result
 from rotlib.text import check_text, fingerprint, load_tokens, windows
-from rotlib.zoo import load, load_tokenizer, pick_device
+from rotlib.zoo import load, load_tokenizer, pick_device, resolve
 
 FIXED_ROTATIONS = {"random": random_rotation, "hadamard": hadamard_rotation}
 ROTATIONS = ("none", *FIXED_ROTATIONS, "optrot")
@@ -54,17 +56,20 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        choices = {"rotation": ROTATIONS, "rounding": ROUNDINGS, "normalisation": tuple(NORMALISATIONS)}
+        if not isinstance(self.model, str):
+            raise ValueError(f"a model is named by a string, not {self.model!r}")
+        choices = {"rotation": ROTATIONS, "rounding": ROUNDINGS, "normalisation": NORMALISATIONS}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+            one_of(name, getattr(self, name), allowed)
         for name, least in {"window": 2, "calibration_windows": 1, "test_windows": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if not isinstance(self.damping, int | float) or not self.damping > 0:
-            raise ValueError(f"damping must be positive, not {self.damping!r}")
+            whole_number(name, getattr(self, name), least)
+        positive("damping", self.damping)
+        yes_or_no("act_order", self.act_order)
         check_text(self.text)
+        if self.act_order and self.rounding != "gptq":
+            raise ValueError("act_order orders GPTQ's columns: rounding to nearest has no use for it")
+        if self.normalisation != "plain" and self.rotation != "optrot":
+            raise ValueError(f"normalisation belongs to the rotation 'optrot', not to {self.rotation!r}")
         self.quant  # noqa: B018 - checks bits, group_size and convention
 
     @property
@@ -88,15 +93,19 @@ def run(recipe: Recipe, device: str = "auto") -> Result:
 
 
 def run_all(recipes: Iterable[Recipe], device: str = "auto") -> list[Result]:
-    """Every recipe's result, under one progress bar."""
-    return [run(recipe, device) for recipe in tqdm(list(recipes), desc="recipes", unit="run")]
+    """Every recipe's result, under one progress bar; every model's name is checked before the first run."""
+    recipes = list(recipes)
+    for name in {recipe.model for recipe in recipes}:
+        resolve(name)
+    return [run(recipe, device) for recipe in tqdm(recipes, desc="recipes", unit="run")]
 
 
 def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
     with record.stage("load"):
         calibration = calibration_tokens(recipe)
+        model, _ = load(recipe.model, str(device))
+        check_quantizable(model, recipe.quant)
         reference = _reference(recipe.model, recipe.text, recipe.window, recipe.test_windows, device)
-        model, _ = load(recipe.model, device.type)
     rotation, record.seconds["rotate"] = make_rotation(recipe, model)
     with record.stage("fuse"):
         if rotation is not None:
@@ -133,7 +142,7 @@ def _stream(model: str, text: str, split: str) -> Int[Tensor, " n"]:
 
 @lru_cache(maxsize=1)
 def _reference(model: str, text: str, window: int, count: int, device: torch.device) -> Reference:
-    return Reference(load(model, device.type)[0], windows(_stream(model, text, "test"), window, count))
+    return Reference(load(model, str(device))[0], windows(_stream(model, text, "test"), window, count))
 
 
 def make_rotation(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation | None, float]:
@@ -145,10 +154,13 @@ def make_rotation(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation | No
         return FIXED_ROTATIONS[recipe.rotation](model, recipe.seed), time.perf_counter() - start
     learned = ("model", "rotation", "normalisation", "seed")
     path = store.local_path({"task": "rotation"} | {name: getattr(recipe, name) for name in learned}, ".pt")
-    if path.is_file() and (kept := torch.load(path))["code"] == store.code_fingerprint():
-        return Rotation(kept["R1"], kept["R2"], kept["history"]), kept["seconds"]
+    code = store.code_fingerprint()
+    with suppress(Exception):  # no file, or a damaged one: learn anew
+        kept = torch.load(path)
+        if kept["code"] == code:
+            return Rotation(kept["R1"], kept["R2"], kept["history"]), kept["seconds"]
     rotation = optrot(model, recipe.seed, normalisation=recipe.normalisation)
     seconds = time.perf_counter() - start
-    kept = vars(rotation) | {"seconds": seconds, "code": store.code_fingerprint()}
+    kept = vars(rotation) | {"seconds": seconds, "code": code}
     store.write_atomically(path, lambda scratch: torch.save(kept, scratch))
     return rotation, seconds

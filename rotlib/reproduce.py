@@ -35,8 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
         plan = make_plan(options.scale, options.only)
     except ValueError as error:
         parser.error(str(error))
+    for name in ("ROTLIB_RESULTS", "ROTLIB_FIGURES", "ROTLIB_DATA", "ROTLIB_CACHE"):
+        if name in os.environ:  # kernels run in notebooks/: a relative path must mean the same there
+            os.environ[name] = str(Path(os.environ[name]).resolve())
+    copies = store.results_folder() / "local" / "notebooks" / (options.scale + "-in-place" * options.in_place)
     for path, parameters in tqdm(plan, desc=f"{options.scale} scale", unit="notebook", disable=False):
-        execute(path, parameters, options.in_place)
+        execute(path, copies / path.name, parameters, options.in_place)
     if not options.in_place:
         print(table())
 
@@ -51,7 +55,7 @@ def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dic
     if not config.is_file():
         known = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
         raise ValueError(f"unknown scale {scale!r}: choose one of {known}")
-    parameters = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    parameters = _read_scale(config)
     for name in [*(only or ()), *parameters]:
         if name not in notebooks:
             raise ValueError(f"unknown notebook {name!r}: choose among {', '.join(notebooks)}")
@@ -63,11 +67,19 @@ def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dic
     return [(path, parameters.get(name, {})) for name, path in notebooks.items() if not only or name in only]
 
 
-def execute(path: Path, parameters: dict, in_place: bool) -> None:
+def _read_scale(config: Path) -> dict[str, dict]:
+    try:
+        scale = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config.name} isn't valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(scale, dict) or not all(isinstance(given, dict) for given in scale.values()):
+        raise ValueError(f"{config.name} must map each notebook to its parameters, such as 03_optrot_w4: {{seeds: [0, 1, 2]}}")
+    return scale
+
+
+def execute(path: Path, target: Path, parameters: dict, in_place: bool) -> None:
     """Run one notebook through papermill; in place, keep outputs and counts and drop what changes from run to run."""
-    copies = store.results_folder() / "local" / "notebooks"
-    copies.mkdir(parents=True, exist_ok=True)
-    target = copies / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
     environment = {"TQDM_DISABLE": "1"} if in_place else {"ROTLIB_FIGURES": os.environ.get("ROTLIB_FIGURES", str(ROOT / "figures"))}
     os.environ.update(environment)
     if not in_place:
@@ -85,7 +97,7 @@ def execute(path: Path, parameters: dict, in_place: bool) -> None:
 
 
 def table() -> str:
-    """Every arm that this machine has a result for, as Markdown."""
+    """Every arm that there is a result for, from this machine or committed, as Markdown."""
     from rotlib.tables import arms, markdown
 
     return markdown(arms(store.load_results()))

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rotlib.checks import whole_number
 from rotlib.families import Family, adapt
 from rotlib.hadamard import apply_hadamard
 
@@ -144,6 +145,7 @@ def polar(R: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
 
 def _draw(model: PreTrainedModel, seed: int, sample) -> Rotation:
     family = adapt(model)
+    whole_number("seed", seed, 0)
     generator = torch.Generator().manual_seed(seed)
     R1 = sample(family.width, generator)
     heads = [sample(family.head_dim, generator) for _ in range(len(family.layers) * family.kv_heads)]

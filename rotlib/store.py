@@ -14,7 +14,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -25,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 _NUMERIC = (
-    "families", "fuse", "gptq", "hadamard", "manifold", "measure", "optrot", "outliers", "quant", "recipe", "rotation",
+    "checks", "families", "fuse", "gptq", "hadamard", "manifold", "measure", "optrot", "outliers", "quant", "recipe", "rotation",
     "text", "zoo",
 )  # fmt: skip
 
@@ -48,7 +48,7 @@ class Result:
 
 def results_folder() -> Path:
     """`ROTLIB_RESULTS`, else results/ of this checkout."""
-    return Path(os.environ.get("ROTLIB_RESULTS") or ROOT / "results")
+    return ROOT / (os.environ.get("ROTLIB_RESULTS") or "results")
 
 
 def spec_hash(spec: dict) -> str:
@@ -76,11 +76,13 @@ def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) ->
     """The finished result of a specification, or else computed now, saved and returned."""
     if result := find(spec):
         return result
+    _check_writable(local_path(spec).parent)
+    origin = _origin(device)  # as it is now: the code may be edited while the run goes on
     record = Record()
     _reset_peak_memory(device)
     compute(record)
     memory = _peak_memory_mb(device)
-    result = Result(spec, record.metrics, record.seconds, memory, provenance(device, record.tokens))
+    result = Result(spec, record.metrics, record.seconds, memory, origin | {"tokens": record.tokens})
     path = local_path(spec)
     write_atomically(path, lambda scratch: scratch.write_text(json.dumps(asdict(result), indent=1, sort_keys=True) + "\n"))
     return result
@@ -114,15 +116,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def provenance(device: torch.device, tokens: dict[str, str]) -> dict:
-    """Commit, code, versions, device and the sha256 of every token stream."""
+def _origin(device: torch.device) -> dict:
+    """Commit, code, versions and device."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "rotlib")),
         "code": code_fingerprint(),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "tokens": tokens,
     }
 
 
@@ -141,30 +142,41 @@ def _without_docstrings(source: str) -> str:
     return ast.dump(tree)
 
 
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError now rather than after hours of work."""
+    try:
+        write_atomically(folder / ".writable", lambda scratch: scratch.touch())
+    except OSError as error:
+        raise ValueError(f"results can't be written to {folder}: let ROTLIB_RESULTS name a writable folder ({error.strerror})") from error
+
+
 def _read(path: Path) -> Result | None:
     try:
-        return Result(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        result = Result(**json.loads(path.read_text(encoding="utf-8")))
+        result.spec["task"], result.provenance["code"]
+        return result
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} isn't a result of rotlib: delete it and run again ({error})") from error
 
 
 def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif (reset := Path("/proc/self/clear_refs")).exists():
-        reset.write_text("5")  # Linux: start the high-water mark again from what is resident now
+    else:
+        with suppress(OSError):  # Linux: start the high-water mark again from what is resident now
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_memory_mb(device: torch.device) -> float:
     """The device's peak where it has memory of its own, else the process's since the reset (elsewhere: since it began)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    status = Path("/proc/self/status")
-    if status.exists():
-        return round(int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 2**10)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # macOS counts bytes
+    with suppress(OSError, TypeError):
+        return round(int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10)
+    unit = 2**20 if platform.system() == "Darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def _git(*arguments: str) -> str | None:

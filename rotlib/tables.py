@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from rotlib.recipe import Recipe
 from rotlib.store import Result
 
-_HEADER = "| rotation | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | |"
+_HEADER = "| rotation | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | settings |"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class Arm:
     def label(self) -> tuple[str, str]:
         """(rotation, rounding), the way tables and figures name the arm."""
         return self.recipe.rotation, self.recipe.rounding.upper() + (" act-order" if self.recipe.act_order else "")
+
+    @property
+    def settings(self) -> str:
+        """Whatever else differs from the defaults, and whether today's code would compute it anew."""
+        named = ("task", "rotation", "rounding", "act_order", "seed")
+        others = [f"{name} {value}" for name, value in self.recipe.spec().items() if name not in named]
+        return ", ".join(others + ["stale"] * self.stale)
 
     @property
     def stale(self) -> bool:
@@ -86,16 +93,17 @@ def judge(better: Arm, worse: Arm) -> Verdict:
     verdict = "undecided"
     if len(seeds) >= 3 and abs(effect) > 2 * error:
         verdict = "reproduced" if effect > 0 else "not reproduced"
-    return Verdict(effect, error, fmean(a.values()) / fmean(b.values()), len(seeds), verdict)
+    ratio = fmean(a[seed] for seed in seeds) / fmean(b[seed] for seed in seeds)
+    return Verdict(effect, error, ratio, len(seeds), verdict)
 
 
 def markdown(arms: Iterable[Arm]) -> str:
-    """The table of arms; ± is the standard error over seeds, and the last column tells what today's code would redo."""
+    """The table of arms; ± is the standard error over seeds."""
     lines = [_HEADER, "|" + "---|" * (_HEADER.count("|") - 1)]
     for arm in arms:
         cells = (_cell(arm.values("perplexity").values(), 2), _cell(arm.values("kl").values(), 4))
         times = (f"{arm.seconds('rotate'):.0f}", f"{arm.seconds('quantize'):.0f}")
-        lines.append(f"| {' | '.join((*arm.label, str(len(arm.results)), *cells, *times))} | {'stale' if arm.stale else ''} |")
+        lines.append(f"| {' | '.join((*arm.label, str(len(arm.results)), *cells, *times, arm.settings))} |")
     return "\n".join(lines)
 
 

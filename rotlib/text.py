@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from rotlib.checks import one_of, token_ids, whole_number
 from rotlib.zoo import on_hub
 
 _WHOLE = 1024
@@ -42,19 +42,16 @@ def load_tokens(name: str, tokenizer: PreTrainedTokenizerBase, split: str = "cal
     """
     check_text(name, split)
     text = CORPORA[name](split)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a whole corpus is longer than the model's context, and meant to be
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    logging.set_verbosity(verbosity)
+    if not text.strip():
+        raise ValueError(f"the {split} split of {name} is empty: check the files in ROTLIB_DATA")
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // _WHOLE * _WHOLE] if len(ids) >= _WHOLE else ids
 
 
 def check_text(name: str, split: str = "calibration") -> None:
     """Raises ValueError for an unknown corpus or split."""
-    if name not in CORPORA:
-        raise ValueError(f"unknown text {name!r}: choose one of {', '.join(CORPORA)}")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    one_of("text", name, CORPORA)
+    one_of("split", split, SPLITS)
 
 
 def windows(tokens: Int[Tensor, " n"], length: int, count: int, seed: int | None = None) -> Int[Tensor, "count length"]:
@@ -62,12 +59,17 @@ def windows(tokens: Int[Tensor, " n"], length: int, count: int, seed: int | None
 
     Raises ValueError where the stream is too short.
     """
-    available = len(tokens) // length
-    if not 1 <= count <= available:
+    token_ids("tokens", tokens, 1)
+    available = len(tokens) // whole_number("a window's length", length, 2)
+    whole_number("the number of windows", count, 1)
+    if not available:
+        raise ValueError(f"this text has {len(tokens)} tokens, fewer than one window of {length}: use shorter windows or a longer text")
+    if count > available:
         raise ValueError(f"{count} windows of {length} tokens were asked for, but this text has {available}: choose 1 to {available}")
     cut = tokens[: available * length].view(available, length)
     if seed is None:
         return cut[:count]
+    whole_number("seed", seed, 0)
     return cut[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]
 
 
@@ -103,7 +105,8 @@ def _prose(text: str) -> str:
 def _wikitext2(split: str) -> str:
     part = _WIKITEXT_SPLIT[split]
     if raw := _local("wikitext2", f"wiki.{part}.raw"):
-        lines = raw.read_text(encoding="utf-8").splitlines(keepends=True)
+        with raw.open(encoding="utf-8", newline="\n") as file:
+            lines = list(file)  # str.splitlines would also split at form feeds and their like
         return "\n\n".join(line if line.strip() else "" for line in lines)
     rows = _from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
     return "\n\n".join(row["text"] for row in rows)
@@ -123,6 +126,8 @@ def _local(corpus: str, file: str) -> Path | None:
     folder = os.environ.get("ROTLIB_DATA")
     if not folder:
         return None
+    if not Path(folder).is_dir():
+        raise ValueError(f"ROTLIB_DATA names {folder!r}, which is no folder")
     path = Path(folder) / corpus / file
     if not path.is_file():
         raise ValueError(f"ROTLIB_DATA is set, but there is no file {corpus}/{file} in it")

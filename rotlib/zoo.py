@@ -6,16 +6,16 @@ them: "full precision" below means these dequantized weights.
 """
 
 import os
+import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from httpx import HTTPError
 from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -40,40 +40,56 @@ def load(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) ->
     """
     source = resolve(name)
     device = pick_device(device)
-    with _one_sentence(name):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model.requires_grad_(False).eval().to(device), load_tokenizer(name)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}")
+    tokenizer = load_tokenizer(name)
+    with _one_sentence(name), _bars_for_downloads_only(source):
+        model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{name!r} lacks the weight {missing[0]}: its files and its config.json don't belong together")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
+    return model.requires_grad_(False).eval().to(device), tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; raises like `load`."""
-    with _one_sentence(name):
+    with _one_sentence(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(resolve(name))
 
 
 @contextmanager
-def _one_sentence(name: str):
-    """Turn what transformers raises into one sentence, and keep its progress bars for downloads."""
-    logging.disable_progress_bar()
+def _bars_for_downloads_only(source: str):
+    """Reading a local folder takes a second: no progress bar for that."""
+    hide = Path(source).is_dir() and logging.is_progress_bar_enabled()
+    if hide:
+        logging.disable_progress_bar()
+    yield
+    if hide:
+        logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_sentence(name: str, what: str = "causal language model"):
+    """Turn whatever transformers raises into one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name!r} can't be loaded as a causal language model with its tokenizer: {reason}") from error
-    finally:
-        logging.enable_progress_bar()
+    except Exception as error:  # a damaged file may raise anything
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name!r} can't be loaded as a {what}: {reason or type(error).__name__}") from error
 
 
 def pick_device(device: str = "auto") -> torch.device:
     """The torch device of that name; "auto" is CUDA where there is one, else the CPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"unknown device {device!r}: use 'auto', 'cpu' or 'cuda'") from None
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but this machine has no CUDA device: use 'auto' or 'cpu'")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        raise ValueError(f"unknown device {device!r}: use 'auto', 'cpu' or 'cuda'")
+    picked = torch.device(device)
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices, {str(device)!r} isn't among them: use 'auto' or 'cpu'"
+        )
     return picked
 
 
@@ -102,7 +118,7 @@ def on_hub(name: str, repo_type: str = "model") -> bool:
         return True
     try:
         return HfApi().repo_exists(name, repo_type=repo_type)
-    except (OSError, ValueError, HTTPError):
+    except Exception:  # offline, refused, misspelt: whatever the client raises, the repository isn't to be had
         return False
 
 
@@ -140,9 +156,8 @@ def _unpacked(name: str) -> Path:
     try:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(package, gguf_file=packaged.file).save_pretrained(scratch)
-        os.replace(scratch, folder)
-    except OSError:
+        with suppress(OSError):  # another process may have finished first
+            os.replace(scratch, folder)
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not folder.is_dir():  # another process may have finished first
-            raise
     return folder

@@ -2,7 +2,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SHAPE, tiny_model
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rotlib as rl
 from rotlib.gptq import Solver
@@ -148,7 +149,10 @@ def test_gptq_beats_rtn_on_a_models_own_outputs(tokens):
         (torch.zeros(64, dtype=torch.long), "shape"),
         (torch.zeros(2, 32), "LongTensor"),
         (torch.full((2, 32), 96), "token ids from 0 to 95"),
-        (torch.zeros(0, 32, dtype=torch.long), "at least one"),
+        (torch.zeros(9, 1, dtype=torch.long), "2 tokens or more"),
+        (torch.zeros(1, 65, dtype=torch.long), "reads 64 at most"),
+        (None, "not NoneType"),
+        (torch.zeros(0, 32, dtype=torch.long), "at least one window"),
     ],
 )
 def test_unusable_calibration_is_refused_before_any_work(calibration, message):
@@ -156,3 +160,23 @@ def test_unusable_calibration_is_refused_before_any_work(calibration, message):
     with pytest.raises(ValueError, match=message):
         rl.gptq(model, calibration, rl.WeightQuant())
     assert not getattr(model.config, "rotlib_quantized", False)
+
+
+def test_an_interrupted_model_is_not_quantized_twice(tokens, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gptq_module, "_quantize_layer", interrupt)
+    model = tiny_model(dtype=torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        rl.gptq(model, tokens, rl.WeightQuant())
+    with pytest.raises(ValueError, match="already quantized"):
+        rl.gptq(model, tokens, rl.WeightQuant())
+
+
+def test_layers_with_different_masks_are_refused_where_it_matters(tokens):
+    config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    with pytest.raises(ValueError, match="at most its 8 tokens of sliding window, not 32"):
+        rl.gptq(model, tokens, rl.WeightQuant())
+    rl.gptq(model, tokens[:, :8], rl.WeightQuant())

@@ -119,7 +119,8 @@ def test_the_papers_step_descends_and_stays_orthogonal():
     [
         ({"method": "adam"}, "unknown method 'adam': choose one of sampled, cayley-sgd"),
         ({"normalisation": "row"}, "unknown normalisation 'row'"),
-        ({"steps": 0}, "steps must be positive"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number"),
     ],
 )
 def test_unknown_choices_are_refused(arguments, message):

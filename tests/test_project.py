@@ -15,6 +15,7 @@ import yaml
 from rotlib import notebook as shared
 from rotlib.reproduce import make_plan
 from rotlib.store import ROOT
+from rotlib.zoo import PACKAGED
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -33,7 +34,7 @@ def test_environment_yml_installs_the_locks_pins():
     assert {"pip": ["-r requirements.lock"]} in environment["dependencies"]
     pinned = next(entry for entry in environment["dependencies"] if str(entry).startswith("python="))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">=" + pinned.removeprefix("python=")
+    assert project["requires-python"] == f"=={pinned.removeprefix('python=')}.*"
 
 
 def test_every_declared_dependency_is_pinned_in_the_lock():
@@ -50,6 +51,12 @@ def test_the_packages_of_the_brief_are_declared():
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
     assert {"transformers", "jupyterlab", "papermill", "matplotlib", "datasets", "lm-eval"} <= declared
     assert "torch==2.13.0" in declared
+
+
+def test_the_packaged_model_is_the_same_everywhere():
+    requirement = PACKAGED["smollm2-135m"].requirement
+    for file in ("Makefile", "README.md", "environment.yml"):
+        assert requirement in (ROOT / file).read_text()
 
 
 def test_ci_runs_every_notebook():
@@ -119,10 +126,11 @@ def check(**parameters):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"sedes": [1]}, "unknown parameter sedes, did you mean seeds"),
+        ({"sedes": [1]}, r"unknown parameter sedes \(did you mean seeds\?\)"),
         ({"seeds": "[0, 1]"}, "seeds must be of type list, not str"),
         ({"seeds": []}, "at least one seed"),
-        ({"seeds": [0.5]}, "list of whole numbers"),
+        ({"seeds": [0.5]}, "every seed in seeds must be a whole number"),
+        ({"seeds": [1, 1]}, "names a seed twice"),
         ({"window": "1024"}, "window must be of type int"),
         ({"window": True}, "window must be of type int"),
         ({"text": "wiki"}, "unknown text 'wiki'"),

@@ -107,9 +107,10 @@ def test_rtn_touches_the_seven_linears_and_nothing_else():
         ({"bits": 9}, "from 2 to 8"),
         ({"bits": 4.0}, "from 2 to 8"),
         ({"bits": "4"}, "from 2 to 8"),
-        ({"group_size": 0}, "positive whole number"),
-        ({"group_size": 32.0}, "positive whole number"),
+        ({"group_size": 0}, "group_size .* whole number of at least 1"),
+        ({"group_size": 32.0}, "group_size .* whole number"),
         ({"convention": "halb"}, "choose one of half, full"),
+        ({"symmetric": "no"}, "True or False"),
     ],
 )
 def test_a_grid_outside_the_choices_is_refused_at_once(arguments, message):

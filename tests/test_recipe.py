@@ -124,6 +124,29 @@ def test_a_corrupt_result_is_named(recipe):
         rl.run(recipe)
 
 
+def test_groups_that_do_not_fit_are_refused_before_anything_is_learned(recipe, monkeypatch):
+    monkeypatch.setattr(recipe_module, "optrot", lambda *_, **__: pytest.fail("learned first"))
+    with pytest.raises(ValueError, match="group_size 7 doesn't divide"):
+        rl.run(replace(recipe, rotation="optrot", group_size=7))
+
+
+def test_an_unwritable_store_is_refused_before_any_work(recipe, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "file"))
+    monkeypatch.setattr(recipe_module, "_compute", lambda *_: pytest.fail("computed first"))
+    with pytest.raises(ValueError, match="let ROTLIB_RESULTS name a writable folder"):
+        rl.run(recipe)
+
+
+def test_a_damaged_kept_rotation_is_learned_anew(recipe):
+    model, _ = rl.load(recipe.model)
+    rl.make_rotation(replace(recipe, rotation="optrot"), model)
+    (path,) = store.results_folder().glob("local/rotation-*.pt")
+    path.write_bytes(b"half")
+    rotation, _ = rl.make_rotation(replace(recipe, rotation="optrot"), model)
+    assert rotation.R1.shape == (48, 48)
+
+
 def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
     model, _ = rl.load(recipe.model)
     first, seconds = rl.make_rotation(replace(recipe, rotation="optrot"), model)
@@ -144,7 +167,13 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
         ({"window": 1}, "window must be a whole number of at least 2"),
         ({"seed": 0.5}, "seed must be a whole number"),
         ({"calibration_windows": True}, "calibration_windows must be"),
-        ({"damping": 0}, "damping must be positive"),
+        ({"damping": 0}, "damping must be a positive number"),
+        ({"damping": float("inf")}, "damping must be a positive number"),
+        ({"symmetric": "no"}, "symmetric must be True or False"),
+        ({"act_order": "no"}, "act_order must be True or False"),
+        ({"act_order": True, "rounding": "rtn"}, "act_order orders GPTQ's columns"),
+        ({"normalisation": "per-row"}, "belongs to the rotation 'optrot'"),
+        ({"model": None}, "named by a string"),
     ],
 )
 def test_a_recipe_outside_the_choices_is_refused_at_construction(arguments, message):

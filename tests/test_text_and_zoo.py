@@ -78,6 +78,12 @@ def test_too_few_tokens_name_what_there_is():
         (lambda t: rl.load("smolm2-135m"), "did you mean 'smollm2-135m'"),
         (lambda t: rl.load("nobody/nothing"), "no packaged alias .*, no local folder"),
         (lambda t: rl.load(3), "named by a string"),
+        (lambda t: rl.load("smollm2-135m", dtype="float16"), "dtype must be a floating-point torch.dtype"),
+        (lambda t: rl.load("smollm2-135m", device="cuda:9"), "use 'auto' or 'cpu'"),
+        (lambda t: rl.perplexity(rl.load("smollm2-135m")[0], torch.zeros(1, 9, dtype=torch.long)), r"shape \(n,\)"),
+        (lambda t: rl.perplexity(rl.load("smollm2-135m"), torch.zeros(2048, dtype=torch.long)), r"returns \(model, tokenizer\)"),
+        (lambda t: rl.windows(torch.arange(100), 1024, 1), "fewer than one window of 1024"),
+        (lambda t: rl.windows(torch.arange(100), 0, 1), "a whole number of at least 2"),
         (lambda t: pick_device("gpu"), "unknown device 'gpu'"),
     ],
 )
@@ -98,6 +104,24 @@ def test_a_local_folder_loads_like_a_hub_id(tmp_path, tokenizer):
     model, _ = rl.load(str(tmp_path))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_unreachable_hub_is_a_name_that_leads_nowhere(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("rotlib.zoo.HfApi.repo_exists", fail)
+    with pytest.raises(ValueError, match="can't be reached from here"):
+        rl.load("Qwen/Qwen3-0.6B")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, tokenizer):
+    model = tiny_model(dtype=torch.float32)
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks the weight model\.layers\.2"):
+        rl.load(str(tmp_path))
 
 
 def test_a_missing_packaged_model_says_how_to_get_it(tmp_path, monkeypatch):
