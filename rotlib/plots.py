@@ -10,7 +10,7 @@ from itertools import cycle
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from rotlib.families import Family
 from rotlib.outliers import HISTOGRAM_EDGES
@@ -86,10 +86,15 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
                     label=rotation,
                 )
             axis.set_title({"q": "q, k, v", "gate": "gate, up"}.get(site, site) if quantity == "input_kurtosis" else site)
-            axis.set_yscale("log")
-            axis.yaxis.set_minor_formatter(NullFormatter())
             if quantity != "incoherence":
                 axis.axhline(3, color="0.7", lw=0.8, zorder=0)
+        values = [module[quantity] for result in results.values() for module in result.metrics["modules"]]
+        if max(values) > 10 * min(values):
+            axes.flat[0].set_yscale("log")  # the panels share it
+            if max(values) < 1000:
+                axes.flat[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.flat[0].yaxis.set_major_formatter(ScalarFormatter())
+                axes.flat[0].yaxis.set_minor_formatter(NullFormatter())
         for axis in axes.flat[len(sites) :]:
             axis.set_axis_off()
         figure.supxlabel("layer")
