@@ -80,7 +80,11 @@ def _read_scale(config: Path) -> dict[str, dict]:
 def execute(path: Path, target: Path, parameters: dict, in_place: bool) -> None:
     """Run one notebook through papermill; in place, keep outputs and counts and drop what changes from run to run."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"TQDM_DISABLE": "1"} if in_place else {"ROTLIB_FIGURES": os.environ.get("ROTLIB_FIGURES", str(ROOT / "figures"))}
+    environment = (
+        {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        if in_place
+        else {"ROTLIB_FIGURES": os.environ.get("ROTLIB_FIGURES", str(ROOT / "figures"))}
+    )
     os.environ.update(environment)
     if not in_place:
         _show_kernel_progress()
