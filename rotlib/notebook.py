@@ -1,4 +1,4 @@
-"""What every notebook shares: its parameters are checked, its numbers become tables.
+"""What every notebook shares: the check of its parameters.
 
 papermill only warns of a mistyped parameter and hands over whatever type it parsed; `check_parameters` turns both into
 one sentence in a notebook's first code cell, before any work.

@@ -17,6 +17,9 @@ from rotlib.outliers import HISTOGRAM_EDGES
 from rotlib.store import ROOT, Result, write_atomically
 from rotlib.tables import Arm, mean_and_error, recipe_of
 
+# load the backend now: loaded inside the first figure's rc_context, its settings would end with it, and notebooks show no second figure
+plt.switch_backend(plt.get_backend())
+
 WIDTH = 7.0  # inches
 # Okabe and Ito's palette, one colour and marker a rotation in every figure
 STYLE = {

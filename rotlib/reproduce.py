@@ -19,6 +19,7 @@ from traitlets.config import Config
 
 from rotlib import store
 from rotlib.store import ROOT
+from rotlib.tables import arms, markdown
 
 NOTEBOOKS = ROOT / "notebooks"
 _IPC = Config(KernelManager={"transport": "ipc"})  # parallel runs would race for TCP ports
@@ -102,8 +103,6 @@ def execute(path: Path, target: Path, parameters: dict, in_place: bool) -> None:
 
 def table() -> str:
     """Every arm that there is a result for, from this machine or committed, as Markdown."""
-    from rotlib.tables import arms, markdown
-
     return markdown(arms(store.load_results()))
 
 

@@ -94,6 +94,7 @@ def test_a_notebook_keeps_its_contract(path):
     for position, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and "= plots." in cell.source:
             assert notebook.cells[position + 1].cell_type == "markdown", "a figure is read in words below it"
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs), "a figure is shown where it is drawn"
 
 
 @pytest.mark.parametrize(
