@@ -26,6 +26,12 @@ def positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive number, not {value!r}")
 
 
+def inner_share(name: str, value: object) -> None:
+    """Known to be a number strictly between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{name} must be a number between 0 and 1, both excluded, not {value!r}")
+
+
 def one_of(name: str, value: object, choices) -> None:
     """Known to be one of the choices."""
     if not isinstance(value, str) or value not in choices:

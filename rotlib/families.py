@@ -55,6 +55,10 @@ class Family:
         """The two norms of one layer: attention_norm is read by q, k, v and mlp_norm by gate, up."""
         return {name: self.layers[layer].get_submodule(path) for name, path in self.norm_paths.items()}
 
+    def attention(self, layer: int) -> Module:
+        """The attention of one layer, as the module that calls the attention function."""
+        return self.layers[layer].self_attn
+
     def untie(self) -> None:
         """Give lm_head a weight of its own and let the config say so; folding the final norm needs it."""
         if self.lm_head.weight is self.embedding.weight:
@@ -93,6 +97,8 @@ def adapt(model: PreTrainedModel) -> Family:
         if model_type in family.model_types:
             if stranger := _stranger(model, family):
                 raise ValueError(_refusal(model, stranger, f"has no place in the {model_type} layout"))
+            if (online := getattr(model.config, "rotlib_online", None)) and not hasattr(model, "rotlib_online"):
+                raise ValueError(f"this model was saved with the online rotations {', '.join(online)} on: rl.load restores them")
             return family(model)
     if norm := _POST_NORM.get(model_type):
         path = next(name for name, _ in model.named_modules() if name.endswith(f"layers.0.{norm}"))

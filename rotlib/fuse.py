@@ -2,13 +2,15 @@
 
 Each weight is read once, lifted to float64, given the gain of the norm it reads, multiplied by its rotations and stored
 back in the model's dtype. Norm gains become ones, tied embeddings are untied first, biases turn with their output.
-The result is an ordinary transformers model of the same family: it needs no code of ours and costs nothing to run.
+With R1 and R2 the result is an ordinary transformers model of the same family: it needs no code of ours and costs nothing
+to run. R3 and R4, where they are on, are applied while the model runs (`online.py`).
 """
 
 import torch
 from transformers import PreTrainedModel
 
 from rotlib.families import Family, adapt, check_finite
+from rotlib.online import attach, check_online
 from rotlib.rotation import SITES, Rotation, placed_weights, rotate_weight, times
 
 ORTHOGONALITY_TOLERANCE = 1e-6
@@ -16,10 +18,11 @@ ORTHOGONALITY_TOLERANCE = 1e-6
 
 @torch.no_grad()
 def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
-    """Fold the norms, untie the head and fuse R1 and R2 in float64; returns the model, changed in place.
+    """Fold the norms, untie the head and fuse R1, R2 and R4's inverse in float64; returns the model, changed in place.
 
     Raises ValueError before touching anything for: a model that is already rotated, an architecture that can't be
-    rotated, a rotation of the wrong shape or not orthogonal to 1e-6, non-finite weights.
+    rotated, a rotation of the wrong shape or not orthogonal to 1e-6, an online rotation that the model can't carry,
+    non-finite weights.
     """
     family = adapt(model)
     if not isinstance(rotation, Rotation):
@@ -29,6 +32,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     if is_quantized(model):
         raise ValueError("this model is already quantized: load the original again, rotate it, then quantize it")
     _check_rotation(family, rotation)
+    check_online(family, rotation.online)
     check_finite(model)
     model.config.rotlib_rotated = True  # first: an interrupted model is neither the original nor rotated
     family.untie()
@@ -42,6 +46,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
             bias.copy_(times(bias.double(), writes))
     for norm in _folded_norms(family):
         norm.weight.fill_(1.0)
+    attach(model, rotation.online)
     return model
 
 

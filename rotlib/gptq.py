@@ -10,7 +10,7 @@ that read the same input share one Hessian and one factorisation, and groups tak
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import positive, token_ids, yes_or_no
 from rotlib.families import STAGES, Family
-from rotlib.quant import Grid, WeightQuant, check_quantizable, fit_grid, round_to_nearest
+from rotlib.quant import Grid, QuantizedWeight, WeightQuant, check_quantizable, fit_grid, round_to_nearest
 
 BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
 _STRIP = 32  # columns whose errors reach the rest of the block in one product
@@ -41,19 +41,16 @@ class ModuleReport:
 
 @dataclass
 class Report:
-    """What GPTQ did, a line per weight."""
+    """What GPTQ did, a line per weight, and what it stored, by names such as "layers.0.q"."""
 
     modules: list[ModuleReport] = field(default_factory=list)
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
     seconds: float = 0.0
 
     @property
     def fallbacks(self) -> int:
         """How many weights could not be factorised and were rounded to nearest instead."""
         return sum(module.fallback for module in self.modules)
-
-    def rows(self) -> list[dict]:
-        """The report as plain dictionaries."""
-        return [asdict(module) for module in self.modules]
 
 
 @torch.no_grad()
@@ -93,7 +90,7 @@ class Solver:
     act_order: bool = False
     damping: float = 0.01
 
-    def __call__(self, W: Float[Tensor, "out in"], H: Float[Tensor, "in in"]) -> tuple[Tensor, Tensor, float, bool]:
+    def __call__(self, W: Float[Tensor, "out in"], H: Float[Tensor, "in in"]) -> tuple[QuantizedWeight, Tensor, float, bool]:
         """(quantized W, tr(ΔW H ΔWᵀ) of each row, damping used, fell back to RTN?)"""
         W = W.clone()
         H = H.clone()
@@ -103,7 +100,8 @@ class Solver:
         order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H), device=H.device)
         U, damping = self._factorise(H[order][:, order])
         Q = round_to_nearest(W, self.quant) if U is None else self._solve(W, order, U)
-        error = ((Q - W) @ H * (Q - W)).sum(dim=1)
+        difference = Q.dense() - W
+        error = (difference @ H * difference).sum(dim=1)
         return Q, error, damping, U is None
 
     def _factorise(self, H: Tensor) -> tuple[Tensor | None, float]:
@@ -116,16 +114,16 @@ class Solver:
                 return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True), damping
         return None, damping
 
-    def _solve(self, W: Tensor, order: Tensor, U: Tensor) -> Tensor:
+    def _solve(self, W: Tensor, order: Tensor, U: Tensor) -> QuantizedWeight:
         """Algorithm 1 of GPTQ on columns laid out as rows, in blocks and strips."""
         n = W.shape[1]
         group = self.quant.group_size
         block = BLOCK if group is None else group * max(1, BLOCK // group)
         strip = group if group and (group < block or group % _STRIP) else _STRIP
-        grid_at = self._grids(W, order)
+        grid_of, grids = self._grids(W, order)
         X = W.T[order].contiguous()  # (in, out): the weights as they stand, made up for earlier errors
         E = torch.empty_like(X)  # errors over the pivots
-        Q = torch.empty_like(X)
+        codes = torch.empty_like(X)
         for b in range(0, n, block):
             block_end = min(b + block, n)
             for s in range(b, block_end, strip):
@@ -134,29 +132,34 @@ class Solver:
                 for j in range(s, end):
                     column = torch.addmv(X[j], E[s:j].T, U[s:j, j], alpha=-1)
                     X[j] = column
-                    Q[j] = grid_at(X, j).round(column)
-                    E[j] = (column - Q[j]) / U[j, j]
+                    grid = grid_of(X, j)
+                    codes[j] = grid.codes(column)
+                    E[j] = (column - (codes[j] - grid.zero).mul_(grid.scale)) / U[j, j]
             X[block_end:] -= U[b:block_end, block_end:].T @ E[b:block_end]
-        return Q[order.argsort()].T
+        scale, zero = (torch.stack(parts, dim=1) for parts in ([grid.scale for grid in grids], [grid.zero for grid in grids]))
+        return QuantizedWeight(codes[order.argsort()].T.contiguous().to(self.quant.storage), scale, zero)
 
-    def _grids(self, W: Tensor, order: Tensor) -> Callable[[Tensor, int], Grid]:
-        """Which grid a column is rounded to: the row's, its own group's (act-order), or one fitted to fresh weights."""
+    def _grids(self, W: Tensor, order: Tensor) -> tuple[Callable[[Tensor, int], Grid], list[Grid]]:
+        """Which grid a column is rounded to: the row's, its own group's (act-order), or one fitted to fresh weights.
+
+        The list holds the groups' grids in the order of the inputs, complete once every column has been asked for.
+        """
         group = self.quant.group_size
         if group is None:
             grid = fit_grid(W, self.quant).row()
-            return lambda X, j: grid
+            return lambda X, j: grid, [grid]
         if self.act_order:
-            grids = [fit_grid(part, self.quant).row() for part in W.split(group, dim=1)]
+            static = [fit_grid(part, self.quant).row() for part in W.split(group, dim=1)]
             of_column = (order // group).tolist()
-            return lambda X, j: grids[of_column[j]]
-        current = [None]
+            return lambda X, j: static[of_column[j]], static
+        fitted = []
 
         def fresh(X: Tensor, j: int) -> Grid:
             if j % group == 0:
-                current[0] = fit_grid(X[j : j + group].T.contiguous(), self.quant).row()
-            return current[0]
+                fitted.append(fit_grid(X[j : j + group].T.contiguous(), self.quant).row())
+            return fitted[-1]
 
-        return fresh
+        return fresh, fitted
 
 
 class _Stop(Exception):
@@ -247,9 +250,12 @@ def _quantize_stage(index: int, linears: dict[str, nn.Linear], H: Tensor, solve:
     W = torch.cat([linear.weight.float() for linear in linears.values()])
     Q, error, damping, fallback = solve(W, H)
     sizes = [linear.out_features for linear in linears.values()]
-    for (name, linear), q, e in zip(linears.items(), Q.split(sizes), error.split(sizes), strict=True):
-        linear.weight.copy_(q)
-        report.modules.append(ModuleReport(f"layers.{index}.{name}", e.mean().item(), damping, fallback))
+    parts = zip(*(part.split(sizes) for part in Q), strict=True)
+    for (site, linear), part, e in zip(linears.items(), parts, error.split(sizes), strict=True):
+        name = f"layers.{index}.{site}"
+        report.weights[name] = QuantizedWeight(*part)
+        linear.weight.copy_(report.weights[name].dense())
+        report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback))
 
 
 def _forward(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:

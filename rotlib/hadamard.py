@@ -36,8 +36,8 @@ def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
     """``x @ hadamard(n)`` along the last axis as two small products, n(a + b) per row; raises like `hadamard`."""
     n = x.shape[-1]
     left, right = (factor.to(x) for factor in _balanced(n))
-    y = left.mT @ x.reshape(-1, len(left), len(right)) @ right
-    return (y / sqrt(n)).reshape(x.shape)
+    y = (x.reshape(-1, len(right)) @ (right / sqrt(n))).view(-1, len(left), len(right))
+    return torch.matmul(left.mT, y).view(x.shape)
 
 
 @lru_cache

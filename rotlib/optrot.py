@@ -4,37 +4,38 @@ The objective is ``Σ_W ‖R_outᵀ W R_in‖₄⁴`` over q, k, v, o, gate, up 
 ‖W‖_F alone, so per matrix this is kurtosis: a smooth stand-in for the largest weight, which sets the step of an absmax
 grid. No data and no forward pass are needed, and the gradient is closed: ``∂‖X R‖₄⁴/∂R = 4 Xᵀ (X R)^∘3``.
 
+`kurtail` learns on activations instead (KurTail, arXiv 2503.01483), `mixed` on both; `objective.py` has the matrices.
 The paper runs Cayley SGD on all weights. Here, by default, rows are drawn with probability ∝ ‖row‖⁴ and scaled to unit
 norm, which keeps the gradient unbiased; the draw is systematic and used up before the next, so that momentum averages
 the sampling noise away. R2's share is small and is descended in full, between draws.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import one_of, whole_number
+from rotlib.checks import inner_share, one_of, token_ids, whole_number
 from rotlib.families import Family, adapt, check_finite
 from rotlib.fuse import is_quantized, is_rotated
 from rotlib.manifold import Descent, cayley_sgd_step
-from rotlib.rotation import (
-    SITES,
-    PlacedWeight,
-    Rotation,
-    hadamard_rotation,
-    placed_weights,
-    random_rotation,
-    rotate_weight,
-    times,
+from rotlib.objective import (
+    NORMALISATIONS,
+    TOKENS,
+    Matrix,
+    blended,
+    sum_of_fourth_powers,
+    token_matrices,
+    weight_matrices,
 )
+from rotlib.online import check_online
+from rotlib.rotation import Rotation, hadamard_rotation, random_rotation
 
 _BATCH = 8192  # rows per step, or all there are
 _DRAW = 8  # steps that use up one draw
@@ -46,43 +47,80 @@ _R2_STEPS = 4  # steps in one turn
 _PAPER_LR = 1.0
 _DRIFT = 1e-4  # what float32 may add up to before the projection in float64
 
-# the weight that R acts on, row by row, is scaled by one of these before learning; which one the paper uses is unknown
-NORMALISATIONS: dict[str, Callable[[Tensor], Tensor | float]] = {
-    "plain": lambda rows: 1.0,
-    "per-matrix": lambda rows: 1 / rows.square().mean().sqrt().clamp_min(1e-12),
-    "per-row": lambda rows: 1 / rows.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12),
-}
-
 
 @torch.no_grad()
 def optrot(
-    model: PreTrainedModel, seed: int = 0, method: str = "sampled", normalisation: str = "plain", steps: int | None = None
+    model: PreTrainedModel,
+    seed: int = 0,
+    method: str = "sampled",
+    normalisation: str = "plain",
+    steps: int | None = None,
+    R3: bool = False,
+    R4: bool = False,
 ) -> Rotation:
     """Learn R1 and R2 on the model's weights, which stay as they are; fuse the result with `fuse`.
 
     `method` is "sampled" or "cayley-sgd", the paper's (1000 full gradients, lr 1); `normalisation` is a key of
-    `NORMALISATIONS`; `steps` overrides the method's own number. `history` holds the objective: for "sampled" an unbiased
-    estimate at every draw of rows, for "cayley-sgd" the exact value at every step; the last entry is exact. Raises
-    ValueError for an unknown choice, a rotated model or non-finite weights.
+    `NORMALISATIONS`; `steps` overrides the method's own number; R3 and R4 turn the online rotations on, and down's weight
+    is seen behind R4. `history` holds the objective: for "sampled" an unbiased estimate at every draw of rows, for
+    "cayley-sgd" the exact value at every step; the last entry is exact. Raises ValueError for an unknown choice, a
+    rotated model, non-finite weights, or an online rotation that the model can't carry.
     """
-    one_of("method", method, METHODS)
     one_of("normalisation", normalisation, NORMALISATIONS)
+    family, rotation = start(model, seed, R3, R4)
+    return _learn(weight_matrices(family, normalisation, R4), rotation, seed, method, steps)
+
+
+@torch.no_grad()
+def kurtail(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "windows length"],
+    seed: int = 0,
+    tokens: int = TOKENS,
+    R3: bool = False,
+    R4: bool = False,
+) -> Rotation:
+    """Learn R1 and R2 on a sample of activations: `tokens` of the calibration text at every input. Raises like `optrot`."""
+    family, rotation = start(model, seed, R3, R4)
+    token_ids("calibration", calibration, 2, model)
+    whole_number("tokens", tokens, 1)
+    return _learn(token_matrices(family, calibration, seed, tokens), rotation, seed)
+
+
+@torch.no_grad()
+def mixed(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "windows length"],
+    share: float,
+    seed: int = 0,
+    tokens: int = TOKENS,
+    R3: bool = False,
+    R4: bool = False,
+) -> Rotation:
+    """Learn R1 and R2 on (1 − share) · weights + share · activations, each in units of its value under a random rotation.
+
+    `share` (λ) lies between 0 (`optrot`) and 1 (`kurtail`). Raises like `optrot`.
+    """
+    inner_share("share", share)
+    family, rotation = start(model, seed, R3, R4)
+    token_ids("calibration", calibration, 2, model)
+    whole_number("tokens", tokens, 1)
+    sides = weight_matrices(family, "plain", R4), token_matrices(family, calibration, seed, tokens)
+    return _learn(blended(*sides, share, rotation), rotation, seed)
+
+
+def _learn(matrices: list[Matrix], rotation: Rotation, seed: int, method: str = "sampled", steps: int | None = None) -> Rotation:
+    """Descend from `rotation` and hand over the nearest exactly orthogonal one, with its exact objective."""
+    one_of("method", method, METHODS)
     if steps is not None:
         whole_number("steps", steps, 1)
-    whole_number("seed", seed, 0)
-    family = adapt(model)
-    if is_rotated(model) or is_quantized(model):
-        raise ValueError("this model is already rotated or quantized: learn the rotation on the original")
-    check_finite(model)
     learn, default_steps = METHODS[method]
-    weights = Weights(family, NORMALISATIONS[normalisation])
-    rotation = start(family, seed)
-    learn(weights, rotation, steps or default_steps, seed)
+    learn(matrices, rotation, steps or default_steps, seed)
     if not (drift := rotation.orthogonality_error()) < _DRIFT:
-        raise RuntimeError(f"OptRot lost orthogonality: max|R Rᵀ − I| is {drift:.1e} in float32")
-    rotation = rotation.projected(weights.device)  # before the objective is taken: drift would flatter it
-    rotation.history.append(weights.objective(rotation))
-    return Rotation(rotation.R1.cpu(), rotation.R2.cpu(), rotation.history)
+        raise RuntimeError(f"learning lost orthogonality: max|R Rᵀ − I| is {drift:.1e} in float32")
+    rotation = rotation.projected(rotation.R1.device)  # before the objective is taken: drift would flatter it
+    rotation.history.append(sum_of_fourth_powers(matrices, rotation))
+    return replace(rotation, R1=rotation.R1.cpu(), R2=rotation.R2.cpu())
 
 
 def fourth_power(rows: Float[Tensor, "m n"], R: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,57 +141,31 @@ def _coarse_products():
         torch.set_float32_matmul_precision(before)
 
 
-class Weights:
-    """The weights that get quantized, norms folded in and normalised, held once in the model's dtype."""
-
-    def __init__(self, family: Family, scale: Callable[[Tensor], Tensor | float]):
-        self.device = family.embedding.weight.device
-        self.placed = list(placed_weights(family, quantized_only=True))
-        self._folded = [self._scaled(placed, scale).to(placed.module.weight.dtype) for placed in self.placed]
-
-    def rows(self, which: int, name: str, rotation: Rotation, index: Tensor | slice = slice(None)) -> Float[Tensor, "m n"]:
-        """Weight number `which` with every rotation but `name` applied, laid out so that `name` acts on its rows."""
-        placed = self.placed[which]
-        site = SITES[placed.site]
-        others = [None if R is None else R.float() for R in replace(rotation, **{name: None}).at(site, placed.layer)]
-        W = self._folded[which]
-        if any(R is not None for R in others):
-            W = rotate_weight(W.float(), *others)
-        return (W if site.reads == name else W.mT)[index].float()
-
-    def touched_by(self, name: str) -> list[int]:
-        """The weights that `name` acts on."""
-        return [which for which, placed in enumerate(self.placed) if name in (SITES[placed.site].reads, SITES[placed.site].writes)]
-
-    def objective(self, rotation: Rotation) -> float:
-        """Σ‖rotated W‖₄⁴, exactly; R1 acts on every weight that is quantized."""
-        R1 = rotation.R1.float()
-        return sum(times(self.rows(which, "R1", rotation), R1).pow(4).sum().item() for which in self.touched_by("R1"))
-
-    def _scaled(self, placed: PlacedWeight, scale: Callable[[Tensor], Tensor | float]) -> Tensor:
-        W = placed.folded(torch.float32)
-        return W * scale(W) if SITES[placed.site].reads == "R1" else (W.mT * scale(W.mT)).mT
-
-
-def start(family: Family, seed: int) -> Rotation:
+def start(model: PreTrainedModel, seed: int, R3: bool, R4: bool) -> tuple[Family, Rotation]:
     """Where learning starts: a random Hadamard rotation, or a random orthogonal one where no Hadamard matrix fits."""
+    whole_number("seed", seed, 0)
+    family = adapt(model)
+    if is_rotated(model) or is_quantized(model):
+        raise ValueError("this model is already rotated or quantized: learn the rotation on the original")
+    check_finite(model)
+    check_online(family, Rotation(None, None, R3, R4).online)
     try:
-        rotation = hadamard_rotation(family.model, seed)
+        rotation = hadamard_rotation(model, seed)
     except ValueError:
-        rotation = random_rotation(family.model, seed)
+        rotation = random_rotation(model, seed)
     device = family.embedding.weight.device
-    return Rotation(rotation.R1.to(device, torch.float32), rotation.R2.to(device, torch.float32))
+    return family, Rotation(rotation.R1.to(device, torch.float32), rotation.R2.to(device, torch.float32), R3, R4)
 
 
-def _learn_sampled(weights: Weights, rotation: Rotation, steps: int, seed: int) -> None:
+def _learn_sampled(matrices: list[Matrix], rotation: Rotation, steps: int, seed: int) -> None:
     """Momentum descent: R1 on drawn rows, R2 on all of its rows at its turns."""
-    rows = _RowSampler(weights, rotation, seed)
+    rows = _RowSampler(matrices, rotation, seed)
     R1, R2 = Descent(rotation.R1), Descent(rotation.R2)
     for step in tqdm(range(steps), desc="OptRot", unit="step"):
         anneal = 0.5 * (1 + math.cos(math.pi * step / steps))
         if step % _R2_EVERY == 0:
             with _coarse_products():
-                heads = _R2Rows(weights, rotation)
+                heads = _R2Rows(matrices, rotation)
             for _ in range(_R2_STEPS):
                 R2.step(heads.gradient(R2.R), _R2_LENGTH * anneal)
             R2.project()
@@ -170,15 +182,15 @@ def _learn_sampled(weights: Weights, rotation: Rotation, steps: int, seed: int) 
             rotation.history.append(rows.total * value.item() / rows.size)
 
 
-def _learn_cayley_sgd(weights: Weights, rotation: Rotation, steps: int, seed: int) -> None:
+def _learn_cayley_sgd(matrices: list[Matrix], rotation: Rotation, steps: int, seed: int) -> None:
     """The paper's optimiser: Cayley SGD on the whole objective."""
     for _ in tqdm(range(steps), desc="OptRot, Cayley SGD", unit="step"):
         value, slope1 = 0.0, torch.zeros_like(rotation.R1)
-        for which in weights.touched_by("R1"):
-            part, slope = fourth_power(weights.rows(which, "R1", rotation), rotation.R1)
+        for matrix in matrices:
+            part, slope = fourth_power(matrix.rows("R1", rotation), rotation.R1)
             value += part.item()
             slope1 += slope
-        slope2 = _R2Rows(weights, rotation).gradient(rotation.R2)
+        slope2 = _R2Rows(matrices, rotation).gradient(rotation.R2)
         rotation.R1 = cayley_sgd_step(rotation.R1, slope1, _PAPER_LR)
         rotation.R2 = cayley_sgd_step(rotation.R2, slope2, _PAPER_LR)
         rotation.history.append(value)
@@ -187,10 +199,11 @@ def _learn_cayley_sgd(weights: Weights, rotation: Rotation, steps: int, seed: in
 class _RowSampler:
     """Unit rows for R1, drawn with probability ∝ ‖row‖⁴ at the start; `total` turns their mean into the objective."""
 
-    def __init__(self, weights: Weights, rotation: Rotation, seed: int):
-        self._weights = weights
+    def __init__(self, matrices: list[Matrix], rotation: Rotation, seed: int):
+        self._matrices = [matrix for matrix in matrices if matrix.touched_by("R1")]
+        self._device = rotation.R1.device
         self._generator = torch.Generator().manual_seed(seed)
-        norms = [weights.rows(which, "R1", rotation).norm(dim=1).cpu() for which in weights.touched_by("R1")]
+        norms = [matrix.rows("R1", rotation).norm(dim=1).cpu() for matrix in self._matrices]
         self._inverse = [1 / norm.clamp_min(1e-30) for norm in norms]
         fourth = torch.cat(norms).double() ** 4
         self.total = fourth.sum().item()
@@ -204,12 +217,12 @@ class _RowSampler:
         offset = torch.rand(1, generator=self._generator, dtype=torch.float64)
         chosen = torch.searchsorted(self._cumulative, (torch.arange(count) + offset) / count).clamp_(max=len(self._cumulative) - 1)
         bounds = torch.searchsorted(chosen, self._starts).tolist()
-        place = torch.randperm(count, generator=self._generator).to(self._weights.device)
-        self._rows = torch.empty(count, len(rotation.R1), device=self._weights.device)
+        place = torch.randperm(count, generator=self._generator).to(self._device)
+        self._rows = torch.empty(count, len(rotation.R1), device=self._device)
         for which, (begin, end) in enumerate(pairwise(bounds)):
             index = chosen[begin:end] - self._starts[which]
             scale = self._inverse[which][index].unsqueeze(1)
-            rows = self._weights.rows(which, "R1", rotation, index)
+            rows = self._matrices[which].rows("R1", rotation, index)
             self._rows[place[begin:end]] = rows.mul_(scale.to(rows))
 
     def batch(self, number: int) -> Float[Tensor, "batch d"]:
@@ -220,12 +233,13 @@ class _RowSampler:
 class _R2Rows:
     """Everything R2 acts on at the present R1, stacked by layer and KV head."""
 
-    def __init__(self, weights: Weights, rotation: Rotation):
+    def __init__(self, matrices: list[Matrix], rotation: Rotation):
         layers, heads, b, _ = rotation.R2.shape
         by_layer = [[] for _ in range(layers)]
-        for which in weights.touched_by("R2"):
-            rows = weights.rows(which, "R2", rotation)
-            by_layer[weights.placed[which].layer].append(rows.unflatten(1, (heads, -1, b)).movedim(1, 0).flatten(1, 2))
+        for matrix in matrices:
+            if matrix.touched_by("R2"):
+                rows = matrix.rows("R2", rotation).unflatten(1, (heads, -1, b))
+                by_layer[matrix.layer].append(rows.movedim(1, 0).flatten(1, 2))
         self._rows = torch.stack([torch.cat(rows, dim=1) for rows in by_layer])  # (layers, heads, m, b)
 
     def gradient(self, R2: Float[Tensor, "layers heads b b"]) -> Float[Tensor, "layers heads b b"]:

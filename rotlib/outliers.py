@@ -18,7 +18,8 @@ from rotlib import store
 from rotlib.families import STAGES, Family, adapt
 from rotlib.fuse import fuse
 from rotlib.measure import incoherence, kurtosis
-from rotlib.recipe import Recipe, calibration_tokens, make_rotation
+from rotlib.pipeline import calibration_tokens, make_rotation
+from rotlib.recipe import Recipe
 from rotlib.rotation import placed_weights
 from rotlib.store import Record, Result
 from rotlib.text import fingerprint
@@ -29,7 +30,7 @@ HISTOGRAM_EDGES = [edge / 4 for edge in range(121)]  # |w| / rms from 0 to 30
 
 def outliers(recipe: Recipe, device: str = "auto") -> Result:
     """Outliers of the recipe's model under its rotation (`rotation`, `seed`), over its calibration windows; kept like a run."""
-    read = ("model", "text", "rotation", "normalisation", "window", "calibration_windows", "seed")
+    read = ("model", "text", "rotation", "normalisation", "activation_share", "R4", "window", "calibration_windows", "seed")
     recipe = Recipe(**{name: getattr(recipe, name) for name in read})
     picked = pick_device(device)
     return store.once(recipe.spec() | {"task": "outliers"}, picked, lambda record: _compute(recipe, picked, record))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -53,10 +53,28 @@ class WeightQuant:
         """The smallest and the largest code."""
         return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
 
+    @property
+    def storage(self) -> torch.dtype:
+        """The integer type that holds the codes."""
+        return torch.int8 if self.symmetric else torch.uint8
+
     def check_width(self, width: int, name: str) -> None:
         """Raises ValueError where the groups don't divide an input width."""
         if self.group_size and width % self.group_size:
             raise ValueError(f"group_size {self.group_size} doesn't divide the {width} inputs of {name}")
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight as it is stored: codes, and scale and zero point of every group of inputs (one group: per channel)."""
+
+    codes: Int[Tensor, "out in"]  # int8, or uint8 on an asymmetric grid
+    scale: Float[Tensor, "out groups"]
+    zero: Float[Tensor, "out groups"]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The weight that the codes stand for."""
+        codes = self.codes.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
+        return codes.sub_(self.zero.unsqueeze(2)).mul_(self.scale.unsqueeze(2)).flatten(1)
 
 
 class Grid(NamedTuple):
@@ -67,9 +85,13 @@ class Grid(NamedTuple):
     low: int
     high: int
 
+    def codes(self, w: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+        """The codes of the nearest points of the grid."""
+        return (w / self.scale).add_(self.zero).round_().clamp_(self.low, self.high)
+
     def round(self, w: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
         """The nearest points of the grid."""
-        return (w / self.scale).add_(self.zero).round_().clamp_(self.low, self.high).sub_(self.zero).mul_(self.scale)
+        return self.codes(w).sub_(self.zero).mul_(self.scale)
 
     def row(self) -> "Grid":
         """The same grid for a single column laid out as a vector of rows."""
@@ -79,26 +101,44 @@ class Grid(NamedTuple):
 def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
     """The grid of each row, with the clip factor searched where `quant` says so."""
     if not quant.clip_search:
-        return _grid(W, quant, 1.0)
+        return grid_at(W, quant, 1.0)
     rows = max(1, _CHUNK // W.shape[1])
     factors = torch.cat([_best_factor(part, quant) for part in W.split(rows)])
-    return _grid(W, quant, factors)
+    return grid_at(W, quant, factors)
 
 
-def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> Float[Tensor, "out in"]:
+def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> QuantizedWeight:
     """W on its grid, per output channel or per group."""
     grouped = W.reshape(-1, quant.group_size or W.shape[1])
-    return fit_grid(grouped, quant).round(grouped).view_as(W)
+    grid = fit_grid(grouped, quant)
+    scale, zero = (part.view(len(W), -1) for part in (grid.scale, grid.zero))
+    return QuantizedWeight(grid.codes(grouped).view_as(W).to(quant.storage), scale, zero)
 
 
 @torch.no_grad()
-def rtn(model: PreTrainedModel, quant: WeightQuant) -> PreTrainedModel:
-    """Round every linear of every decoder layer to its nearest grid point, in place; raises like `check_quantizable`."""
+def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight]:
+    """Round every linear of every decoder layer to its nearest grid point, in place; raises like `check_quantizable`.
+
+    Returns what was stored, by names such as "layers.0.q".
+    """
     family = check_quantizable(model, quant)
     model.config.rotlib_quantized = True  # first: an interrupted model is neither the original nor quantized
+    weights = {}
     for placed in tqdm(list(placed_weights(family, quantized_only=True)), desc="RTN", unit="weight"):
-        weight = placed.module.weight
-        weight.copy_(round_to_nearest(weight.float(), quant))
+        weights[placed.name] = round_to_nearest(placed.module.weight.float(), quant)
+        placed.module.weight.copy_(weights[placed.name].dense())
+    return weights
+
+
+@torch.no_grad()
+def restore(model: PreTrainedModel, weights: dict[str, QuantizedWeight]) -> PreTrainedModel:
+    """Put weights that `rtn` or `gptq` returned into a model prepared as theirs was, in place."""
+    placed_by_name = {placed.name: placed for placed in placed_weights(adapt(model), quantized_only=True)}
+    if placed_by_name.keys() != weights.keys():
+        raise ValueError(f"these quantized weights belong to another model: it has {len(placed_by_name)} linears, they are {len(weights)}")
+    model.config.rotlib_quantized = True
+    for name, weight in weights.items():
+        placed_by_name[name].module.weight.copy_(weight.dense())
     return model
 
 
@@ -118,8 +158,8 @@ def check_quantizable(model: PreTrainedModel, quant: WeightQuant) -> Family:
     return family
 
 
-def _grid(W: Tensor, quant: WeightQuant, factor: Tensor | float) -> Grid:
-    """The grid whose range is `factor` times the unclipped one; all-zero rows get the step 1."""
+def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | float) -> Grid:
+    """The grid of each row whose range is `factor` times the unclipped one; all-zero rows get the step 1."""
     low, high = quant.codes
     if quant.symmetric:
         steps = 2 ** (quant.bits - 1) - (0.5 if quant.convention == "half" else 1.0)
@@ -145,4 +185,4 @@ def _best_factor(W: Tensor, quant: WeightQuant) -> Float[Tensor, "rows 1"]:
 
 
 def _clip_error(W: Tensor, quant: WeightQuant, factor: Tensor) -> Float[Tensor, " rows"]:
-    return _grid(W, quant, factor).round(W).sub_(W).abs_().pow_(CLIP_NORM).sum(dim=1)
+    return grid_at(W, quant, factor).round(W).sub_(W).abs_().pow_(CLIP_NORM).sum(dim=1)

@@ -3,11 +3,12 @@
 A linear layer is ``y = x Wᵀ``. Once the gains of the norms are folded into the weights that read them, the residual
 stream can be turned by an orthogonal R1 and every head's values by an R2, at no cost: readers become ``W R``, writers
 ``Rᵀ W`` and the model computes what it did before (QuaRot, arXiv 2404.00456, §4; SpinQuant, arXiv 2405.16406, §3).
-Learning, fusing and tests all read `SITES` and call `rotate_weight`; nobody else knows where a rotation goes.
+R3 and R4 are exact Hadamard matrices applied while the model runs (`online.py`): R3 to queries and keys behind RoPE, R4 to
+what down reads, undone in its weight. Learning, fusing and tests read `SITES` and call `rotate_weight`; nobody else knows.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -21,47 +22,60 @@ from rotlib.hadamard import apply_hadamard
 
 
 class Site(NamedTuple):
-    """How one weight meets the rotations: R on its input side, R on its output side, the norm it reads."""
+    """How one weight meets the rotations: R on its input side, on its output side, behind RoPE; the norm it reads."""
 
     reads: str | None
     writes: str | None
     norm: str | None = None
+    after_rope: str | None = None
 
 
 SITES = {
     "embedding": Site(reads=None, writes="R1"),
-    "q": Site(reads="R1", writes=None, norm="attention_norm"),
-    "k": Site(reads="R1", writes=None, norm="attention_norm"),
+    "q": Site(reads="R1", writes=None, norm="attention_norm", after_rope="R3"),
+    "k": Site(reads="R1", writes=None, norm="attention_norm", after_rope="R3"),
     "v": Site(reads="R1", writes="R2", norm="attention_norm"),
     "o": Site(reads="R2", writes="R1"),
     "gate": Site(reads="R1", writes=None, norm="mlp_norm"),
     "up": Site(reads="R1", writes=None, norm="mlp_norm"),
-    "down": Site(reads=None, writes="R1"),
+    "down": Site(reads="R4", writes="R1"),
     "lm_head": Site(reads="R1", writes=None, norm="final_norm"),
 }
+
+
+# a rotation as `times` takes it: a matrix, one block per KV head, a function that applies it, or none
+Turn = Tensor | Callable[[Tensor], Tensor] | None
 
 
 @dataclass
 class Rotation:
     """R1 turns the residual stream, R2[layer, kv_head] the values of one KV head; None leaves that side alone.
 
-    Both are float64 and orthogonal. `history` holds the objective while the rotation was learned, if it was.
+    Both are float64 and orthogonal. R3 and R4 say whether these online Hadamard rotations are on. `history` holds the
+    objective while the rotation was learned, if it was.
     """
 
     R1: Float[Tensor, "d d"] | None
     R2: Float[Tensor, "layers kv_heads head_dim head_dim"] | None
+    R3: bool = False
+    R4: bool = False
     history: list[float] = field(default_factory=list)
 
-    def at(self, site: Site, layer: int | None) -> tuple[Tensor | None, Tensor | None]:
+    @property
+    def online(self) -> list[str]:
+        """The online rotations that are on."""
+        return [name for name in ("R3", "R4") if getattr(self, name)]
+
+    def at(self, site: Site, layer: int | None) -> tuple[Turn, Turn]:
         """The pair (R on the input side, R on the output side) of a site in one layer."""
         R2 = None if layer is None or self.R2 is None else self.R2[layer]
-        sides = {"R1": self.R1, "R2": R2, None: None}
+        sides = {"R1": self.R1, "R2": R2, "R4": apply_hadamard if self.R4 else None, None: None}
         return sides[site.reads], sides[site.writes]
 
     def projected(self, device: torch.device | str = "cpu") -> "Rotation":
         """The nearest exactly orthogonal rotation (polar factor) in float64, on one device."""
         R1, R2 = (None if R is None else polar(R.to(device, torch.float64)) for R in (self.R1, self.R2))
-        return Rotation(R1, R2, self.history)
+        return replace(self, R1=R1, R2=R2)
 
     def orthogonality_error(self) -> float:
         """The largest entry of |R Rᵀ − I| over R1 and all R2."""
@@ -75,6 +89,11 @@ class PlacedWeight(NamedTuple):
     layer: int | None
     module: nn.Module
     gain: Tensor | None
+
+    @property
+    def name(self) -> str:
+        """Such as "layers.0.q"."""
+        return self.site if self.layer is None else f"layers.{self.layer}.{self.site}"
 
     def folded(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
         """The weight with the norm's gain folded in; the embedding is turned so that its rows are outputs."""
@@ -97,32 +116,34 @@ def placed_weights(family: Family, quantized_only: bool = False) -> Iterator[Pla
         yield PlacedWeight("lm_head", None, family.lm_head, family.final_norm.weight)
 
 
-def times(x: Float[Tensor, "... n"], R: Tensor | None) -> Float[Tensor, "... n"]:
-    """``x R`` on the last axis. R is (n, n), or (k, b, b): one block per KV head, repeated over its query heads."""
+def times(x: Float[Tensor, "... n"], R: Turn) -> Float[Tensor, "... n"]:
+    """``x R`` on the last axis. R is (n, n), a function that applies it, or (k, b, b): a block per KV head for all its query heads."""
     if R is None:
         return x
+    if callable(R):
+        return R(x)
     if R.ndim == 2:
         return x @ R
     heads, b, _ = R.shape
     return torch.einsum("...kgb,kbc->...kgc", x.unflatten(-1, (heads, -1, b)), R).flatten(-3)
 
 
-def rotate_weight(W: Float[Tensor, "out in"], reads: Tensor | None, writes: Tensor | None) -> Float[Tensor, "out in"]:
+def rotate_weight(W: Float[Tensor, "out in"], reads: Turn, writes: Turn) -> Float[Tensor, "out in"]:
     """``Wᵣ = R_outᵀ W R_in``: the effect of a rotation on a weight, defined here and nowhere else."""
     return times(times(W, reads).mT, writes).mT
 
 
-def hadamard_rotation(model: PreTrainedModel, seed: int = 0) -> Rotation:
-    """Randomised Hadamard R1 and R2 (QuaRot): random signs on the input side, then the Hadamard matrix.
+def hadamard_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R4: bool = False) -> Rotation:
+    """Randomised Hadamard R1 and R2 (with R3 and R4: QuaRot): random signs on the input side, then the Hadamard matrix.
 
     Raises ValueError where the width or head_dim has no Hadamard matrix.
     """
-    return _draw(model, seed, random_hadamard)
+    return replace(_draw(model, seed, random_hadamard), R3=R3, R4=R4)
 
 
-def random_rotation(model: PreTrainedModel, seed: int = 0) -> Rotation:
+def random_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R4: bool = False) -> Rotation:
     """R1 and R2 drawn uniformly from the orthogonal group."""
-    return _draw(model, seed, random_orthogonal)
+    return replace(_draw(model, seed, random_orthogonal), R3=R3, R4=R4)
 
 
 def random_hadamard(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:

@@ -25,8 +25,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 _NUMERIC = (
-    "checks", "families", "fuse", "gptq", "hadamard", "manifold", "measure", "optrot", "outliers", "quant", "recipe", "rotation",
-    "text", "zoo",
+    "activations", "checks", "families", "fuse", "gptq", "hadamard", "manifold", "measure", "objective", "online", "optrot",
+    "outliers", "pipeline", "quant", "recipe", "rotation", "text", "zoo",
 )  # fmt: skip
 
 

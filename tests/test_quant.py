@@ -34,7 +34,7 @@ def round_slowly(row, quant, factor):
 
 @pytest.mark.parametrize("quant", GRIDS, ids=str)
 def test_a_row_holds_at_most_two_to_the_bits_distinct_values(quant):
-    for row in round_to_nearest(weights(), quant):
+    for row in round_to_nearest(weights(), quant).dense():
         assert len(row.unique()) <= 2**quant.bits
 
 
@@ -42,7 +42,7 @@ def test_a_row_holds_at_most_two_to_the_bits_distinct_values(quant):
 def test_rounding_agrees_with_the_definition(quant):
     W = weights(rows=4).double()
     slow = torch.tensor([round_slowly(row, quant, 1.0) for row in W], dtype=torch.float64)
-    torch.testing.assert_close(round_to_nearest(W, quant), slow)
+    torch.testing.assert_close(round_to_nearest(W, quant).dense(), slow)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -55,8 +55,8 @@ def test_clip_search_finds_the_best_of_all_eighty_factors(symmetric):
         return (Q - W).abs().pow(CLIP_NORM).sum(dim=1)
 
     exhaustive = torch.stack([error(_clipped(W, plain, factor)) for factor in CLIP_FACTORS.tolist()]).amin(dim=0)
-    found = error(round_to_nearest(W, searched))
-    assert (found <= error(round_to_nearest(W, plain)) * 1.0001).all()  # never worse than no clipping
+    found = error(round_to_nearest(W, searched).dense())
+    assert (found <= error(round_to_nearest(W, plain).dense()) * 1.0001).all()  # never worse than no clipping
     assert (found >= exhaustive * 0.9999).all()
     assert found.sum() < 1.01 * exhaustive.sum()  # coarse to fine loses next to nothing
 
@@ -71,7 +71,7 @@ def _clipped(W, quant, factor):
 def test_the_two_conventions_differ_by_two_fifths_at_two_bits_without_clip_search():
     W = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
     mse = {
-        convention: (round_to_nearest(W, rl.WeightQuant(bits=2, convention=convention, clip_search=False)) - W).square().mean().item()
+        convention: (round_to_nearest(W, rl.WeightQuant(bits=2, convention=convention, clip_search=False)).dense() - W).square().mean().item()
         for convention in ("full", "half")
     }
     assert mse["half"] < 0.75 * mse["full"]
@@ -79,8 +79,8 @@ def test_the_two_conventions_differ_by_two_fifths_at_two_bits_without_clip_searc
 
 def test_groups_are_quantized_as_if_each_were_a_row_of_its_own():
     W = weights(n=96)
-    Q = round_to_nearest(W, rl.WeightQuant(group_size=32))
-    alone = round_to_nearest(W[:, 32:64], rl.WeightQuant())
+    Q = round_to_nearest(W, rl.WeightQuant(group_size=32)).dense()
+    alone = round_to_nearest(W[:, 32:64], rl.WeightQuant()).dense()
     torch.testing.assert_close(Q[:, 32:64], alone)
 
 
@@ -88,7 +88,7 @@ def test_all_zero_rows_stay_zero():
     W = weights()
     W[3] = 0
     for quant in GRIDS:
-        assert round_to_nearest(W, quant)[3].abs().max() == 0
+        assert round_to_nearest(W, quant).dense()[3].abs().max() == 0
 
 
 def test_rtn_touches_the_seven_linears_and_nothing_else():

@@ -17,7 +17,7 @@ import rotlib as rl
 from rotlib import store, tables
 from rotlib.zoo import load_tokenizer
 
-recipe_module = importlib.import_module("rotlib.recipe")
+pipeline = importlib.import_module("rotlib.pipeline")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_every_result_says_what_ran_where_on_which_tokens(recipe):
 
 def test_a_finished_recipe_is_not_computed_twice(recipe, monkeypatch):
     first = rl.run(recipe)
-    monkeypatch.setattr(recipe_module, "_compute", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(pipeline, "_compute", lambda *_: pytest.fail("computed again"))
     assert rl.run(recipe) == first
 
 
@@ -125,7 +125,7 @@ def test_a_corrupt_result_is_named(recipe):
 
 
 def test_groups_that_do_not_fit_are_refused_before_anything_is_learned(recipe, monkeypatch):
-    monkeypatch.setattr(recipe_module, "optrot", lambda *_, **__: pytest.fail("learned first"))
+    monkeypatch.setattr(pipeline, "optrot", lambda *_, **__: pytest.fail("learned first"))
     with pytest.raises(ValueError, match="group_size 7 doesn't divide"):
         rl.run(replace(recipe, rotation="optrot", group_size=7))
 
@@ -133,7 +133,7 @@ def test_groups_that_do_not_fit_are_refused_before_anything_is_learned(recipe, m
 def test_an_unwritable_store_is_refused_before_any_work(recipe, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "file"))
-    monkeypatch.setattr(recipe_module, "_compute", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr(pipeline, "_compute", lambda *_: pytest.fail("computed first"))
     with pytest.raises(ValueError, match="let ROTLIB_RESULTS name a writable folder"):
         rl.run(recipe)
 
@@ -150,7 +150,7 @@ def test_a_damaged_kept_rotation_is_learned_anew(recipe):
 def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
     model, _ = rl.load(recipe.model)
     first, seconds = rl.make_rotation(replace(recipe, rotation="optrot"), model)
-    monkeypatch.setattr(recipe_module, "optrot", lambda *_, **__: pytest.fail("learned again"))
+    monkeypatch.setattr(pipeline, "optrot", lambda *_, **__: pytest.fail("learned again"))
     again, kept_seconds = rl.make_rotation(replace(recipe, rotation="optrot", bits=3), model)
     assert torch.equal(first.R1, again.R1)
     assert kept_seconds == seconds
