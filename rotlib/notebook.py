@@ -7,7 +7,7 @@ one sentence in a notebook's first code cell, before any work.
 import inspect
 from difflib import get_close_matches
 
-from rotlib.checks import whole_number
+from rotlib.checks import inner_share, whole_number
 from rotlib.recipe import Recipe
 from rotlib.zoo import resolve
 
@@ -15,7 +15,9 @@ PARAMETERS = {
     "model": str,
     "text": str,
     "seeds": list,
-    "act_order_seeds": list,
+    "side_seeds": list,
+    "extra_seeds": list,
+    "shares": list,
     "window": int,
     "calibration_windows": int,
     "test_windows": int,
@@ -39,10 +41,13 @@ def check_parameters() -> Recipe:
         if isinstance(value, bool) or not isinstance(value, kind):
             raise ValueError(f"the parameter {name} must be of type {kind.__name__}, not {type(value).__name__} ({value!r})")
         if kind is list:
-            for seed in value:
-                whole_number(f"every seed in {name}", seed, 0)
+            for entry in value:
+                if name == "shares":
+                    inner_share("every share in shares", entry)
+                else:
+                    whole_number(f"every seed in {name}", entry, 0)
             if len(set(value)) < len(value):
-                raise ValueError(f"the parameter {name} names a seed twice: {value!r}")
+                raise ValueError(f"the parameter {name} names {'a share' if name == 'shares' else 'a seed'} twice: {value!r}")
     if not given.get("seeds"):
         raise ValueError("the parameter seeds must hold at least one seed")
     recipe = Recipe(**{name: value for name, value in given.items() if PARAMETERS[name] is not list}, seed=given["seeds"][0])

@@ -28,13 +28,14 @@ HeadStep = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 def check_online(family: Family, rotations: list[str]) -> None:
     """Raises ValueError where the model can't carry these online rotations: widths, RoPE, attention implementation."""
     if "R4" in rotations:
-        hadamard_factors(family.linears(0)["down"].in_features)
+        width = family.linears(0)["down"].in_features
+        _check_order(width, f"R4 turns the {width} inputs of down_proj")
     if "R3" in rotations:
         if not hasattr(family.decoder, "rotary_emb"):
             raise ValueError(
                 "R3 turns queries and keys behind rotary embeddings, and this model has none: leave R3 out, its job can be fused"
             )
-        hadamard_factors(family.head_dim)
+        _check_order(family.head_dim, f"R3 turns the {family.head_dim} coordinates of a head")
         check_attention(family.model)
 
 
@@ -85,6 +86,13 @@ def check_attention(model: PreTrainedModel) -> None:
             f"keys can't be rotated or quantized inside the attention implementation {found!r}: "
             "load the model with attn_implementation='sdpa'"
         )
+
+
+def _check_order(n: int, where: str) -> None:
+    try:
+        hadamard_factors(n)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _apply_R4(module: nn.Module, args: tuple) -> tuple:

@@ -1,17 +1,18 @@
 """Where the outliers are: kurtosis and incoherence of every quantized weight, and kurtosis of what it reads.
 
-A model is rotated (or not), its weights are measured as they would be quantized, and some text runs through it while
-hooks gather the moments of every linear's input, so nothing larger than one activation is held. A histogram of all
-weights over their matrix's root mean square shows the tails.
+A model is rotated (or not), its weights are measured as they would be quantized, an output channel at a time, and some text
+runs through it while hooks measure every linear's input, a token at a time, so nothing larger than one activation is held.
+A histogram of all weights over their matrix's root mean square shows the tails.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotlib import store
@@ -25,11 +26,12 @@ from rotlib.store import Record, Result
 from rotlib.text import fingerprint
 from rotlib.zoo import load, pick_device
 
+WINDOWS = 2  # calibration windows that run through the model: kurtosis needs no more
 HISTOGRAM_EDGES = [edge / 4 for edge in range(121)]  # |w| / rms from 0 to 30
 
 
 def outliers(recipe: Recipe, device: str = "auto") -> Result:
-    """Outliers of the recipe's model under its rotation (`rotation`, `seed`), over its calibration windows; kept like a run."""
+    """Outliers of the recipe's model under its rotation (`rotation`, `seed`), over its first calibration windows; kept like a run."""
     read = ("model", "text", "rotation", "normalisation", "activation_share", "R4", "window", "calibration_windows", "seed")
     recipe = Recipe(**{name: getattr(recipe, name) for name in read})
     picked = pick_device(device)
@@ -37,8 +39,9 @@ def outliers(recipe: Recipe, device: str = "auto") -> Result:
 
 
 def compare_outliers(recipe: Recipe, rotations: tuple[str, ...]) -> dict[str, Result]:
-    """`outliers` of the same recipe under several rotations."""
-    return {rotation: outliers(replace(recipe, rotation=rotation)) for rotation in rotations}
+    """`outliers` of the same recipe under several rotations; a name such as "hadamard + R4" turns R4 on."""
+    online = " + R4"
+    return {name: outliers(replace(recipe, rotation=name.removesuffix(online), R4=name.endswith(online))) for name in rotations}
 
 
 @torch.no_grad()
@@ -53,7 +56,7 @@ def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
         record.metrics["modules"] = weight_outliers(family)
         record.metrics["histogram"] = _histogram(family).tolist()
     with record.stage("activations"):
-        inputs = input_kurtosis(model, calibration)
+        inputs = input_kurtosis(model, calibration[:WINDOWS])
     for module in record.metrics["modules"]:
         module["input_kurtosis"] = inputs[module["layer"], module["site"]]
     record.tokens["calibration"] = fingerprint(calibration)
@@ -73,38 +76,26 @@ def weight_outliers(family: Family) -> list[dict]:
 
 
 def input_kurtosis(model: PreTrainedModel, calibration: Int[Tensor, "windows length"]) -> dict[tuple[int, str], float]:
-    """Kurtosis of every linear's input over some text, by layer and site."""
+    """Kurtosis of every linear's input, token by token as its grid is, averaged over some text; by layer and site."""
     family = adapt(model)
-    moments: dict[tuple[int, str], Tensor] = {}
-    with _watch_inputs(family, moments):
-        for ids in calibration:
-            family.decoder(input_ids=ids[None].to(family.embedding.weight.device), use_cache=False)
-    return {key: (n * fourth / square**2).item() for key, (n, square, fourth) in moments.items()}
+    seen: dict[tuple[int, str], list[float]] = {}
 
-
-@contextmanager
-def _watch_inputs(family: Family, moments: dict[tuple[int, str], Tensor]) -> Iterator[None]:
-    """Add (count, Σx², Σx⁴) of each input to `moments`; linears that read the same input share one hook."""
-
-    def hook_for(layer: int, stage: tuple[str, ...]):
-        def hook(module, args):
-            x = args[0].double()
-            seen = torch.stack([torch.tensor(float(x.numel()), dtype=x.dtype, device=x.device), x.square().sum(), x.pow(4).sum()])
-            for site in stage:
-                moments[layer, site] = moments.get((layer, site), 0) + seen
+    def watch(layer: int, stage: tuple[str, ...]) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            tokens = kurtosis(args[0].flatten(0, -2))
+            for site in stage:  # they read the same input
+                seen.setdefault((layer, site), []).append(tokens)
 
         return hook
 
-    handles = [
-        family.linears(layer)[stage[0]].register_forward_pre_hook(hook_for(layer, stage))
-        for layer in range(len(family.layers))
-        for stage in STAGES
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in range(len(family.layers)):
+            for stage in STAGES:
+                handle = family.linears(layer)[stage[0]].register_forward_pre_hook(watch(layer, stage))
+                stack.callback(handle.remove)
+        for ids in calibration:
+            family.decoder(input_ids=ids[None].to(family.embedding.weight.device), use_cache=False)
+    return {key: fmean(values) for key, values in seen.items()}
 
 
 def _histogram(family: Family) -> Tensor:

@@ -10,10 +10,11 @@ from itertools import cycle
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from rotlib.families import Family
 from rotlib.outliers import HISTOGRAM_EDGES
+from rotlib.recipe import LEARNED
 from rotlib.store import ROOT, Result, write_atomically
 from rotlib.tables import Arm, mean_and_error, recipe_of
 
@@ -27,6 +28,8 @@ STYLE = {
     "random": ("#56B4E9", "s"),
     "hadamard": ("#E69F00", "^"),
     "optrot": ("#009E73", "D"),
+    "kurtail": ("#CC79A7", "v"),
+    "mixed": ("#0072B2", "P"),
 }
 _RC = {
     "axes.spines.right": False,
@@ -58,7 +61,7 @@ def kl_bars(arms: Sequence[Arm]) -> Figure:
             value, _ = mean_and_error(arm.values("kl").values())
             axis.barh(height, value, color=STYLE[arm.recipe.rotation][0], height=0.6)
             axis.annotate(f"{value:.2f}", (value, height), xytext=(4, 0), textcoords="offset points", va="center")
-        axis.set_yticks(range(len(arms)), [arm.recipe.rotation for arm in reversed(arms)])
+        axis.set_yticks(range(len(arms)), [arm.rotation for arm in reversed(arms)])
         axis.set_xlabel("KL divergence from the original, nats per token")
         axis.margins(x=0.15)
     return figure
@@ -78,16 +81,7 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
         for axis, site in zip(axes.flat, sites, strict=False):
             for rotation, result in results.items():
                 modules = [module for module in result.metrics["modules"] if module["site"] == site]
-                color, marker = STYLE[rotation]
-                axis.plot(
-                    [m["layer"] for m in modules],
-                    [m[quantity] for m in modules],
-                    color=color,
-                    marker=marker,
-                    ms=2.5,
-                    lw=0.8,
-                    label=rotation,
-                )
+                axis.plot([m["layer"] for m in modules], [m[quantity] for m in modules], ms=2.5, lw=0.8, label=rotation, **_style(rotation))
             axis.set_title({"q": "q, k, v", "gate": "gate, up"}.get(site, site) if quantity == "input_kurtosis" else site)
             if quantity != "incoherence":
                 axis.axhline(3, color="0.7", lw=0.8, zorder=0)
@@ -115,7 +109,7 @@ def weight_tails(results: dict[str, Result]) -> Figure:
             counts = result.metrics["histogram"]
             above = [sum(counts[i:]) / sum(counts) for i in range(len(counts))]
             kept = [(edge, share) for edge, share in zip(HISTOGRAM_EDGES, above, strict=False) if share > 0]
-            axis.plot(*zip(*kept, strict=True), color=STYLE[rotation][0], label=rotation)
+            axis.plot(*zip(*kept, strict=True), color=_style(rotation)["color"], label=rotation)
         axis.set_yscale("log")
         axis.set_xlabel("|w| / root mean square of its matrix")
         axis.set_ylabel("share of weights above")
@@ -139,24 +133,86 @@ def learning_curves(arm: Arm) -> Figure:
 
 
 def arm_comparison(arms: Sequence[Arm]) -> Figure:
-    """KL divergence of every arm, mean and standard error over seeds with the seeds behind, a panel a rounding."""
-    roundings = list(dict.fromkeys(arm.label[1] for arm in arms))
+    """KL divergence of every arm, mean and standard error with the seeds behind: a line a rotation, a panel a precision and rounding."""
+    panels = list(dict.fromkeys((arm.recipe.precision, arm.rounding) for arm in arms))
+    rotations = list(dict.fromkeys(arm.rotation for arm in arms))
     with plt.rc_context(_RC):
-        figure, axes = plt.subplots(1, len(roundings), figsize=(WIDTH, 2.6), layout="constrained", squeeze=False)
-        for axis, rounding in zip(axes[0], roundings, strict=True):
-            shown = [arm for arm in arms if arm.label[1] == rounding]
-            for place, arm in enumerate(shown):
-                color, marker = STYLE[arm.recipe.rotation]
+        size = (WIDTH, 0.9 + 0.24 * len(rotations))
+        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False, sharey=True)
+        for axis, (precision, rounding) in zip(axes[0], panels, strict=True):
+            shown = [arm for arm in arms if (arm.recipe.precision, arm.rounding) == (precision, rounding)]
+            for arm in shown:
+                place = rotations.index(arm.rotation)
                 values = list(arm.values("kl").values())
                 mean, error = mean_and_error(values)
-                axis.plot([place] * len(values), values, ".", color="0.75", ms=4, zorder=1)
-                axis.errorbar(place, mean, yerr=error if error == error else None, color=color, marker=marker, ms=5, capsize=3)
-            axis.set_xticks(range(len(shown)), [arm.recipe.rotation for arm in shown])
-            axis.set_title(rounding)
-            axis.set_ylim(bottom=0)
-            axis.margins(x=0.15)
-        axes[0][0].set_ylabel("KL, nats per token")
+                axis.plot(values, [place] * len(values), ".", color="0.75", ms=4, zorder=1)
+                axis.errorbar(mean, place, xerr=error if error == error else None, ms=5, capsize=3, **_style(arm.rotation))
+            means = [mean_and_error(arm.values("kl").values())[0] for arm in shown]
+            if max(means) > 8 * min(means):
+                axis.set_xscale("log")
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter(ScalarFormatter())
+                axis.xaxis.set_minor_formatter(NullFormatter())
+            else:
+                axis.set_xlim(left=0)
+                axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.set_title(precision + ("" if rounding == "none" else f", {rounding}"))
+            axis.grid(axis="x", color="0.9", lw=0.6)
+        axes[0][0].set_yticks(range(len(rotations)), rotations)
+        axes[0][0].invert_yaxis()
+        axes[0][0].margins(y=0.12)
+        figure.supxlabel("KL divergence from the original, nats per token", fontsize=9)
     return figure
+
+
+def weights_against_inputs(results: dict[str, Result]) -> Figure:
+    """Kurtosis of what a module reads against kurtosis of its weight: a point a layer, a panel a kind of module."""
+    sites = ("q", "o", "gate", "down")
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(1, len(sites), figsize=(WIDTH, 2.5), layout="constrained", sharex=True, sharey=True)
+        for axis, site in zip(axes, sites, strict=True):
+            for rotation, result in results.items():
+                modules = [module for module in result.metrics["modules"] if module["site"] == site]
+                at = [[module[quantity] for module in modules] for quantity in ("kurtosis", "input_kurtosis")]
+                axis.plot(*at, ls="", ms=3, alpha=0.7, label=rotation, **_style(rotation))
+            axis.axhline(3, color="0.8", lw=0.8, zorder=0)
+            axis.axvline(3, color="0.8", lw=0.8, zorder=0)
+            axis.set_title(site)
+        axes[0].set_xscale("log")
+        axes[0].set_yscale("log")
+        axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].xaxis.set_major_formatter(ScalarFormatter())
+        axes[0].xaxis.set_minor_formatter(NullFormatter())
+        figure.supxlabel("kurtosis of the weights", fontsize=9)
+        figure.supylabel("kurtosis of the inputs", fontsize=9)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
+    """Each rotation's KL at one precision against its KL at another, mean and standard error; "mixed" in λ's order is one line."""
+    with plt.rc_context(_RC):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.4), layout="constrained")
+        line = []
+        for pair in pairs:
+            (x, dx), (y, dy) = (mean_and_error(arm.values("kl").values()) for arm in pair)
+            errors = {"xerr": dx, "yerr": dy} if dx == dx else {}
+            axis.errorbar(x, y, **errors, ms=6, capsize=2, lw=0.8, **_style(pair[0].rotation))
+            axis.annotate(pair[0].rotation, (x, y), xytext=(6, 5), textcoords="offset points")
+            if pair[0].recipe.rotation in LEARNED:
+                line.append((pair[0].recipe.activation_share or float(pair[0].recipe.rotation == "kurtail"), x, y))
+        axis.plot(*zip(*[point[1:] for point in sorted(line)], strict=True), color="0.7", lw=1, zorder=0)
+        for axis_name, arm in (("x", pairs[0][0]), ("y", pairs[0][1])):
+            axis.set(**{f"{axis_name}label": f"KL at {arm.recipe.precision}, nats per token"})
+        axis.margins(0.2)
+    return figure
+
+
+def _style(rotation: str) -> dict:
+    """Color and marker of a rotation by its first word: hollow where R3 or R4 is on."""
+    color, marker = STYLE[rotation.split()[0]]
+    return {"color": color, "marker": marker} | ({"mfc": "white"} if "+" in rotation else {})
 
 
 def matrices(named: dict[str, object]) -> Figure:

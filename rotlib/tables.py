@@ -2,7 +2,7 @@
 
 A claim "A is better than B" is judged by a rule fixed before the data: on the difference of KL divergences, paired by
 seed, it is *reproduced* if A is lower by more than two standard errors, *not reproduced* if it is higher by more than
-two, and *undecided* otherwise or with fewer than three seeds.
+two, and *undecided* otherwise or with fewer than three seeds. With a margin m it reads "A is below m times B".
 """
 
 from collections.abc import Iterable
@@ -11,9 +11,10 @@ from math import sqrt
 from statistics import fmean, stdev
 
 from rotlib.recipe import Recipe
-from rotlib.store import Result
+from rotlib.store import Result, load_results
 
-_HEADER = "| rotation | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | settings |"
+_HEADER = "| rotation | precision | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | settings |"
+_NAMED = ("rotation", "activation_share", "R3", "R4", "rounding", "act_order", "bits", "activation_bits", "kv_bits", "seed")
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,23 @@ class Arm:
     results: tuple[Result, ...]
 
     @property
-    def label(self) -> tuple[str, str]:
-        """(rotation, rounding), the way tables and figures name the arm."""
-        return self.recipe.rotation, self.recipe.rounding.upper() + (" act-order" if self.recipe.act_order else "")
+    def rotation(self) -> str:
+        """Such as "hadamard", "mixed 0.5" or "optrot + R3 R4": how tables and figures name the arm."""
+        recipe = self.recipe
+        share = f" {recipe.activation_share:g}" if recipe.activation_share else ""
+        online = " ".join(name for name in ("R3", "R4") if getattr(recipe, name))
+        return recipe.rotation + share + (f" + {online}" if online else "")
+
+    @property
+    def rounding(self) -> str:
+        """Of the weights: GPTQ, GPTQ act-order, RTN or none."""
+        name = {"none": "none", "rtn": "RTN", "gptq": "GPTQ"}[self.recipe.rounding]
+        return name + (" act-order" if self.recipe.act_order else "")
 
     @property
     def settings(self) -> str:
         """Whatever else differs from the defaults, and whether today's code would compute it anew."""
-        named = ("task", "rotation", "rounding", "act_order", "seed")
-        others = [f"{name} {value}" for name, value in self.recipe.spec().items() if name not in named]
+        others = [f"{name} {value}" for name, value in self.recipe.spec().items() if name not in ("task", *_NAMED)]
         return ", ".join(others + ["stale"] * self.stale)
 
     @property
@@ -49,7 +58,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Verdict:
-    """effect: mean of (worse − better) in nats of KL, paired by seed; ratio: of the two mean divergences."""
+    """effect: mean of (margin · worse − better) in nats of KL, paired by seed; ratio: of the two mean divergences."""
 
     effect: float
     standard_error: float
@@ -74,9 +83,16 @@ def arms(results: Iterable[Result]) -> list[Arm]:
     groups: dict[tuple, list[Result]] = {}
     for result in results:
         if result.spec["task"] == "quantize":
-            groups.setdefault(tuple(sorted((k, v) for k, v in result.spec.items() if k != "seed")), []).append(result)
+            groups.setdefault(_but_for_the_seed(result.spec), []).append(result)
     by_seed = [sorted(group, key=lambda result: recipe_of(result).seed) for group in groups.values()]
     return [Arm(recipe_of(group[0]), tuple(group)) for group in by_seed]
+
+
+def stored(recipes: Iterable[Recipe]) -> list[Arm]:
+    """The arms of these recipes, in their order, with every seed that this machine has computed or that is committed."""
+    found = {_but_for_the_seed(arm.recipe.spec()): arm for arm in arms(load_results())}
+    asked = dict.fromkeys(_but_for_the_seed(recipe.spec()) for recipe in recipes)
+    return [found[key] for key in asked if key in found]
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
@@ -85,11 +101,13 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else float("nan")
 
 
-def judge(better: Arm, worse: Arm) -> Verdict:
-    """Is `better` better, by the rule above?"""
+def judge(better: Arm, worse: Arm, margin: float = 1.0) -> Verdict:
+    """Is `better` better, by the rule above? Raises ValueError where the arms share no seed."""
     a, b = better.values("kl"), worse.values("kl")
     seeds = sorted(a.keys() & b.keys())
-    effect, error = mean_and_error(b[seed] - a[seed] for seed in seeds)
+    if not seeds:
+        raise ValueError(f"{better.rotation} and {worse.rotation} have no seed in common: run both on the same seeds")
+    effect, error = mean_and_error(margin * b[seed] - a[seed] for seed in seeds)
     verdict = "undecided"
     if len(seeds) >= 3 and abs(effect) > 2 * error:
         verdict = "reproduced" if effect > 0 else "not reproduced"
@@ -103,8 +121,13 @@ def markdown(arms: Iterable[Arm]) -> str:
     for arm in arms:
         cells = (_cell(arm.values("perplexity").values(), 2), _cell(arm.values("kl").values(), 4))
         times = (f"{arm.seconds('rotate'):.0f}", f"{arm.seconds('quantize'):.0f}")
-        lines.append(f"| {' | '.join((*arm.label, str(len(arm.results)), *cells, *times, arm.settings))} |")
+        named = (arm.rotation, arm.recipe.precision, arm.rounding, str(len(arm.results)))
+        lines.append(f"| {' | '.join((*named, *cells, *times, arm.settings))} |")
     return "\n".join(lines)
+
+
+def _but_for_the_seed(spec: dict) -> tuple:
+    return tuple(sorted((name, value) for name, value in spec.items() if name != "seed"))
 
 
 def _cell(values: Iterable[float], digits: int) -> str:

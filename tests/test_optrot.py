@@ -1,11 +1,11 @@
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import exact_logits, tiny_model
 
 import rotlib as rl
 from rotlib.families import adapt
 from rotlib.manifold import Descent, cayley, cayley_sgd_step
-from rotlib.objective import NORMALISATIONS, sum_of_fourth_powers, weight_matrices
+from rotlib.objective import NORMALISATIONS, blended, sum_of_fourth_powers, token_matrices, weight_matrices
 from rotlib.optrot import METHODS, _R2Rows, fourth_power, start
 from rotlib.rotation import Rotation, placed_weights
 
@@ -82,6 +82,67 @@ def test_per_row_normalisation_ignores_the_scale_of_a_row_and_plain_does_not():
     for normalisation, same in (("per-row", True), ("plain", False)):
         a, b = (sum_of_fourth_powers(weights_of(m, normalisation), rotation) for m in (model, scaled))
         assert (abs(a - b) < 1e-4 * a) == same
+
+
+def test_with_R4_the_objective_is_that_of_the_weights_behind_it():
+    model = tiny_model()
+    rotation = rl.optrot(model, seed=0, steps=40, R4=True)
+    assert rotation.online == ["R4"]
+    rl.fuse(model, rotation)
+    fused = sum(placed.module.weight.pow(4).sum().item() for placed in placed_weights(adapt(model), quantized_only=True))
+    assert rotation.history[-1] == pytest.approx(fused, rel=1e-4)
+
+
+def test_sampled_tokens_are_what_the_folded_model_reads(tokens):
+    model = tiny_model("qwen2, biases")
+    matrices = token_matrices(adapt(model), tokens, seed=0, tokens=50)
+    assert [matrix.values.shape[0] for matrix in matrices] == [50] * 6
+    folded = tiny_model("qwen2, biases")
+    rl.fuse(folded, rl.Rotation(None, None))
+    read = {}
+    for layer in range(2):
+        for name, linear in adapt(folded).linears(layer).items():
+            linear.register_forward_pre_hook(lambda _, args, key=(layer, name): read.update({key: args[0].flatten(0, 1)}))
+    exact_logits(folded, tokens)
+    positions = torch.randperm(tokens.numel(), generator=torch.Generator().manual_seed(0))[:50].sort().values
+    for matrix, key in zip(matrices, [(layer, name) for layer in range(2) for name in ("q", "o", "gate")], strict=True):
+        expected = read[key][positions]
+        expected = expected / expected.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)  # the pad token's embedding is zero
+        torch.testing.assert_close(matrix.values, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_random_rotation_has_the_value_that_blending_divides_by(tokens):
+    model = tiny_model()
+    for matrices in (weights_of(model), token_matrices(adapt(model), tokens, seed=0)):
+        probe = rl.random_rotation(model)
+        expected = sum(matrix.as_random(probe) for matrix in matrices)
+        found = [sum_of_fourth_powers(matrices, rl.random_rotation(model, seed)) for seed in range(40)]
+        assert sum(found) / 40 == pytest.approx(expected, rel=0.03)
+
+
+def test_blending_weighs_both_sides_as_its_share_says(tokens):
+    model = tiny_model()
+    rotation = rl.random_rotation(model)
+    sides = weights_of(model), token_matrices(adapt(model), tokens, seed=0)
+    weights, activations = (sum_of_fourth_powers(side, rotation) / sum(m.as_random(rotation) for m in side) for side in sides)
+    blend = sum_of_fourth_powers(blended(*sides, 0.3, rotation), rotation)
+    assert blend == pytest.approx(0.7 * weights + 0.3 * activations, rel=1e-5)
+
+
+def test_kurtail_lowers_the_tokens_optrot_the_weights_and_mixed_both(tokens):
+    model = tiny_model()
+    weights, activations = weights_of(model), token_matrices(adapt(model), tokens, seed=0)
+    rotations = {"kurtail": rl.kurtail(model, tokens), "optrot": rl.optrot(model), "mixed": rl.mixed(model, tokens, 0.5)}
+    W, A = ({name: sum_of_fourth_powers(side, R) for name, R in rotations.items()} for side in (weights, activations))
+    assert W["optrot"] < W["mixed"] < W["kurtail"]
+    assert A["kurtail"] < A["mixed"] < A["optrot"]
+    assert all(rotation.orthogonality_error() < 1e-6 for rotation in rotations.values())
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, "0.5", True, None])
+def test_a_share_outside_zero_and_one_is_refused(share, tokens):
+    with pytest.raises(ValueError, match="share must be a number between 0 and 1, both excluded"):
+        rl.mixed(tiny_model(), tokens, share)
 
 
 def test_cayley_is_orthogonal_and_follows_the_exponential():

@@ -100,7 +100,7 @@ def test_a_notebook_keeps_its_contract(path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (["lapto"], "unknown scale 'lapto': choose one of laptop, smoke"),
+        (["lapto"], "unknown scale 'lapto': choose one of laptop, smoke, study"),
         (["laptop", "--only", "03_optrot"], "unknown notebook '03_optrot'"),
     ],
 )
@@ -132,6 +132,9 @@ def check(**parameters):
         ({"seeds": []}, "at least one seed"),
         ({"seeds": [0.5]}, "every seed in seeds must be a whole number"),
         ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"side_seeds": [-1]}, "every seed in side_seeds must be a whole number"),
+        ({"shares": [1]}, "every share in shares must be a number between 0 and 1"),
+        ({"shares": [0.5, 0.5]}, "names a share twice"),
         ({"window": "1024"}, "window must be of type int"),
         ({"window": True}, "window must be of type int"),
         ({"text": "wiki"}, "unknown text 'wiki'"),

@@ -71,7 +71,10 @@ def _clipped(W, quant, factor):
 def test_the_two_conventions_differ_by_two_fifths_at_two_bits_without_clip_search():
     W = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
     mse = {
-        convention: (round_to_nearest(W, rl.WeightQuant(bits=2, convention=convention, clip_search=False)).dense() - W).square().mean().item()
+        convention: (round_to_nearest(W, rl.WeightQuant(bits=2, convention=convention, clip_search=False)).dense() - W)
+        .square()
+        .mean()
+        .item()
         for convention in ("full", "half")
     }
     assert mse["half"] < 0.75 * mse["full"]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import rotlib as rl
 from rotlib import store, tables
+from rotlib.recipe import ROTATIONS
 from rotlib.zoo import load_tokenizer
 
 pipeline = importlib.import_module("rotlib.pipeline")
@@ -171,14 +172,63 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
         ({"damping": float("inf")}, "damping must be a positive number"),
         ({"symmetric": "no"}, "symmetric must be True or False"),
         ({"act_order": "no"}, "act_order must be True or False"),
-        ({"act_order": True, "rounding": "rtn"}, "act_order orders GPTQ's columns"),
+        ({"act_order": True, "rounding": "rtn"}, "act_order orders GPTQ's columns: it needs rounding 'gptq'"),
         ({"normalisation": "per-row"}, "belongs to the rotation 'optrot'"),
+        ({"rotation": "mixed"}, "activation_share must be a number between 0 and 1"),
+        ({"activation_share": 0.5}, "activation_share belongs to the rotation 'mixed', not to 'none'"),
+        ({"R3": True}, "R3 turns keys for their quantizer: it needs kv_bits below 16"),
+        ({"R4": "yes"}, "R4 must be True or False"),
+        ({"activation_bits": 12}, "activation_bits must be a whole number from 2 to 8, not 12; 16 leaves them alone"),
+        ({"kv_bits": 1}, "kv_bits must be"),
+        ({"activation_group_size": 64}, "activation_group_size needs activation_bits below 16"),
+        ({"protocol": "quarot"}, "protocol says how activations are rounded"),
+        ({"order": "activations-first"}, "order needs rounding 'gptq', and activation_bits or kv_bits below 16"),
+        ({"order": "both"}, "unknown order 'both': choose one of weights-first, activations-first"),
+        ({"rounding": "none", "bits": 3}, "bits belongs to rounded weights, not to rounding 'none'"),
         ({"model": None}, "named by a string"),
     ],
 )
 def test_a_recipe_outside_the_choices_is_refused_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         rl.Recipe(**arguments)
+
+
+def test_one_gptq_serves_every_precision_of_the_activations(recipe, monkeypatch):
+    runs = [replace(recipe, rotation="hadamard", R4=True, activation_bits=bits) for bits in (16, 8, 4)]
+    runs.append(replace(runs[-1], kv_bits=4, R3=True))
+    assert [run.precision for run in runs] == ["W4A16", "W4A8", "W4A4", "W4A4KV4"]
+    alone = [rl.run(run).metrics["kl"] for run in runs[:1]]
+    monkeypatch.setattr(pipeline, "gptq", lambda *_, **__: pytest.fail("quantized again"))
+    together = [result.metrics["kl"] for result in rl.run_all(runs)]
+    assert together[0] == alone[0]
+    assert len(set(together)) == 4
+
+
+def test_kept_weights_are_the_quantized_ones_to_the_last_bit(recipe, monkeypatch):
+    for grid in ({}, {"group_size": 8, "symmetric": False}, {"group_size": 4, "act_order": True}, {"rounding": "rtn", "group_size": 8}):
+        first = rl.run(replace(recipe, rotation="hadamard", **grid)).metrics
+        again = rl.run(replace(recipe, rotation="hadamard", test_windows=1, **grid)).metrics
+        assert again["kl_windows"] == first["kl_windows"][:1]
+
+
+def test_the_order_of_weights_and_activations_is_in_the_result(recipe):
+    runs = [replace(recipe, activation_bits=4, order=order) for order in ("weights-first", "activations-first")]
+    results = rl.run_all(runs)
+    assert [result.metrics["order"] for result in results] == ["weights-first", "activations-first"]
+    assert results[0].metrics["kl"] != results[1].metrics["kl"]
+
+
+def test_unrounded_weights_with_unrounded_activations_are_the_original(recipe):
+    run = replace(recipe, rotation="hadamard", R4=True, rounding="none")
+    assert run.precision == "W16A16"
+    assert rl.run(run).metrics["kl"] < 1e-6
+    assert rl.run(replace(run, activation_bits=4)).metrics["kl"] > 1e-5
+
+
+def test_every_rotation_runs_as_a_recipe(recipe):
+    shares = {"mixed": {"activation_share": 0.5}}
+    runs = [replace(recipe, rotation=name, R4=True, activation_bits=4, **shares.get(name, {})) for name in ROTATIONS]
+    assert all(result.metrics["kl"] > 0 for result in rl.run_all(runs))
 
 
 def test_outliers_are_kept_like_runs(recipe):
