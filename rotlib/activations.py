@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number
 from rotlib.families import Family, adapt
+from rotlib.fuse import check_not_rounding
 from rotlib.online import HeadStep, check_attention, head_steps
 from rotlib.quant import WeightQuant, grid_at
 
@@ -49,6 +50,8 @@ PROTOCOLS = {
 class ActivationQuant:
     """Bits of the linears' inputs and of keys and values, 2–8 or 16 for none; `group_size` None is one scale a token.
 
+    Where the protocol has a scale a head for what o_proj reads, that goes before `group_size`.
+
     Raises ValueError at construction for a value outside the choices.
     """
 
@@ -59,10 +62,11 @@ class ActivationQuant:
 
     def __post_init__(self):
         for name, bits in (("activation_bits", self.bits), ("kv_bits", self.kv_bits)):
-            if bits != FULL:
-                _whole_bits(name, bits)
+            _check_bits(name, bits)
         if self.group_size is not None:
             whole_number("activation_group_size (unless it is None)", self.group_size, 1)
+            if self.bits == FULL:
+                raise ValueError("activation_group_size needs activation_bits below 16")
         one_of("protocol", self.protocol, PROTOCOLS)
 
     def input_grid(self) -> tuple[WeightQuant, float]:
@@ -86,6 +90,8 @@ def quantized_activations(model: PreTrainedModel, quant: ActivationQuant) -> Ite
     family = check_activations(model, quant)
     o_per_head = PROTOCOLS[quant.protocol].o_per_head
     with ExitStack() as stack:
+        model.rotlib_rounding = True
+        stack.callback(delattr, model, "rotlib_rounding")
         if quant.bits != FULL:
             for layer in range(len(family.layers)):
                 for name, linear in family.linears(layer).items():
@@ -100,14 +106,17 @@ def quantized_activations(model: PreTrainedModel, quant: ActivationQuant) -> Ite
 def check_activations(model: PreTrainedModel, quant: ActivationQuant) -> Family:
     """The model's family, once it is known that it can carry these quantizers.
 
-    Raises ValueError for a quantizer of the wrong type, groups that don't divide a width, or keys out of reach.
+    Raises ValueError for a quantizer of the wrong type, groups that don't divide a width, keys out of reach, or a model whose
+    activations are being rounded.
     """
     family = adapt(model)
     if not isinstance(quant, ActivationQuant):
         raise ValueError(f"an ActivationQuant such as ActivationQuant(bits=8) is needed, not {quant!r}")
+    check_not_rounding(model)
     if quant.bits != FULL and quant.group_size:
         for name, linear in family.linears(0).items():
-            if linear.in_features % quant.group_size:
+            grouped = name != "o" or not PROTOCOLS[quant.protocol].o_per_head
+            if grouped and linear.in_features % quant.group_size:
                 raise ValueError(f"activation_group_size {quant.group_size} doesn't divide the {linear.in_features} inputs of {name}_proj")
     if quant.kv_bits != FULL:
         check_attention(model)
@@ -129,8 +138,6 @@ def _rounded_heads(grid: WeightQuant, clip: float) -> HeadStep:
     return lambda query, key, value: (query, round_tokens(key, grid, clip), round_tokens(value, grid, clip))
 
 
-def _whole_bits(name: str, bits: object) -> None:
-    try:
-        whole_number(name, bits, 2, 8)
-    except ValueError as error:
-        raise ValueError(f"{error}; {FULL} leaves them alone") from None
+def _check_bits(name: str, bits: object) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*range(2, 9), FULL):
+        raise ValueError(f"{name} must be a whole number from 2 to 8, or {FULL} to leave them alone, not {bits!r}")

@@ -3,7 +3,8 @@
 Each weight is read once, lifted to float64, given the gain of the norm it reads, multiplied by its rotations and stored
 back in the model's dtype. Norm gains become ones, tied embeddings are untied first, biases turn with their output.
 With R1 and R2 the result is an ordinary transformers model of the same family: it needs no code of ours and costs nothing
-to run. R3 and R4, where they are on, are applied while the model runs (`online.py`).
+to run. R3 and R4, where they are on, are applied while the model runs (`online.py`); saved and read by plain transformers
+such a model is wrong, since its R4 would be missing: read it with `rl.load`.
 """
 
 import torch
@@ -31,6 +32,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
         raise ValueError("this model is already rotated: load the original again and fuse one rotation into it")
     if is_quantized(model):
         raise ValueError("this model is already quantized: load the original again, rotate it, then quantize it")
+    check_not_rounding(model)
     _check_rotation(family, rotation)
     check_online(family, rotation.online)
     check_finite(model)
@@ -58,6 +60,12 @@ def is_rotated(model: PreTrainedModel) -> bool:
 def is_quantized(model: PreTrainedModel) -> bool:
     """True once the weights have been put on a grid; the config carries the mark."""
     return bool(getattr(model.config, "rotlib_quantized", False))
+
+
+def check_not_rounding(model: PreTrainedModel) -> None:
+    """Raises ValueError inside `quantized_activations`: what follows would see rounded activations, or round them twice."""
+    if getattr(model, "rotlib_rounding", False):
+        raise ValueError("this model's activations are being rounded: leave quantized_activations first")
 
 
 def _folded_norms(family: Family):

@@ -35,8 +35,9 @@ def hadamard(n: int) -> Float[Tensor, "n n"]:
 def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
     """``x @ hadamard(n)`` along the last axis as two small products, n(a + b) per row; raises like `hadamard`."""
     n = x.shape[-1]
-    left, right = (factor.to(x) for factor in _balanced(n))
-    y = (x.reshape(-1, len(right)) @ (right / sqrt(n))).view(-1, len(left), len(right))
+    left, right = _balanced_on(n, x.dtype, x.device)
+    # dividing by √n apart keeps the factors ±1: rounded to bfloat16, 1/√n would be a gain that every entry shares
+    y = (x.reshape(-1, len(right)) @ right / sqrt(n)).view(-1, len(left), len(right))
     return torch.matmul(left.mT, y).view(x.shape)
 
 
@@ -73,6 +74,12 @@ def _balanced(n: int) -> tuple[Int8[Tensor, "a a"], Int8[Tensor, "b b"]]:
     size = [prod(len(factor) for factor in factors[:cut]) for cut in cuts]
     cut = min(cuts, key=lambda cut: size[cut] + n // size[cut])
     return reduce(torch.kron, factors[:cut], _ONE), reduce(torch.kron, factors[cut:], _ONE)
+
+
+@lru_cache
+def _balanced_on(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Float[Tensor, "a a"], Float[Tensor, "b b"]]:
+    left, right = _balanced(n)
+    return left.to(device, dtype), right.to(device, dtype)
 
 
 def _paley_field(order: int) -> tuple[int, int] | None:

@@ -65,6 +65,8 @@ def evaluate(model: PreTrainedModel, windows: Int[Tensor, "windows length"], ref
     """Cross-entropy and, where a reference over the same windows is given, KL divergence, window by window."""
     lm_head = adapt(model).lm_head
     token_ids("windows", windows, 2, model)
+    if reference is not None and not isinstance(reference, Reference):
+        raise ValueError(f"the reference must be a rl.Reference(model, windows), not a {type(reference).__name__}")
     if reference is not None and not torch.equal(reference.windows, windows):
         raise ValueError("the reference was taken over other tokens: build it from the same windows")
     result = Evaluation()

@@ -57,4 +57,6 @@ def check_parameters() -> Recipe:
 
 
 def _looks_like_a_parameter(name: str, value: object) -> bool:
-    return not name.startswith("_") and name not in ("In", "Out") and isinstance(value, bool | int | float | str | list | None)
+    return (
+        not name.startswith("_") and name not in ("In", "Out") and isinstance(value, bool | int | float | str | list | tuple | dict | None)
+    )

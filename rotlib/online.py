@@ -44,8 +44,12 @@ def attach(model: PreTrainedModel, rotations: list[str]) -> None:
     if not rotations:
         return
     model.rotlib_online = rotations  # before `adapt`, which refuses a model whose config asks for more than it does
-    family = adapt(model)
-    check_online(family, rotations)
+    try:
+        family = adapt(model)
+        check_online(family, rotations)
+    except ValueError:
+        del model.rotlib_online
+        raise
     model.config.rotlib_online = rotations
     for layer in range(len(family.layers)):
         if "R4" in rotations:
@@ -60,8 +64,8 @@ def insert_head_step(family: Family, layer: int, step: HeadStep) -> None:
     if not hasattr(attention, _HEADS):
         setattr(attention, _HEADS, [])
         attention.register_forward_pre_hook(_check_not_bypassed)
-        if family.config._attn_implementation != ATTENTION:
-            family.model.set_attn_implementation(ATTENTION)
+    if family.config._attn_implementation != ATTENTION:
+        family.model.set_attn_implementation(ATTENTION)
     getattr(attention, _HEADS).append(step)
 
 
@@ -69,6 +73,7 @@ def insert_head_step(family: Family, layer: int, step: HeadStep) -> None:
 def head_steps(family: Family, step: HeadStep) -> Iterator[None]:
     """Let the heads of every layer pass `step` while open."""
     check_attention(family.model)
+    before = family.config._attn_implementation
     for layer in range(len(family.layers)):
         insert_head_step(family, layer, step)
     try:
@@ -76,6 +81,7 @@ def head_steps(family: Family, step: HeadStep) -> Iterator[None]:
     finally:
         for layer in range(len(family.layers)):
             getattr(family.attention(layer), _HEADS).remove(step)
+        family.model.set_attn_implementation(before)
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -104,7 +110,9 @@ def _apply_R3(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
-    for step in getattr(module, _HEADS):
+    if not hasattr(module, _HEADS) and "R3" in (getattr(module.config, "rotlib_online", None) or ()):
+        raise RuntimeError("this model was saved with the online rotation R3 on: load it with rl.load, which restores it")
+    for step in getattr(module, _HEADS, ()):
         query, key, value = step(query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

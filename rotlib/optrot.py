@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import inner_share, one_of, token_ids, whole_number
 from rotlib.families import Family, adapt, check_finite
-from rotlib.fuse import is_quantized, is_rotated
+from rotlib.fuse import check_not_rounding, is_quantized, is_rotated
 from rotlib.manifold import Descent, cayley_sgd_step
 from rotlib.objective import (
     NORMALISATIONS,
@@ -81,9 +81,10 @@ def kurtail(
     R4: bool = False,
 ) -> Rotation:
     """Learn R1 and R2 on a sample of activations: `tokens` of the calibration text at every input. Raises like `optrot`."""
-    family, rotation = start(model, seed, R3, R4)
+    adapt(model)
     token_ids("calibration", calibration, 2, model)
     whole_number("tokens", tokens, 1)
+    family, rotation = start(model, seed, R3, R4)
     return _learn(token_matrices(family, calibration, seed, tokens), rotation, seed)
 
 
@@ -101,10 +102,11 @@ def mixed(
 
     `share` (λ) lies between 0 (`optrot`) and 1 (`kurtail`). Raises like `optrot`.
     """
+    adapt(model)
     inner_share("share", share)
-    family, rotation = start(model, seed, R3, R4)
     token_ids("calibration", calibration, 2, model)
     whole_number("tokens", tokens, 1)
+    family, rotation = start(model, seed, R3, R4)
     sides = weight_matrices(family, "plain", R4), token_matrices(family, calibration, seed, tokens)
     return _learn(blended(*sides, share, rotation), rotation, seed)
 
@@ -147,6 +149,7 @@ def start(model: PreTrainedModel, seed: int, R3: bool, R4: bool) -> tuple[Family
     family = adapt(model)
     if is_rotated(model) or is_quantized(model):
         raise ValueError("this model is already rotated or quantized: learn the rotation on the original")
+    check_not_rounding(model)
     check_finite(model)
     check_online(family, Rotation(None, None, R3, R4).online)
     try:

@@ -6,6 +6,7 @@ activations. The last model stays in memory for the next recipe with the same we
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from rotlib.activations import ActivationQuant, check_activations, quantized_act
 from rotlib.fuse import fuse
 from rotlib.gptq import gptq
 from rotlib.measure import Reference, evaluate
+from rotlib.online import check_online
 from rotlib.optrot import kurtail, mixed, optrot
 from rotlib.quant import QuantizedWeight, check_quantizable, restore, rtn
-from rotlib.recipe import FIXED, LEARNED, ON_ACTIVATIONS, Recipe
+from rotlib.recipe import FIXED, LEARNED, ON_ACTIVATIONS, ON_WEIGHTS, Recipe
 from rotlib.rotation import Rotation, hadamard_rotation, random_rotation
 from rotlib.store import Record, Result
 from rotlib.text import fingerprint, load_tokens, windows
@@ -45,6 +47,8 @@ def run_all(recipes: Iterable[Recipe], device: str = "auto") -> list[Result]:
     Recipes that share their weights cost least in a row: the last model stays in memory until the next needs other weights.
     """
     recipes = list(recipes)
+    if strangers := [recipe for recipe in recipes if not isinstance(recipe, Recipe)]:
+        raise ValueError(f"only Recipes can be run, such as rl.Recipe(rotation='optrot'), not {strangers[0]!r}")
     picked = pick_device(device)
     for name in {recipe.model for recipe in recipes}:
         resolve(name)
@@ -57,31 +61,36 @@ def run_all(recipes: Iterable[Recipe], device: str = "auto") -> list[Result]:
 
 @dataclass
 class _Latest:
-    """The last model computed, with its weights as its recipe wants them, and what making them took."""
+    """The last model computed, with its weights as its recipe wants them and what making them took, and the last reference."""
 
     device: torch.device
     key: tuple | None = None
     model: PreTrainedModel | None = None
     record: Record = field(default_factory=Record)
+    reference_key: tuple | None = None
+    reference: Reference | None = None
 
 
 def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
     key = (recipe.sharing_weights(), recipe.R3)
+    reference_key = (recipe.model, recipe.text, recipe.window, recipe.test_windows)
     with record.stage("load"):
         calibration = calibration_tokens(recipe)
-        if latest.key != key:
+        test = windows(_stream(recipe.model, recipe.text, "test"), recipe.window, recipe.test_windows)
+        if (latest.key, latest.reference_key) != (key, reference_key):
             latest.key = latest.model = None  # two models are never held at a time
             model, _ = load(recipe.model, str(latest.device))
             check_quantizable(model, recipe.quant)
-            check_activations(model, recipe.activations)
-        reference = _reference(recipe.model, recipe.text, recipe.window, recipe.test_windows, latest.device)
+            check_online(check_activations(model, recipe.activations), recipe.online)
+        if latest.reference_key != reference_key:
+            latest.reference, latest.reference_key = Reference(model, test), reference_key
     if latest.key != key:
         latest.model, latest.record = model, _prepare(recipe, model, calibration)
         latest.key = key
     record.metrics |= latest.record.metrics
     record.seconds |= latest.record.seconds
     with record.stage("evaluate"), quantized_activations(latest.model, recipe.activations):
-        evaluation = evaluate(latest.model, reference.windows, reference)
+        evaluation = evaluate(latest.model, test, latest.reference)
     record.metrics |= {
         "order": recipe.order,
         "perplexity": evaluation.perplexity,
@@ -89,7 +98,7 @@ def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
         "kl_windows": [round(kl, 6) for kl in evaluation.kl],
         "reference_perplexity": evaluation.reference_perplexity,
     }
-    record.tokens |= {"calibration": fingerprint(calibration), "test": fingerprint(reference.windows)}
+    record.tokens |= {"calibration": fingerprint(calibration), "test": fingerprint(test)}
 
 
 def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Record:
@@ -109,24 +118,23 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
 
 
 def _quantize(recipe: Recipe, model: PreTrainedModel, calibration: Tensor, record: Record) -> None:
-    """Quantize the fused model's weights, or put back those that an earlier run with the same weights has kept."""
-    shared = recipe.sharing_weights()
+    """Quantize the fused model's weights, or put back those that an earlier GPTQ of the same weights has kept."""
+    if recipe.rounding == "rtn":
+        with record.stage("quantize"):
+            rtn(model, recipe.quant)
+        return
 
     def compute() -> dict:
-        start = time.perf_counter()
         seen = recipe.activations if recipe.order == "activations-first" else ActivationQuant()
         with quantized_activations(model, seen):
-            if recipe.rounding == "rtn":
-                weights, metrics = rtn(model, recipe.quant), {}
-            else:
-                report = gptq(model, calibration, recipe.quant, recipe.act_order, recipe.damping)
-                weights, metrics = report.weights, {"fallbacks": report.fallbacks}
-        return {"weights": {name: tuple(w) for name, w in weights.items()}, "metrics": metrics, "seconds": time.perf_counter() - start}
+            report = gptq(model, calibration, recipe.quant, recipe.act_order, recipe.damping)
+        weights = {name: tuple(weight) for name, weight in report.weights.items()}
+        return {"weights": weights, "fallbacks": report.fallbacks, "seconds": report.seconds}
 
-    kept, fresh = _kept(shared.spec() | {"task": "weights"}, compute)
+    kept, fresh = _kept(recipe.sharing_weights().spec() | {"task": "weights"}, model.device, compute)
     if not fresh:
         restore(model, {name: QuantizedWeight(*parts) for name, parts in kept["weights"].items()})
-    record.metrics |= kept["metrics"]
+    record.metrics["fallbacks"] = kept["fallbacks"]
     record.seconds["quantize"] = round(kept["seconds"], 2)
 
 
@@ -138,11 +146,6 @@ def calibration_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
 @lru_cache
 def _stream(model: str, text: str, split: str) -> Int[Tensor, " n"]:
     return load_tokens(text, load_tokenizer(model), split)
-
-
-@lru_cache(maxsize=1)
-def _reference(model: str, text: str, window: int, count: int, device: torch.device) -> Reference:
-    return Reference(load(model, str(device))[0], windows(_stream(model, text, "test"), window, count))
 
 
 def make_rotation(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation | None, float]:
@@ -159,9 +162,11 @@ def make_rotation(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation | No
 
 
 def _learned(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, float]:
-    read = ["model", "rotation", "normalisation", "activation_share", "R4", "seed"]
+    read = ["model", "rotation", "normalisation", "activation_share", "seed"]
     if recipe.rotation in ON_ACTIVATIONS:
         read += ["text", "window", "calibration_windows"]
+    if recipe.rotation in ON_WEIGHTS:
+        read += ["R4"]
     spec = {"task": "rotation"} | {name: getattr(recipe, name) for name in read}
 
     def compute() -> dict:
@@ -175,18 +180,21 @@ def _learned(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, float]:
             rotation = mixed(model, calibration_tokens(recipe), recipe.activation_share, recipe.seed, **online)
         return {"R1": rotation.R1, "R2": rotation.R2, "history": rotation.history, "seconds": time.perf_counter() - start}
 
-    kept, _ = _kept(spec, compute)
+    kept, _ = _kept(spec, model.device, compute)
     return Rotation(kept["R1"], kept["R2"], recipe.R3, recipe.R4, kept["history"]), kept["seconds"]
 
 
-def _kept(spec: dict, compute: Callable[[], dict]) -> tuple[dict, bool]:
-    """(what `compute` returned, computed just now?), kept in a file beside the results for as long as the code stays."""
+def _kept(spec: dict, device: torch.device, compute: Callable[[], dict]) -> tuple[dict, bool]:
+    """(what `compute` returned, computed just now?), kept in a file beside the results while code, torch and device stay."""
     path = store.local_path(spec, ".pt")
-    code = store.code_fingerprint()
+    maker = f"{store.code_fingerprint()} torch {torch.__version__} {device.type}"
     with suppress(Exception):  # no file, or a damaged one: compute anew
-        kept = torch.load(path)
-        if kept["code"] == code:
+        kept = torch.load(path, map_location="cpu")
+        if kept["maker"] == maker:
             return kept, False
-    kept = compute() | {"code": code}
-    store.write_atomically(path, lambda scratch: torch.save(kept, scratch))
+    kept = compute() | {"maker": maker}
+    try:
+        store.write_atomically(path, lambda scratch: torch.save(kept, scratch))
+    except OSError as error:  # a full disk, say: the run goes on, the next one computes this again
+        warnings.warn(f"{path} couldn't be written, so it won't be reused ({error})", stacklevel=2)
     return kept, True

@@ -136,6 +136,10 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
     """KL divergence of every arm, mean and standard error with the seeds behind: a line a rotation, a panel a precision and rounding."""
     panels = list(dict.fromkeys((arm.recipe.precision, arm.rounding) for arm in arms))
     rotations = list(dict.fromkeys(arm.rotation for arm in arms))
+    means = {panel: [] for panel in panels}
+    for arm in arms:
+        means[arm.recipe.precision, arm.rounding].append(mean_and_error(arm.values("kl").values())[0])
+    wide = any(max(values) > 8 * min(values) for values in means.values())
     with plt.rc_context(_RC):
         size = (WIDTH, 0.9 + 0.24 * len(rotations))
         figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False, sharey=True)
@@ -147,8 +151,7 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
                 mean, error = mean_and_error(values)
                 axis.plot(values, [place] * len(values), ".", color="0.75", ms=4, zorder=1)
                 axis.errorbar(mean, place, xerr=error if error == error else None, ms=5, capsize=3, **_style(arm.rotation))
-            means = [mean_and_error(arm.values("kl").values())[0] for arm in shown]
-            if max(means) > 8 * min(means):
+            if wide:
                 axis.set_xscale("log")
                 axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.xaxis.set_major_formatter(ScalarFormatter())

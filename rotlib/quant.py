@@ -132,14 +132,30 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
 
 @torch.no_grad()
 def restore(model: PreTrainedModel, weights: dict[str, QuantizedWeight]) -> PreTrainedModel:
-    """Put weights that `rtn` or `gptq` returned into a model prepared as theirs was, in place."""
-    placed_by_name = {placed.name: placed for placed in placed_weights(adapt(model), quantized_only=True)}
-    if placed_by_name.keys() != weights.keys():
-        raise ValueError(f"these quantized weights belong to another model: it has {len(placed_by_name)} linears, they are {len(weights)}")
+    """Put weights that `rtn` returned, or `gptq` in its report's `weights`, into a model prepared as theirs was, in place.
+
+    Raises ValueError before touching anything where they don't fit, or the model is quantized already.
+    """
+    family = adapt(model)
+    if is_quantized(model):
+        raise ValueError("this model is already quantized: load the original again and prepare it as theirs was")
+    if not isinstance(weights, dict):
+        raise ValueError(f"quantized weights come as a dictionary, such as report.weights, not as a {type(weights).__name__}")
+    placed_by_name = {placed.name: placed for placed in placed_weights(family, quantized_only=True)}
+    for name in placed_by_name.keys() | weights.keys():
+        if name not in placed_by_name or not _fits(weights.get(name), placed_by_name[name].module.weight):
+            raise ValueError(f"these quantized weights belong to another model: {name} doesn't fit")
     model.config.rotlib_quantized = True
     for name, weight in weights.items():
         placed_by_name[name].module.weight.copy_(weight.dense())
     return model
+
+
+def _fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
+    if not isinstance(weight, QuantizedWeight) or weight.codes.shape != shape_of.shape or weight.scale.shape != weight.zero.shape:
+        return False
+    rows, groups = weight.scale.shape
+    return rows == len(shape_of) and groups > 0 and shape_of.shape[1] % groups == 0 and bool(torch.isfinite(weight.scale).all())
 
 
 def check_quantizable(model: PreTrainedModel, quant: WeightQuant) -> Family:

@@ -14,7 +14,8 @@ from rotlib.text import check_text
 
 FIXED = ("random", "hadamard")
 ON_ACTIVATIONS = ("kurtail", "mixed")
-LEARNED = ("optrot", *ON_ACTIVATIONS)
+ON_WEIGHTS = ("optrot", "mixed")
+LEARNED = ("optrot", "kurtail", "mixed")
 ROTATIONS = ("none", *FIXED, *LEARNED)
 ROUNDINGS = ("rtn", "gptq", "none")
 ORDERS = ("weights-first", "activations-first")
@@ -82,6 +83,8 @@ class Recipe:
         rounded = self.activation_bits != FULL or self.kv_bits != FULL
         unread = {
             "act_order": (self.rounding == "gptq", "orders GPTQ's columns: it needs rounding 'gptq'"),
+            "damping": (self.rounding == "gptq", "belongs to GPTQ's Hessian: it needs rounding 'gptq'"),
+            "convention": (self.symmetric, "belongs to symmetric grids"),
             "normalisation": (self.rotation == "optrot", f"belongs to the rotation 'optrot', not to {self.rotation!r}"),
             "activation_share": (self.rotation == "mixed", f"belongs to the rotation 'mixed', not to {self.rotation!r}"),
             "R3": (self.kv_bits != FULL, "turns keys for their quantizer: it needs kv_bits below 16"),
@@ -105,6 +108,11 @@ class Recipe:
         return ActivationQuant(self.activation_bits, self.kv_bits, self.activation_group_size, self.protocol)
 
     @property
+    def online(self) -> list[str]:
+        """The online rotations that are on."""
+        return [name for name in ("R3", "R4") if getattr(self, name)]
+
+    @property
     def precision(self) -> str:
         """Such as W4A8 or W4A4KV4; 16 is unrounded."""
         weights = FULL if self.rounding == "none" else self.bits
@@ -112,9 +120,9 @@ class Recipe:
 
     def sharing_weights(self) -> "Recipe":
         """The recipe that has this one's weights and nothing else of its own."""
-        reset = {"R3": False, "test_windows": Recipe.test_windows}
+        reset = {"test_windows": Recipe.test_windows}
         if self.order == "weights-first":
-            reset |= {"activation_bits": FULL, "activation_group_size": None, "kv_bits": FULL, "protocol": Recipe.protocol}
+            reset |= {"R3": False, "activation_bits": FULL, "activation_group_size": None, "kv_bits": FULL, "protocol": Recipe.protocol}
         return replace(self, **reset)
 
     def spec(self) -> dict:

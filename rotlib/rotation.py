@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rotlib.checks import whole_number
+from rotlib.checks import whole_number, yes_or_no
 from rotlib.families import Family, adapt
 from rotlib.hadamard import apply_hadamard
 
@@ -60,6 +60,10 @@ class Rotation:
     R3: bool = False
     R4: bool = False
     history: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        for name in ("R3", "R4"):
+            yes_or_no(name, getattr(self, name))
 
     @property
     def online(self) -> list[str]:

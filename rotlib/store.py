@@ -32,7 +32,10 @@ _NUMERIC = (
 
 @dataclass
 class Result:
-    """One finished run: what was asked for, what came out, how long each stage took and where it ran."""
+    """One finished run: what was asked for, what came out, how long each stage took and where it ran.
+
+    A stage that reused a kept rotation or kept weights shows the seconds that making them took; the peak memory is this run's.
+    """
 
     spec: dict
     metrics: dict

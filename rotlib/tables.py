@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 
+from rotlib.checks import positive
 from rotlib.recipe import Recipe
-from rotlib.store import Result, load_results
+from rotlib.store import Result, load_results, local_path
 
 _HEADER = "| rotation | precision | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | settings |"
 _NAMED = ("rotation", "activation_share", "R3", "R4", "rounding", "act_order", "bits", "activation_bits", "kv_bits", "seed")
+_YARDSTICK = ("model", "text", "window", "test_windows")  # what two arms must share to be compared
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,7 @@ class Arm:
         """Such as "hadamard", "mixed 0.5" or "optrot + R3 R4": how tables and figures name the arm."""
         recipe = self.recipe
         share = f" {recipe.activation_share:g}" if recipe.activation_share else ""
-        online = " ".join(name for name in ("R3", "R4") if getattr(recipe, name))
-        return recipe.rotation + share + (f" + {online}" if online else "")
+        return recipe.rotation + share + (f" + {' '.join(recipe.online)}" if recipe.online else "")
 
     @property
     def rounding(self) -> str:
@@ -67,15 +68,17 @@ class Verdict:
     verdict: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.verdict} ({self.effect:+.3f} ± {self.standard_error:.3f} nats over {self.seeds} seeds, "
-            f"ratio of the means {self.ratio:.2f})"
-        )
+        spread = f" ± {self.standard_error:.3f} nats over {self.seeds} seeds" if self.seeds > 1 else " nats, one seed"
+        return f"{self.verdict} ({self.effect:+.3f}{spread}, ratio of the means {self.ratio:.2f})"
 
 
 def recipe_of(result: Result) -> Recipe:
     """The recipe that a result was computed from."""
-    return Recipe(**{name: value for name, value in result.spec.items() if name != "task"})
+    try:
+        return Recipe(**{name: value for name, value in result.spec.items() if name != "task"})
+    except (TypeError, ValueError) as error:
+        name = local_path(result.spec).name
+        raise ValueError(f"the result {name} comes from another version of rotlib: delete it ({error})") from error
 
 
 def arms(results: Iterable[Result]) -> list[Arm]:
@@ -102,7 +105,11 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 
 
 def judge(better: Arm, worse: Arm, margin: float = 1.0) -> Verdict:
-    """Is `better` better, by the rule above? Raises ValueError where the arms share no seed."""
+    """Is `better` better, by the rule above? Raises ValueError where the arms share no seed, or were measured on other text."""
+    positive("margin", margin)
+    for name in _YARDSTICK:
+        if getattr(better.recipe, name) != getattr(worse.recipe, name):
+            raise ValueError(f"{better.rotation} and {worse.rotation} differ in {name}: compare arms with the same")
     a, b = better.values("kl"), worse.values("kl")
     seeds = sorted(a.keys() & b.keys())
     if not seeds:

@@ -4,7 +4,6 @@ from conftest import exact_logits, tiny_model
 
 import rotlib as rl
 from rotlib.activations import PROTOCOLS, round_tokens
-from rotlib.families import adapt
 from rotlib.quant import WeightQuant
 
 
@@ -117,11 +116,13 @@ def test_calibration_sees_rounded_activations_only_when_asked(tokens):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 9}, "activation_bits must be a whole number from 2 to 8, not 9; 16 leaves them alone"),
+        ({"bits": 9}, "activation_bits must be a whole number from 2 to 8, or 16 to leave them alone, not 9"),
         ({"bits": 1}, "activation_bits must be"),
+        ({"bits": 16.0}, "activation_bits must be"),
+        ({"group_size": 8}, "activation_group_size needs activation_bits below 16"),
         ({"kv_bits": 3.5}, "kv_bits must be"),
         ({"protocol": "quarrot"}, "unknown protocol 'quarrot': choose one of quarot, spinquant, rotlib"),
-        ({"group_size": 0}, "activation_group_size"),
+        ({"bits": 4, "group_size": 0}, "activation_group_size"),
     ],
 )
 def test_an_activation_grid_outside_the_choices_is_refused(arguments, message):
@@ -135,3 +136,27 @@ def test_what_a_model_cannot_carry_is_refused_before_it_runs():
         rl.quantized_activations(model, rl.ActivationQuant(bits=4, group_size=32)).__enter__()
     with pytest.raises(ValueError, match="an ActivationQuant such as"):
         rl.quantized_activations(model, 4).__enter__()
+
+
+def test_rounding_activations_twice_or_rotating_under_them_is_refused(tokens):
+    model = tiny_model()
+    rotation = rl.random_rotation(model, R3=True)
+    with rl.quantized_activations(model, rl.ActivationQuant(bits=4)):
+        acts = (
+            lambda: rl.quantized_activations(model, rl.ActivationQuant(kv_bits=4)).__enter__(),
+            lambda: rl.fuse(model, rotation),
+            lambda: rl.kurtail(model, tokens),
+        )
+        for act in acts:
+            with pytest.raises(ValueError, match="activations are being rounded: leave quantized_activations first"):
+                act()
+    rl.fuse(model, rotation)
+
+
+def test_the_attention_implementation_is_given_back(tokens):
+    model = tiny_model()
+    for _ in range(2):
+        with rl.quantized_activations(model, rl.ActivationQuant(kv_bits=4)):
+            model(tokens)
+        assert model.config._attn_implementation == "sdpa"
+        model(tokens)

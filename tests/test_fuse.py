@@ -113,6 +113,12 @@ def test_a_bad_rotation_is_refused_before_the_model_is_touched():
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("wrong", ["no", 1, [1.0]])
+def test_an_online_rotation_is_on_or_off(wrong):
+    with pytest.raises(ValueError, match="R3 must be True or False"):
+        Rotation(None, None, R3=wrong)
+
+
 def test_non_finite_weights_are_named():
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")

@@ -48,6 +48,13 @@ def test_applying_through_factors_equals_the_dense_product(n):
     torch.testing.assert_close(apply_hadamard(x), x @ hadamard(n), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_adds_no_gain(dtype):
+    for n in (576, 11008):
+        x = torch.randn(64, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert apply_hadamard(x).float().norm() / x.float().norm() == pytest.approx(1, abs=2e-4)
+
+
 def test_the_online_hadamard_costs_less_than_a_quarter_of_the_dense_product():
     x, H = torch.randn(2048, 1536), hadamard(1536).float()
 

@@ -128,3 +128,24 @@ def test_groups_that_do_not_divide_a_width_are_refused_before_anything_changes(t
         with pytest.raises(ValueError, match="group_size 32 doesn't divide the 48 inputs of q_proj"):
             act()
     assert torch.equal(before, model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_weights_that_do_not_fit_are_refused_and_the_model_stays_as_it_was():
+    weights = rl.rtn(tiny_model(dtype=torch.float32), rl.WeightQuant())
+    last = list(weights)[-1]
+    cut = weights[last]._replace(scale=weights[last].scale[:1], zero=weights[last].zero[:1])
+    model = tiny_model(dtype=torch.float32)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for wrong, message in [
+        (weights | {last: cut}, f"{last} doesn't fit"),
+        (weights | {last: weights[last].dense()}, f"{last} doesn't fit"),
+        (weights | {last: weights[last]._replace(scale=weights[last].scale * float("nan"))}, f"{last} doesn't fit"),
+        ({name: weight for name, weight in weights.items() if name != last}, f"{last} doesn't fit"),
+        (None, "come as a dictionary, such as report.weights, not as a NoneType"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rl.restore(model, wrong)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    rl.restore(model, weights)
+    with pytest.raises(ValueError, match="already quantized"):
+        rl.restore(model, weights)

@@ -85,7 +85,7 @@ def test_R3_pays_where_keys_have_four_bits():
 
 def test_the_committed_study_holds_three_seeds_of_every_arm_and_the_papers_order():
     study = [store._read(path) for path in sorted((store.ROOT / "results" / "study").glob("quantize-*.json"))]
-    arms = {(arm.rotation, arm.recipe.precision, arm.rounding): arm for arm in tables.arms(study) if "protocol" not in arm.settings}
+    arms = {(arm.rotation, arm.recipe.precision, arm.rounding): arm for arm in tables.arms(study) if not arm.settings.removesuffix("stale")}
     gptq = [arms[rotation, "W4A16", "GPTQ"] for rotation in ("none", "random", "hadamard", "optrot")]
     assert all(len(arm.results) >= 3 for arm in gptq)
     assert all(len(arms[rotation, "W4A16", "RTN"].results) >= 3 for rotation in ("random", "hadamard", "optrot"))

@@ -1,3 +1,4 @@
+import gc
 import importlib
 import json
 import os
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -178,7 +180,8 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
         ({"activation_share": 0.5}, "activation_share belongs to the rotation 'mixed', not to 'none'"),
         ({"R3": True}, "R3 turns keys for their quantizer: it needs kv_bits below 16"),
         ({"R4": "yes"}, "R4 must be True or False"),
-        ({"activation_bits": 12}, "activation_bits must be a whole number from 2 to 8, not 12; 16 leaves them alone"),
+        ({"rounding": "rtn", "damping": 0.1}, "damping belongs to GPTQ's Hessian"),
+        ({"activation_bits": 12}, "activation_bits must be a whole number from 2 to 8, or 16 to leave them alone, not 12"),
         ({"kv_bits": 1}, "kv_bits must be"),
         ({"activation_group_size": 64}, "activation_group_size needs activation_bits below 16"),
         ({"protocol": "quarot"}, "protocol says how activations are rounded"),
@@ -197,18 +200,59 @@ def test_one_gptq_serves_every_precision_of_the_activations(recipe, monkeypatch)
     runs = [replace(recipe, rotation="hadamard", R4=True, activation_bits=bits) for bits in (16, 8, 4)]
     runs.append(replace(runs[-1], kv_bits=4, R3=True))
     assert [run.precision for run in runs] == ["W4A16", "W4A8", "W4A4", "W4A4KV4"]
-    alone = [rl.run(run).metrics["kl"] for run in runs[:1]]
+    rl.run(runs[0])
     monkeypatch.setattr(pipeline, "gptq", lambda *_, **__: pytest.fail("quantized again"))
     together = [result.metrics["kl"] for result in rl.run_all(runs)]
-    assert together[0] == alone[0]
     assert len(set(together)) == 4
+    for run in runs[1:]:
+        store.local_path(run.spec()).unlink()
+    assert [rl.run(run).metrics["kl"] for run in runs] == together  # alone, from the kept weights
 
 
 def test_kept_weights_are_the_quantized_ones_to_the_last_bit(recipe, monkeypatch):
-    for grid in ({}, {"group_size": 8, "symmetric": False}, {"group_size": 4, "act_order": True}, {"rounding": "rtn", "group_size": 8}):
-        first = rl.run(replace(recipe, rotation="hadamard", **grid)).metrics
-        again = rl.run(replace(recipe, rotation="hadamard", test_windows=1, **grid)).metrics
-        assert again["kl_windows"] == first["kl_windows"][:1]
+    runs = [
+        replace(recipe, rotation="hadamard", **grid)
+        for grid in ({}, {"group_size": 8, "symmetric": False}, {"group_size": 4, "act_order": True})
+    ]
+    first = [result.metrics["kl_windows"][:1] for result in rl.run_all(runs)]
+    monkeypatch.setattr(pipeline, "gptq", lambda *_, **__: pytest.fail("quantized again"))
+    again = [result.metrics["kl_windows"] for result in rl.run_all(replace(run, test_windows=1) for run in runs)]
+    assert again == first
+
+
+def test_a_full_disk_costs_the_kept_weights_and_not_the_result(recipe, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match="couldn't be written, so it won't be reused"):
+        assert rl.run(recipe).metrics["kl"] > 0
+
+
+def test_one_model_is_held_at_a_time(recipe, monkeypatch):
+    alive = weakref.WeakSet()
+    counts = []
+
+    def counting(*arguments):
+        model, tokenizer = rl.load(*arguments)
+        alive.add(model)
+        gc.collect()
+        counts.append(len(alive))
+        return model, tokenizer
+
+    monkeypatch.setattr(pipeline, "load", counting)
+    rl.run_all([recipe, replace(recipe, rotation="hadamard"), replace(recipe, rotation="hadamard", test_windows=1)])
+    assert counts == [1, 1, 1]
+
+
+def test_only_what_leaves_the_weights_alone_shares_them(recipe):
+    run = replace(recipe, rotation="hadamard", activation_bits=4, kv_bits=4, R4=True)
+    for change in ({"R3": True}, {"kv_bits": 8}, {"activation_bits": 8}, {"protocol": "quarot"}):
+        assert replace(run, **change).sharing_weights() == run.sharing_weights()
+        seen = replace(run, order="activations-first")
+        assert replace(seen, **change).sharing_weights() != seen.sharing_weights()
+    for change in ({"R4": False}, {"bits": 3}, {"seed": 1}, {"act_order": True}, {"calibration_windows": 1}):
+        assert replace(run, **change).sharing_weights() != run.sharing_weights()
 
 
 def test_the_order_of_weights_and_activations_is_in_the_result(recipe):
@@ -239,6 +283,33 @@ def test_outliers_are_kept_like_runs(recipe):
         assert module["incoherence"] >= 1
         assert module["input_kurtosis"] > 1
     assert store.find(result.spec) == result
+
+
+def test_arms_measured_on_other_text_are_not_compared():
+    a, b = fake_arm("optrot", [0.1, 0.2]), fake_arm("hadamard", [0.2, 0.3])
+    b = replace(b, recipe=replace(b.recipe, test_windows=2))
+    with pytest.raises(ValueError, match="optrot and hadamard differ in test_windows"):
+        tables.judge(a, b)
+
+
+def test_a_result_of_another_version_is_named(recipe):
+    path = store.local_path({"task": "quantize", "foo": 1})
+    store.write_atomically(
+        path,
+        lambda scratch: scratch.write_text(
+            json.dumps(
+                {
+                    "spec": {"task": "quantize", "foo": 1},
+                    "metrics": {},
+                    "seconds": {},
+                    "peak_memory_mb": 0,
+                    "provenance": {"code": ""},
+                }
+            )
+        ),
+    )
+    with pytest.raises(ValueError, match=f"{path.name} comes from another version of rotlib: delete it"):
+        tables.stored([recipe])
 
 
 def fake_arm(rotation, kls):
