@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number
@@ -50,7 +50,8 @@ PROTOCOLS = {
 class ActivationQuant:
     """Bits of the linears' inputs and of keys and values, 2–8 or 16 for none; `group_size` None is one scale a token.
 
-    Where the protocol has a scale a head for what o_proj reads, that goes before `group_size`.
+    Where the protocol has a scale a head for what o_proj reads, that goes before `group_size`. The first `sinks` tokens of
+    every sequence, attention's sinks, keep unrounded inputs; that needs whole sequences, not steps of a cached generation.
 
     Raises ValueError at construction for a value outside the choices.
     """
@@ -59,6 +60,7 @@ class ActivationQuant:
     kv_bits: int = FULL
     group_size: int | None = None
     protocol: str = "rotlib"
+    sinks: int = 0
 
     def __post_init__(self):
         for name, bits in (("activation_bits", self.bits), ("kv_bits", self.kv_bits)):
@@ -68,6 +70,7 @@ class ActivationQuant:
             if self.bits == FULL:
                 raise ValueError("activation_group_size needs activation_bits below 16")
         one_of("protocol", self.protocol, PROTOCOLS)
+        whole_number("sinks", self.sinks, 0)
 
     def input_grid(self) -> tuple[WeightQuant, float]:
         """The grid of a linear's input and its clip ratio."""
@@ -96,7 +99,7 @@ def quantized_activations(model: PreTrainedModel, quant: ActivationQuant) -> Ite
             for layer in range(len(family.layers)):
                 for name, linear in family.linears(layer).items():
                     group = family.head_dim if name == "o" and o_per_head else quant.group_size
-                    handle = linear.register_forward_pre_hook(_rounded_input(*quant.input_grid(), group))
+                    handle = linear.register_forward_pre_hook(_rounded_input(*quant.input_grid(), group, quant.sinks))
                     stack.callback(handle.remove)
         if quant.kv_bits != FULL:
             stack.enter_context(head_steps(family, _rounded_heads(*quant.kv_grid())))
@@ -130,8 +133,17 @@ def round_tokens(x: Float[Tensor, "... n"], grid: WeightQuant, clip: float, grou
     return grid_at(rows, grid, clip).round(rows).view(x.shape).to(x.dtype)
 
 
-def _rounded_input(grid: WeightQuant, clip: float, group: int | None) -> Callable:
-    return lambda module, args: (round_tokens(args[0], grid, clip, group), *args[1:])
+def _rounded_input(grid: WeightQuant, clip: float, group: int | None, sinks: int) -> Callable:
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        x = args[0]
+        rounded = round_tokens(x, grid, clip, group)
+        if sinks and x.shape[-2] <= sinks:
+            raise RuntimeError(f"{sinks} sinks need sequences of more tokens than that: turn the cache off (use_cache=False)")
+        if sinks:
+            rounded[..., :sinks, :] = x[..., :sinks, :]
+        return (rounded, *args[1:])
+
+    return hook
 
 
 def _rounded_heads(grid: WeightQuant, clip: float) -> HeadStep:

@@ -62,10 +62,13 @@ def weight_matrices(family: Family, normalisation: str, R4: bool) -> list[Matrix
 def token_matrices(family: Family, calibration: Int[Tensor, "windows length"], seed: int, tokens: int = TOKENS) -> list[Matrix]:
     """A sample of what q,k,v and gate,up read with the norms' gains left out, and of what o reads, in every layer.
 
-    The same `tokens` positions of the calibration text everywhere, drawn by the seed; the model runs once, as it is.
+    The same `tokens` positions of the calibration text everywhere: the first of every window, which attention uses as its
+    sink and no other token is like, and others drawn by the seed. The model runs once, as it is.
     """
     length = calibration.shape[1]
-    chosen = torch.randperm(calibration.numel(), generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
+    order = torch.randperm(calibration.numel(), generator=torch.Generator().manual_seed(seed))
+    order = torch.cat([torch.arange(0, calibration.numel(), length), order[order % length > 0]])
+    chosen = order[:tokens].sort().values
     samples: dict[tuple[str, int], list[Tensor]] = {}
     here = torch.empty(0, dtype=torch.long)  # the positions to keep of the window that runs
 

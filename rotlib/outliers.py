@@ -56,9 +56,9 @@ def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
         record.metrics["modules"] = weight_outliers(family)
         record.metrics["histogram"] = _histogram(family).tolist()
     with record.stage("activations"):
-        inputs = input_kurtosis(model, calibration[:WINDOWS])
+        inputs = input_outliers(model, calibration[:WINDOWS])
     for module in record.metrics["modules"]:
-        module["input_kurtosis"] = inputs[module["layer"], module["site"]]
+        module |= inputs[module["layer"], module["site"]]
     record.tokens["calibration"] = fingerprint(calibration)
 
 
@@ -75,16 +75,19 @@ def weight_outliers(family: Family) -> list[dict]:
     ]
 
 
-def input_kurtosis(model: PreTrainedModel, calibration: Int[Tensor, "windows length"]) -> dict[tuple[int, str], float]:
-    """Kurtosis of every linear's input, token by token as its grid is, averaged over some text; by layer and site."""
+def input_outliers(model: PreTrainedModel, calibration: Int[Tensor, "windows length"]) -> dict[tuple[int, str], dict[str, float]]:
+    """Kurtosis of every linear's input, token by token as its grid is, by layer and site.
+
+    `input_kurtosis` is averaged over all tokens, `sink_kurtosis` over the first of every window, attention's sink.
+    """
     family = adapt(model)
-    seen: dict[tuple[int, str], list[float]] = {}
+    seen: dict[tuple[int, str], list[tuple[float, float]]] = {}
 
     def watch(layer: int, stage: tuple[str, ...]) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
-            tokens = kurtosis(args[0].flatten(0, -2))
+            both = kurtosis(args[0].flatten(0, -2)), kurtosis(args[0][:, 0])
             for site in stage:  # they read the same input
-                seen.setdefault((layer, site), []).append(tokens)
+                seen.setdefault((layer, site), []).append(both)
 
         return hook
 
@@ -95,7 +98,8 @@ def input_kurtosis(model: PreTrainedModel, calibration: Int[Tensor, "windows len
                 stack.callback(handle.remove)
         for ids in calibration:
             family.decoder(input_ids=ids[None].to(family.embedding.weight.device), use_cache=False)
-    return {key: fmean(values) for key, values in seen.items()}
+    names = ("input_kurtosis", "sink_kurtosis")
+    return {key: dict(zip(names, map(fmean, zip(*values, strict=True)), strict=True)) for key, values in seen.items()}
 
 
 def _histogram(family: Family) -> Tensor:

@@ -168,15 +168,16 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
     return figure
 
 
-def weights_against_inputs(results: dict[str, Result]) -> Figure:
-    """Kurtosis of what a module reads against kurtosis of its weight: a point a layer, a panel a kind of module."""
+def weights_against_inputs(results: dict[str, Result], quantity: str = "input_kurtosis") -> Figure:
+    """Kurtosis of what a module reads (all tokens, or "sink_kurtosis") against that of its weight: a point a layer."""
     sites = ("q", "o", "gate", "down")
+    axes_of_a_point = ("kurtosis", quantity)
     with plt.rc_context(_RC):
         figure, axes = plt.subplots(1, len(sites), figsize=(WIDTH, 2.5), layout="constrained", sharex=True, sharey=True)
         for axis, site in zip(axes, sites, strict=True):
             for rotation, result in results.items():
                 modules = [module for module in result.metrics["modules"] if module["site"] == site]
-                at = [[module[quantity] for module in modules] for quantity in ("kurtosis", "input_kurtosis")]
+                at = [[module[quantity] for module in modules] for quantity in axes_of_a_point]
                 axis.plot(*at, ls="", ms=3, alpha=0.7, label=rotation, **_style(rotation))
             axis.axhline(3, color="0.8", lw=0.8, zorder=0)
             axis.axvline(3, color="0.8", lw=0.8, zorder=0)
@@ -186,8 +187,9 @@ def weights_against_inputs(results: dict[str, Result]) -> Figure:
         axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[0].xaxis.set_major_formatter(ScalarFormatter())
         axes[0].xaxis.set_minor_formatter(NullFormatter())
+        axes[0].yaxis.set_major_formatter(ScalarFormatter())
         figure.supxlabel("kurtosis of the weights", fontsize=9)
-        figure.supylabel("kurtosis of the inputs", fontsize=9)
+        figure.supylabel({"input_kurtosis": "kurtosis of the inputs", "sink_kurtosis": "kurtosis of the first token"}[quantity], fontsize=9)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure

@@ -20,6 +20,7 @@ ROTATIONS = ("none", *FIXED, *LEARNED)
 ROUNDINGS = ("rtn", "gptq", "none")
 ORDERS = ("weights-first", "activations-first")
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
+_ACTIVATION_GRID = ("activation_bits", "activation_group_size", "kv_bits", "protocol", "sinks")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Recipe:
     activation_group_size: int | None = None
     kv_bits: int = FULL
     protocol: str = "rotlib"
+    sinks: int = 0
     order: str = "weights-first"
     window: int = 1024
     calibration_windows: int = 16
@@ -89,6 +91,7 @@ class Recipe:
             "activation_share": (self.rotation == "mixed", f"belongs to the rotation 'mixed', not to {self.rotation!r}"),
             "R3": (self.kv_bits != FULL, "turns keys for their quantizer: it needs kv_bits below 16"),
             "activation_group_size": (self.activation_bits != FULL, "needs activation_bits below 16"),
+            "sinks": (self.activation_bits != FULL, "needs activation_bits below 16"),
             "protocol": (rounded, "says how activations are rounded: it needs activation_bits or kv_bits below 16"),
             "order": (rounded and self.rounding == "gptq", "needs rounding 'gptq', and activation_bits or kv_bits below 16"),
         }
@@ -105,7 +108,7 @@ class Recipe:
     @property
     def activations(self) -> ActivationQuant:
         """The activation grids this recipe asks for."""
-        return ActivationQuant(self.activation_bits, self.kv_bits, self.activation_group_size, self.protocol)
+        return ActivationQuant(self.activation_bits, self.kv_bits, self.activation_group_size, self.protocol, self.sinks)
 
     @property
     def online(self) -> list[str]:
@@ -122,7 +125,7 @@ class Recipe:
         """The recipe that has this one's weights and nothing else of its own."""
         reset = {"test_windows": Recipe.test_windows}
         if self.order == "weights-first":
-            reset |= {"R3": False, "activation_bits": FULL, "activation_group_size": None, "kv_bits": FULL, "protocol": Recipe.protocol}
+            reset |= {"R3": False} | {name: getattr(Recipe, name) for name in _ACTIVATION_GRID}
         return replace(self, **reset)
 
     def spec(self) -> dict:

@@ -153,6 +153,18 @@ def test_rounding_activations_twice_or_rotating_under_them_is_refused(tokens):
     rl.fuse(model, rotation)
 
 
+def test_sinks_are_left_unrounded_and_need_whole_sequences(tokens):
+    model = tiny_model()
+    before = inputs_of_one_layer(model, tokens)["q"]
+    with rl.quantized_activations(model, rl.ActivationQuant(bits=2, sinks=2)):
+        after = inputs_of_one_layer(model, tokens)["q"]
+        assert torch.equal(after[:, :2], before[:, :2])
+        assert (after[:, 2:] != before[:, 2:]).any(dim=-1).float().mean() > 0.9
+        with pytest.raises(RuntimeError, match="2 sinks need sequences of more tokens than that: turn the cache off"):
+            model.generate(tokens[:1], max_new_tokens=4, use_cache=True)
+        model.generate(tokens[:1], max_new_tokens=4, use_cache=False)
+
+
 def test_the_attention_implementation_is_given_back(tokens):
     model = tiny_model()
     for _ in range(2):

@@ -184,6 +184,8 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
         ({"activation_bits": 12}, "activation_bits must be a whole number from 2 to 8, or 16 to leave them alone, not 12"),
         ({"kv_bits": 1}, "kv_bits must be"),
         ({"activation_group_size": 64}, "activation_group_size needs activation_bits below 16"),
+        ({"sinks": 1}, "sinks needs activation_bits below 16"),
+        ({"activation_bits": 4, "sinks": -1}, "sinks must be a whole number of at least 0"),
         ({"protocol": "quarot"}, "protocol says how activations are rounded"),
         ({"order": "activations-first"}, "order needs rounding 'gptq', and activation_bits or kv_bits below 16"),
         ({"order": "both"}, "unknown order 'both': choose one of weights-first, activations-first"),
@@ -247,7 +249,7 @@ def test_one_model_is_held_at_a_time(recipe, monkeypatch):
 
 def test_only_what_leaves_the_weights_alone_shares_them(recipe):
     run = replace(recipe, rotation="hadamard", activation_bits=4, kv_bits=4, R4=True)
-    for change in ({"R3": True}, {"kv_bits": 8}, {"activation_bits": 8}, {"protocol": "quarot"}):
+    for change in ({"R3": True}, {"kv_bits": 8}, {"activation_bits": 8}, {"protocol": "quarot"}, {"sinks": 1}):
         assert replace(run, **change).sharing_weights() == run.sharing_weights()
         seen = replace(run, order="activations-first")
         assert replace(seen, **change).sharing_weights() != seen.sharing_weights()
@@ -282,6 +284,7 @@ def test_outliers_are_kept_like_runs(recipe):
         assert module["kurtosis"] > 1
         assert module["incoherence"] >= 1
         assert module["input_kurtosis"] > 1
+        assert module["sink_kurtosis"] > 1
     assert store.find(result.spec) == result
 
 
