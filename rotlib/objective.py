@@ -1,9 +1,10 @@
 """What a rotation is learned on: matrices whose rotated entries' fourth powers are summed.
 
 `weight_matrices` are OptRot's: q, k, v, o, gate, up, down with the norms folded in (arXiv 2512.24124). `token_matrices` are
-KurTail's side (arXiv 2503.01483): a bounded sample of the tokens that q,k,v, then o, then gate,up read, each scaled to unit
-root mean square, as a scale for each token would. A token x meets ``x R`` just as a weight's row does, so both sides share
-`rotate_weight`, and `blended` weighs them, each in units of its value under a random rotation, into one sum of fourth powers.
+KurTail's side (arXiv 2503.01483; its loss is a distance of kurtosis from a uniform's, ours the plain fourth power): a bounded
+sample of the tokens that q,k,v, then o, then gate,up read, each scaled to unit root mean square, as a scale for each token
+would. A token x meets ``x R`` just as a weight's row does, so both sides share `rotate_weight`, and `blended` weighs them,
+each in units of its value under a random rotation, into one sum of fourth powers.
 """
 
 from collections.abc import Callable
