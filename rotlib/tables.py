@@ -5,7 +5,7 @@ seed, it is *reproduced* if A is lower by more than two standard errors, *not re
 two, and *undecided* otherwise or with fewer than three seeds. With a margin m it reads "A is below m times B".
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
@@ -120,6 +120,14 @@ def judge(better: Arm, worse: Arm, margin: float = 1.0) -> Verdict:
         verdict = "reproduced" if effect > 0 else "not reproduced"
     ratio = fmean(a[seed] for seed in seeds) / fmean(b[seed] for seed in seeds)
     return Verdict(effect, error, ratio, len(seeds), verdict)
+
+
+def verdict(arms: Mapping[tuple, Arm], better: tuple, worse: tuple, margin: float = 1.0) -> str:
+    """`judge` of two arms by their keys, as a sentence that also says where one of them has not been run."""
+    for key in (better, worse):
+        if key not in arms:
+            return f"undecided (no run of {', '.join(map(str, key))})"
+    return str(judge(arms[better], arms[worse], margin))
 
 
 def markdown(arms: Iterable[Arm]) -> str:

@@ -295,6 +295,12 @@ def test_arms_measured_on_other_text_are_not_compared():
         tables.judge(a, b)
 
 
+def test_a_claim_about_arms_that_were_not_run_says_so():
+    arms = {("optrot", 4): fake_arm("optrot", [0.1, 0.2, 0.3]), ("hadamard", 4): fake_arm("hadamard", [0.2, 0.3, 0.4])}
+    assert tables.verdict(arms, ("optrot", 4), ("random", 4)) == "undecided (no run of random, 4)"
+    assert tables.verdict(arms, ("optrot", 4), ("hadamard", 4)).startswith("reproduced (+0.100 ±")
+
+
 def test_a_result_of_another_version_is_named(recipe):
     path = store.local_path({"task": "quantize", "foo": 1})
     store.write_atomically(
