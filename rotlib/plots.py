@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
@@ -16,7 +17,7 @@ from rotlib.families import Family
 from rotlib.outliers import HISTOGRAM_EDGES
 from rotlib.recipe import LEARNED
 from rotlib.store import ROOT, Result, write_atomically
-from rotlib.tables import Arm, mean_and_error, recipe_of
+from rotlib.tables import Arm, recipe_of
 
 # load the backend now: loaded inside the first figure's rc_context, its settings would end with it, and notebooks show no second figure
 plt.switch_backend(plt.get_backend())
@@ -58,8 +59,8 @@ def kl_bars(arms: Sequence[Arm]) -> Figure:
     with plt.rc_context(_RC):
         figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.2), layout="constrained")
         for height, arm in enumerate(reversed(arms)):
-            value, _ = mean_and_error(arm.values("kl").values())
-            axis.barh(height, value, color=STYLE[arm.recipe.rotation][0], height=0.6)
+            value, _ = arm.summary("kl")
+            axis.barh(height, value, color=_style(arm.rotation)["color"], height=0.6)
             axis.annotate(f"{value:.2f}", (value, height), xytext=(4, 0), textcoords="offset points", va="center")
         axis.set_yticks(range(len(arms)), [arm.rotation for arm in reversed(arms)])
         axis.set_xlabel("KL divergence from the original, nats per token")
@@ -89,9 +90,7 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
         if max(values) > 10 * min(values):
             axes.flat[0].set_yscale("log")  # the panels share it
             if max(values) < 1000:
-                axes.flat[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.flat[0].yaxis.set_major_formatter(ScalarFormatter())
-                axes.flat[0].yaxis.set_minor_formatter(NullFormatter())
+                _plain_log_ticks(axes.flat[0].yaxis, (1, 2, 5))
         for axis in axes.flat[len(sites) :]:
             axis.set_axis_off()
         figure.supxlabel("layer")
@@ -134,28 +133,25 @@ def learning_curves(arm: Arm) -> Figure:
 
 def arm_comparison(arms: Sequence[Arm]) -> Figure:
     """KL divergence of every arm, mean and standard error with the seeds behind: a line a rotation, a panel a precision and rounding."""
-    panels = list(dict.fromkeys((arm.recipe.precision, arm.rounding) for arm in arms))
-    rotations = list(dict.fromkeys(arm.rotation for arm in arms))
-    means = {panel: [] for panel in panels}
+    panels: dict[tuple[str, str], list[Arm]] = {}
     for arm in arms:
-        means[arm.recipe.precision, arm.rounding].append(mean_and_error(arm.values("kl").values())[0])
-    wide = any(max(values) > 8 * min(values) for values in means.values())
+        panels.setdefault((arm.recipe.precision, arm.rounding), []).append(arm)
+    rotations = list(dict.fromkeys(arm.rotation for arm in arms))
+    means = [[arm.summary("kl")[0] for arm in shown] for shown in panels.values()]
+    wide = any(max(panel) > 8 * min(panel) for panel in means)
     with plt.rc_context(_RC):
         size = (WIDTH, 0.9 + 0.24 * len(rotations))
         figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False, sharey=True)
-        for axis, (precision, rounding) in zip(axes[0], panels, strict=True):
-            shown = [arm for arm in arms if (arm.recipe.precision, arm.rounding) == (precision, rounding)]
+        for axis, ((precision, rounding), shown) in zip(axes[0], panels.items(), strict=True):
             for arm in shown:
                 place = rotations.index(arm.rotation)
                 values = list(arm.values("kl").values())
-                mean, error = mean_and_error(values)
+                mean, error = arm.summary("kl")
                 axis.plot(values, [place] * len(values), ".", color="0.75", ms=4, zorder=1)
                 axis.errorbar(mean, place, xerr=error if error == error else None, ms=5, capsize=3, **_style(arm.rotation))
             if wide:
                 axis.set_xscale("log")
-                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.xaxis.set_major_formatter(ScalarFormatter())
-                axis.xaxis.set_minor_formatter(NullFormatter())
+                _plain_log_ticks(axis.xaxis, (1, 2, 5))
             else:
                 axis.set_xlim(left=0)
                 axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -184,9 +180,7 @@ def weights_against_inputs(results: dict[str, Result], quantity: str = "input_ku
             axis.set_title(site)
         axes[0].xaxis.set_major_locator(MaxNLocator(4))
         axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes[0].yaxis.set_major_formatter(ScalarFormatter())
-        axes[0].yaxis.set_minor_formatter(NullFormatter())
+        _plain_log_ticks(axes[0].yaxis, (1, 3))
         figure.supxlabel("kurtosis of the weights", fontsize=9)
         figure.supylabel({"input_kurtosis": "kurtosis of the inputs", "sink_kurtosis": "kurtosis of the first token"}[quantity], fontsize=9)
         handles, labels = axes[0].get_legend_handles_labels()
@@ -200,15 +194,15 @@ def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
         figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.4), layout="constrained")
         line = []
         for pair in pairs:
-            (x, dx), (y, dy) = (mean_and_error(arm.values("kl").values()) for arm in pair)
+            (x, dx), (y, dy) = (arm.summary("kl") for arm in pair)
             errors = {"xerr": dx, "yerr": dy} if dx == dx else {}
             axis.errorbar(x, y, **errors, ms=6, capsize=2, lw=0.8, **_style(pair[0].rotation))
             axis.annotate(pair[0].rotation, (x, y), xytext=(6, 5), textcoords="offset points")
             if pair[0].recipe.rotation in LEARNED:
                 line.append((pair[0].recipe.activation_share or float(pair[0].recipe.rotation == "kurtail"), x, y))
         axis.plot(*zip(*[point[1:] for point in sorted(line)], strict=True), color="0.7", lw=1, zorder=0)
-        for axis_name, arm in (("x", pairs[0][0]), ("y", pairs[0][1])):
-            axis.set(**{f"{axis_name}label": f"KL at {arm.recipe.precision}, nats per token"})
+        xlabel, ylabel = (f"KL at {arm.recipe.precision}, nats per token" for arm in pairs[0])
+        axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.margins(0.2)
     return figure
 
@@ -217,6 +211,13 @@ def _style(rotation: str) -> dict:
     """Color and marker of a rotation by its first word: hollow where R3 or R4 is on."""
     color, marker = STYLE[rotation.split()[0]]
     return {"color": color, "marker": marker} | ({"mfc": "white"} if "+" in rotation else {})
+
+
+def _plain_log_ticks(axis: Axis, steps: Sequence[int]) -> None:
+    """Label a logarithmic axis at these multiples of the powers of ten, as ordinary numbers."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def matrices(named: dict[str, object]) -> Figure:

@@ -53,6 +53,10 @@ class Arm:
         """A metric of every seed."""
         return {recipe_of(result).seed: result.metrics[metric] for result in self.results}
 
+    def summary(self, metric: str) -> tuple[float, float]:
+        """Mean and standard error of a metric over the seeds."""
+        return mean_and_error(self.values(metric).values())
+
     def seconds(self, stage: str) -> float:
         return fmean(result.seconds[stage] for result in self.results)
 
@@ -134,7 +138,7 @@ def markdown(arms: Iterable[Arm]) -> str:
     """The table of arms; ± is the standard error over seeds."""
     lines = [_HEADER, "|" + "---|" * (_HEADER.count("|") - 1)]
     for arm in arms:
-        cells = (_cell(arm.values("perplexity").values(), 2), _cell(arm.values("kl").values(), 4))
+        cells = (_cell(*arm.summary("perplexity"), 2), _cell(*arm.summary("kl"), 4))
         times = (f"{arm.seconds('rotate'):.0f}", f"{arm.seconds('quantize'):.0f}")
         named = (arm.rotation, arm.recipe.precision, arm.rounding, str(len(arm.results)))
         lines.append(f"| {' | '.join((*named, *cells, *times, arm.settings))} |")
@@ -145,6 +149,5 @@ def _but_for_the_seed(spec: dict) -> tuple:
     return tuple(sorted((name, value) for name, value in spec.items() if name != "seed"))
 
 
-def _cell(values: Iterable[float], digits: int) -> str:
-    mean, error = mean_and_error(values)
+def _cell(mean: float, error: float, digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
