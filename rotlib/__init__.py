@@ -1,16 +1,21 @@
 """rotlib: rotate large language models before quantizing them (OptRot, arXiv 2512.24124; GSR, arXiv 2505.03810)."""
 
 from rotlib.activations import PROTOCOLS, ActivationQuant, quantized_activations
+from rotlib.bounds import bounds
 from rotlib.fuse import fuse, is_rotated
 from rotlib.gptq import Report, gptq
 from rotlib.hadamard import apply_hadamard, hadamard
 from rotlib.measure import Reference, evaluate, incoherence, kl_divergence, kurtosis, perplexity
+from rotlib.network import LearningFailed
 from rotlib.optrot import kurtail, mixed, optrot
+from rotlib.optrot_plus import optrot_plus
+from rotlib.ostquant import ostquant
 from rotlib.outliers import compare_outliers, outliers
 from rotlib.pipeline import make_rotation, run, run_all
 from rotlib.quant import QuantizedWeight, WeightQuant, restore, rtn
 from rotlib.recipe import Recipe
 from rotlib.rotation import SITES, Rotation, hadamard_rotation, random_rotation
+from rotlib.spinquant import spinquant
 from rotlib.text import load_tokens, windows
 from rotlib.zoo import load
 
@@ -18,6 +23,7 @@ __all__ = [
     "PROTOCOLS",
     "SITES",
     "ActivationQuant",
+    "LearningFailed",
     "QuantizedWeight",
     "Recipe",
     "Reference",
@@ -25,6 +31,7 @@ __all__ = [
     "Rotation",
     "WeightQuant",
     "apply_hadamard",
+    "bounds",
     "compare_outliers",
     "evaluate",
     "fuse",
@@ -41,6 +48,8 @@ __all__ = [
     "make_rotation",
     "mixed",
     "optrot",
+    "optrot_plus",
+    "ostquant",
     "outliers",
     "perplexity",
     "quantized_activations",
@@ -49,5 +58,6 @@ __all__ = [
     "rtn",
     "run",
     "run_all",
+    "spinquant",
     "windows",
 ]

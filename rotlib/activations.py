@@ -127,21 +127,23 @@ def check_activations(model: PreTrainedModel, quant: ActivationQuant) -> Family:
 
 
 def round_tokens(x: Float[Tensor, "... n"], grid: WeightQuant, clip: float, group: int | None = None) -> Float[Tensor, "... n"]:
-    """Every token of x, or every `group` of its coordinates, on a grid of its own; in float32 at least."""
-    rows = x.reshape(-1, group or x.shape[-1])
+    """Every token of x, or every `group` of its coordinates, on a grid of its own; in float32 at least.
+
+    A gradient passes straight through.
+    """
+    rows = x.detach().reshape(-1, group or x.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    return grid_at(rows, grid, clip).round(rows).view(x.shape).to(x.dtype)
+    rounded = grid_at(rows, grid, clip).round(rows).view(x.shape).to(x.dtype)
+    return x + (rounded - x.detach()) if x.requires_grad else rounded
 
 
 def _rounded_input(grid: WeightQuant, clip: float, group: int | None, sinks: int) -> Callable:
     def hook(module: nn.Module, args: tuple) -> tuple:
         x = args[0]
-        rounded = round_tokens(x, grid, clip, group)
         if sinks and x.shape[-2] <= sinks:
             raise RuntimeError(f"{sinks} sinks need sequences of more tokens than that: turn the cache off (use_cache=False)")
-        if sinks:
-            rounded[..., :sinks, :] = x[..., :sinks, :]
-        return (rounded, *args[1:])
+        rounded = round_tokens(x[..., sinks:, :], grid, clip, group)
+        return (torch.cat([x[..., :sinks, :], rounded], dim=-2) if sinks else rounded, *args[1:])
 
     return hook
 

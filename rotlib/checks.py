@@ -26,6 +26,12 @@ def positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive number, not {value!r}")
 
 
+def share(name: str, value: object) -> None:
+    """Known to be a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
+
+
 def inner_share(name: str, value: object) -> None:
     """Known to be a number strictly between 0 and 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:

@@ -59,6 +59,10 @@ class Family:
         """The attention of one layer, as the module that calls the attention function."""
         return self.layers[layer].self_attn
 
+    def query_key_norms(self, layer: int) -> tuple[Module, ...]:
+        """The norms on a layer's query and key heads, where the family has them."""
+        return ()
+
     def untie(self) -> None:
         """Give lm_head a weight of its own and let the config say so; folding the final norm needs it."""
         if self.lm_head.weight is self.embedding.weight:
@@ -71,6 +75,9 @@ class Qwen3(Family):
 
     model_types = ("qwen3",)
     other_paths = ("self_attn.q_norm", "self_attn.k_norm")
+
+    def query_key_norms(self, layer: int) -> tuple[Module, ...]:
+        return tuple(self.layers[layer].get_submodule(path) for path in self.other_paths)
 
 
 FAMILIES = (Family, Qwen3)

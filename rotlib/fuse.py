@@ -1,7 +1,8 @@
 """Fuse a rotation into a model, in place, without changing what the model computes.
 
 Each weight is read once, lifted to float64, given the gain of the norm it reads, multiplied by its rotations and stored
-back in the model's dtype. Norm gains become ones, tied embeddings are untied first, biases turn with their output.
+back in the model's dtype. Norm gains become ones (or what a diagonal scale leaves there), tied embeddings are untied first,
+biases turn with their output.
 With R1 and R2 the result is an ordinary transformers model of the same family: it needs no code of ours and costs nothing
 to run. R3 and R4, where they are on, are applied while the model runs (`online.py`); saved and read by plain transformers
 such a model is wrong, since its R4 would be missing: read it with `rl.load`.
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rotlib.families import Family, adapt, check_finite
 from rotlib.online import attach, check_online
-from rotlib.rotation import SITES, Rotation, placed_weights, rotate_weight, times
+from rotlib.rotation import Rotation, norm_gains, placed_weights, scale_shapes
 
 ORTHOGONALITY_TOLERANCE = 1e-6
 
@@ -40,14 +41,12 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     family.untie()
     rotation = rotation.projected(family.embedding.weight.device)
     for placed in placed_weights(family):
-        reads, writes = rotation.at(SITES[placed.site], placed.layer)
-        rotated = rotate_weight(placed.folded(), reads, writes)
-        placed.module.weight.copy_(rotated.mT if placed.site == "embedding" else rotated)
-        bias = getattr(placed.module, "bias", None)
-        if bias is not None:
-            bias.copy_(times(bias.double(), writes))
-    for norm in _folded_norms(family):
-        norm.weight.fill_(1.0)
+        for name, value in placed.rotated(rotation):
+            getattr(placed.module, name).copy_(value)
+    for layer in range(len(family.layers)):
+        for norm, gain in norm_gains(family, rotation, layer):
+            norm.weight.copy_(gain)
+    family.final_norm.weight.fill_(1.0)
     attach(model, rotation.online)
     return model
 
@@ -68,12 +67,6 @@ def check_not_rounding(model: PreTrainedModel) -> None:
         raise ValueError("this model's activations are being rounded: leave quantized_activations first")
 
 
-def _folded_norms(family: Family):
-    for layer in range(len(family.layers)):
-        yield from family.norms(layer).values()
-    yield family.final_norm
-
-
 def _check_rotation(family: Family, rotation: Rotation) -> None:
     expected = {
         "R1": (family.width, family.width),
@@ -85,6 +78,14 @@ def _check_rotation(family: Family, rotation: Rotation) -> None:
             raise ValueError(f"{name} must be a real floating-point tensor or None, not a {type(R).__name__}")
         if R is not None and tuple(R.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(R.shape)}, but this model needs {shape}")
+    allowed = scale_shapes(family)
+    for name, scale in rotation.scales.items():
+        if name not in allowed:
+            raise ValueError(f"unknown scale {name!r}: a rotation may carry {', '.join(allowed)}")
+        if tuple(scale.shape) != allowed[name]:
+            raise ValueError(f"the scale {name!r} has shape {tuple(scale.shape)}, but this model needs {allowed[name]}")
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"the scale {name!r} must be positive and finite everywhere")
     error = rotation.orthogonality_error()
     if not error < ORTHOGONALITY_TOLERANCE:
         raise ValueError(f"the rotation isn't orthogonal: max|R Rᵀ − I| is {error:.1e}, it must be below {ORTHOGONALITY_TOLERANCE:.0e}")

@@ -5,9 +5,12 @@ triangular, every column's rounding error is spread over the columns still to co
 (Frantar et al., arXiv 2210.17323, Algorithm 1; the same as LDLQ with D = diag(M)², QuIP, arXiv 2307.13304, Theorem 6).
 Layers are walked in the order q,k,v → o → gate,up → down; every input is produced by what is already quantized, weights
 that read the same input share one Hessian and one factorisation, and groups take their scale from the updated weights.
+GPTAQ (arXiv 2504.02692) also makes up for the inputs' own drift: with x̃ what the unquantized model would read, column q hands
+``w_q P_q`` on to the columns behind it, P = α · triu(E[(x̃ − x) xᵀ] Uᵀ, 1) U.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,15 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import positive, token_ids, yes_or_no
+from rotlib.checks import positive, share, token_ids, yes_or_no
+from rotlib.covariance import DAMPING, Hessian, Stop, check_masks, factorise, layer_inputs, run_layer
 from rotlib.families import STAGES, Family
 from rotlib.quant import Grid, QuantizedWeight, WeightQuant, check_quantizable, fit_grid, round_to_nearest
 
 BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
 _STRIP = 32  # columns whose errors reach the rest of the block in one product
-_HESSIAN_BLOCK = 384
-_BATCH_TOKENS = 16384  # tokens that go through a layer at a time
-_LADDER = (1, 10, 100)  # factors on the damping, tried until the Cholesky factorisation succeeds
 
 
 @dataclass
@@ -59,25 +60,32 @@ def gptq(
     calibration: Int[Tensor, "windows length"],
     quant: WeightQuant,
     act_order: bool = False,
-    damping: float = 0.01,
+    damping: float = DAMPING,
+    asymmetry: float = 0.0,
 ) -> Report:
     """Quantize every linear of every decoder layer in place.
 
     `damping` is a fraction of the mean of H's diagonal. With `act_order` columns are visited by falling H_jj and groups
-    keep the scales of the original weights. Raises ValueError before any work for unsuitable models, grids or tokens.
+    keep the scales of the original weights. `asymmetry` is GPTAQ's α (0.25 in its paper, 0 for GPTQ); it costs a second pass
+    through every layer, and one layer's inputs of the whole calibration text on the host. Raises ValueError before any work
+    for unsuitable models, grids or tokens.
     """
     family = check_quantizable(model, quant)
     token_ids("calibration", calibration, 2, model)
     positive("damping", damping)
     yes_or_no("act_order", act_order)
-    _check_masks(model, calibration.shape[1])
+    share("asymmetry", asymmetry)
+    check_masks(model, calibration.shape[1])
     model.config.rotlib_quantized = True  # first: an interrupted model is neither the original nor quantized
     start = time.perf_counter()
     report = Report()
     solve = Solver(quant, act_order, damping)
-    batches = _layer_inputs(family, calibration)
+    batches = layer_inputs(family, calibration)
+    unrounded = _Unrounded(family, batches, asymmetry) if asymmetry else None
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
-        batches = _quantize_layer(family, layer, batches, solve, report)
+        if unrounded:
+            unrounded.walk(layer)
+        batches = _quantize_layer(family, layer, batches, solve, report, unrounded)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -90,32 +98,29 @@ class Solver:
     act_order: bool = False
     damping: float = 0.01
 
-    def __call__(self, W: Float[Tensor, "out in"], H: Float[Tensor, "in in"]) -> tuple[QuantizedWeight, Tensor, float, bool]:
-        """(quantized W, tr(ΔW H ΔWᵀ) of each row, damping used, fell back to RTN?)"""
+    def __call__(
+        self, W: Float[Tensor, "out in"], H: Float[Tensor, "in in"], C: Float[Tensor, "in in"] | None = None
+    ) -> tuple[QuantizedWeight, Tensor, float, bool]:
+        """(quantized W, tr(ΔW H ΔWᵀ) of each row, damping used, fell back to RTN?); C is GPTAQ's α E[(x̃ − x) xᵀ]."""
         W = W.clone()
         H = H.clone()
         dead = H.diagonal() == 0
         H.diagonal()[dead] = 1.0
         W[:, dead] = 0.0
         order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H), device=H.device)
-        U, damping = self._factorise(H[order][:, order])
-        Q = round_to_nearest(W, self.quant) if U is None else self._solve(W, order, U)
+        M, damping = factorise(H[order][:, order], self.damping)
+        if M is None:
+            Q = round_to_nearest(W, self.quant)
+        else:
+            U = torch.linalg.solve_triangular(M, torch.eye(len(M), dtype=M.dtype, device=M.device), upper=True)  # Uᵀ U = H⁻¹
+            P = None if C is None else (C[order][:, order] @ U.T).triu(1) @ U
+            Q = self._solve(W, order, U, P)
         difference = Q.dense() - W
         error = (difference @ H * difference).sum(dim=1)
-        return Q, error, damping, U is None
+        return Q, error, damping, M is None
 
-    def _factorise(self, H: Tensor) -> tuple[Tensor | None, float]:
-        """U with Uᵀ U = H⁻¹, upper triangular, from one Cholesky factorisation of H read backwards."""
-        eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-        for factor in _LADDER:
-            damping = self.damping * factor
-            L, info = torch.linalg.cholesky_ex((H + damping * H.diagonal().mean() * eye).flip(0, 1))
-            if info == 0 and torch.isfinite(L).all():
-                return torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True), damping
-        return None, damping
-
-    def _solve(self, W: Tensor, order: Tensor, U: Tensor) -> QuantizedWeight:
-        """Algorithm 1 of GPTQ on columns laid out as rows, in blocks and strips."""
+    def _solve(self, W: Tensor, order: Tensor, U: Tensor, P: Tensor | None) -> QuantizedWeight:
+        """Algorithm 1 of GPTQ (with P: of GPTAQ) on columns laid out as rows, in blocks and strips."""
         n = W.shape[1]
         group = self.quant.group_size
         block = BLOCK if group is None else group * max(1, BLOCK // group)
@@ -124,18 +129,24 @@ class Solver:
         X = W.T[order].contiguous()  # (in, out): the weights as they stand, made up for earlier errors
         E = torch.empty_like(X)  # errors over the pivots
         codes = torch.empty_like(X)
+
+        def carried(done: slice, to: slice | int) -> Tensor:
+            """What finished columns hand on to those of `to`."""
+            rounding = U.T[to, done] @ E[done]
+            return rounding if P is None else rounding - P.T[to, done] @ X[done]
+
         for b in range(0, n, block):
             block_end = min(b + block, n)
             for s in range(b, block_end, strip):
                 end = min(s + strip, block_end)
-                X[s:end] -= U[b:s, s:end].T @ E[b:s]
+                X[s:end] -= carried(slice(b, s), slice(s, end))
                 for j in range(s, end):
-                    column = torch.addmv(X[j], E[s:j].T, U[s:j, j], alpha=-1)
-                    X[j] = column
+                    X[j] -= carried(slice(s, j), j)
+                    column = X[j]
                     grid = grid_of(X, j)
                     codes[j] = grid.codes(column)
                     E[j] = (column - (codes[j] - grid.zero).mul_(grid.scale)) / U[j, j]
-            X[block_end:] -= U[b:block_end, block_end:].T @ E[b:block_end]
+            X[block_end:] -= carried(slice(b, block_end), slice(block_end, n))
         scale, zero = (torch.stack(parts, dim=1) for parts in ([grid.scale for grid in grids], [grid.zero for grid in grids]))
         return QuantizedWeight(codes[order.argsort()].T.contiguous().to(self.quant.storage), scale, zero)
 
@@ -162,30 +173,39 @@ class Solver:
         return fresh, fitted
 
 
-class _Stop(Exception):
-    """Ends a forward pass once its inputs have been seen."""
+class _Unrounded:
+    """GPTAQ's second stream: what the unquantized model reads, one layer at a time, and how far it is from what is read."""
+
+    def __init__(self, family: Family, batches: list[tuple[Tensor, dict]], asymmetry: float):
+        self._family, self._batches, self._asymmetry = family, batches, asymmetry
+
+    def walk(self, layer: int) -> None:
+        """Go through a layer that isn't quantized yet, and keep what each stage reads there."""
+        self._inputs = defaultdict(list)
+        linears = self._family.linears(layer)
+        handles = [
+            linears[stage[0]].register_forward_pre_hook(lambda module, args, stage=stage: self._inputs[stage].append(args[0].cpu()))
+            for stage in STAGES
+        ]
+        try:
+            self._batches = [(run_layer(self._family.layers[layer], *batch), batch[1]) for batch in self._batches]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def drift(self, stage: tuple[str, ...], seen: list[Tensor]) -> Float[Tensor, "n n"]:
+        """α E[(x̃ − x) xᵀ] of one stage, from what it read of every batch."""
+        device = self._family.embedding.weight.device
+        total, tokens = 0, 0
+        for original, x in zip(self._inputs.pop(stage), seen, strict=True):
+            original, x = (values.to(device).flatten(0, -2).float() for values in (original, x))
+            total, tokens = total + (original - x).T @ x, tokens + len(x)
+        return total * (self._asymmetry / tokens)
 
 
-def _layer_inputs(family: Family, calibration: Tensor) -> list[tuple[Tensor, dict]]:
-    """What the first decoder layer is called with, batch by batch: hidden states (kept on the host) and keywords."""
-    batches = []
-
-    def catch(layer, args, kwargs):
-        batches.append((args[0].cpu(), kwargs))
-        raise _Stop
-
-    handle = family.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    device = family.embedding.weight.device
-    try:
-        for ids in calibration.split(max(1, _BATCH_TOKENS // calibration.shape[1])):
-            with suppress(_Stop):
-                family.decoder(input_ids=ids.to(device), use_cache=False)
-    finally:
-        handle.remove()
-    return batches
-
-
-def _quantize_layer(family: Family, index: int, batches: list, solve: Solver, report: Report) -> list[tuple[Tensor, dict]]:
+def _quantize_layer(
+    family: Family, index: int, batches: list, solve: Solver, report: Report, unrounded: _Unrounded | None
+) -> list[tuple[Tensor, dict]]:
     """Quantize one layer and return the outputs it then has.
 
     The last batch walks through the layer once. Where it meets a stage that isn't quantized it waits until the other
@@ -194,61 +214,43 @@ def _quantize_layer(family: Family, index: int, batches: list, solve: Solver, re
     layer = family.layers[index]
     linears = family.linears(index)
     *others, last = batches
-    done = set()
-    hessian = _Hessian()
+    done, gathering = set(), set()
+    hessian = Hessian()
+    seen: list[Tensor] = []
 
     def arrive(stage: tuple[str, ...]):
         def hook(module, args):
             if stage in done:
                 return
             hessian.add(args[0])
-            if hessian.gathering:
-                raise _Stop
-            hessian.gathering = True
+            if unrounded:
+                seen.append(args[0].cpu())
+            if stage in gathering:
+                raise Stop
+            gathering.add(stage)
             for batch in others:
-                with suppress(_Stop):
-                    _forward(layer, *batch)
-            _quantize_stage(index, {name: linears[name] for name in stage}, hessian.take(), solve, report)
+                with suppress(Stop):
+                    run_layer(layer, *batch)
+            C = unrounded.drift(stage, seen[1:] + seen[:1]) if unrounded else None  # the last batch came first
+            seen.clear()
+            _quantize_stage(index, {name: linears[name] for name in stage}, hessian.take(), C, solve, report)
             done.add(stage)
 
         return hook
 
     handles = [linears[stage[0]].register_forward_pre_hook(arrive(stage)) for stage in STAGES]
     try:
-        final = _forward(layer, *last)
-        return [(_forward(layer, *batch), batch[1]) for batch in others] + [(final, last[1])]
+        final = run_layer(layer, *last)
+        return [(run_layer(layer, *batch), batch[1]) for batch in others] + [(final, last[1])]
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Hessian:
-    """H = (2/n) Σ x xᵀ over the inputs seen so far, in float32; only the lower triangle is summed, block by block."""
-
-    def __init__(self):
-        self._sum, self._tokens, self.gathering = None, 0, False
-
-    def add(self, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).float()
-        n = x.shape[1]
-        if self._sum is None:
-            self._sum = torch.zeros(n, n, device=x.device)
-        for c in range(0, n, _HESSIAN_BLOCK):
-            self._sum[c:, c : c + _HESSIAN_BLOCK].addmm_(x[:, c:].T, x[:, c : c + _HESSIAN_BLOCK])
-        self._tokens += len(x)
-
-    def take(self) -> Tensor:
-        """The Hessian of one stage; the next starts from nothing."""
-        lower = self._sum.tril()
-        H = (lower + lower.tril(-1).T) * (2 / self._tokens)
-        self.__init__()
-        return H
-
-
-def _quantize_stage(index: int, linears: dict[str, nn.Linear], H: Tensor, solve: Solver, report: Report) -> None:
+def _quantize_stage(index: int, linears: dict[str, nn.Linear], H: Tensor, C: Tensor | None, solve: Solver, report: Report) -> None:
     """Quantize the weights that read one input as a single tall matrix."""
     W = torch.cat([linear.weight.float() for linear in linears.values()])
-    Q, error, damping, fallback = solve(W, H)
+    Q, error, damping, fallback = solve(W, H, C)
     sizes = [linear.out_features for linear in linears.values()]
     parts = zip(*(part.split(sizes) for part in Q), strict=True)
     for (site, linear), part, e in zip(linears.items(), parts, error.split(sizes), strict=True):
@@ -256,19 +258,3 @@ def _quantize_stage(index: int, linears: dict[str, nn.Linear], H: Tensor, solve:
         report.weights[name] = QuantizedWeight(*part)
         linear.weight.copy_(report.weights[name].dense())
         report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback))
-
-
-def _forward(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
-    """A decoder layer's output hidden states, kept on the host between layers."""
-    out = layer(x.to(next(layer.parameters()).device), **kwargs)
-    return (out[0] if isinstance(out, tuple) else out).cpu()
-
-
-def _check_masks(model: PreTrainedModel, length: int) -> None:
-    """Every layer is run with the first one's attention mask, so all must share it."""
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    if len(kinds) > 1 and length > (model.config.sliding_window or length):
-        raise ValueError(
-            f"this model mixes {' and '.join(sorted(kinds))} layers: calibrate with windows of at most its "
-            f"{model.config.sliding_window} tokens of sliding window, not {length}"
-        )

@@ -29,11 +29,15 @@ NORMALISATIONS: dict[str, Callable[[Tensor], Tensor | float]] = {
 
 @dataclass
 class Matrix:
-    """A weight with its norm and R4 folded in, or a sample of tokens (tokens, n), and where R1 and R2 meet it."""
+    """A weight with its norm and R4 folded in, or a sample of tokens (tokens, n), and where R1 and R2 meet it.
+
+    `factor` weighs its fourth powers in the sum that is descended.
+    """
 
     site: Site
     layer: int
     values: Float[Tensor, "m n"]
+    factor: float = 1.0
 
     def rows(self, name: str, rotation: Rotation, index: Tensor | slice = slice(None)) -> Float[Tensor, "m n"]:
         """The matrix with every rotation but `name` applied, laid out so that `name` acts on its rows."""
@@ -106,12 +110,14 @@ def blended(weights: list[Matrix], tokens: list[Matrix], share: float, rotation:
 
 
 def sum_of_fourth_powers(matrices: list[Matrix], rotation: Rotation) -> float:
-    """The objective, exactly."""
-    total = 0.0
-    for matrix in matrices:
-        sides = [None if R is None else R.float() for R in rotation.at(matrix.site, matrix.layer)]
-        total += rotate_weight(matrix.values.float(), *sides).pow(4).sum().item()
-    return total
+    """The objective, in full: Σ ‖rotated matrix‖₄⁴, each with its factor."""
+    return sum(matrix.factor * fourth_powers(matrix, rotation) for matrix in matrices)
+
+
+def fourth_powers(matrix: Matrix, rotation: Rotation) -> float:
+    """‖rotated matrix‖₄⁴, whatever its factor."""
+    rotated = rotate_weight(matrix.values.float(), *rotation.to(matrix.values.device, torch.float32).at(matrix.site, matrix.layer))
+    return rotated.square_().square_().sum().item()
 
 
 def _weight(placed: PlacedWeight, scale: Callable[[Tensor], Tensor | float], R4: bool) -> Matrix:

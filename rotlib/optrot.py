@@ -12,8 +12,8 @@ the sampling noise away. R2's share is small and is descended in full, between d
 
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +37,7 @@ from rotlib.objective import (
 from rotlib.online import check_online
 from rotlib.rotation import Rotation, hadamard_rotation, random_rotation
 
+SAMPLED_STEPS = 850
 _BATCH = 8192  # rows per step, or all there are
 _DRAW = 8  # steps that use up one draw
 _PASSES = 2  # times that a draw is used
@@ -118,11 +119,16 @@ def _learn(matrices: list[Matrix], rotation: Rotation, seed: int, method: str = 
         whole_number("steps", steps, 1)
     learn, default_steps = METHODS[method]
     learn(matrices, rotation, steps or default_steps, seed)
+    rotation = finished(rotation)  # before the objective is taken: drift would flatter it
+    rotation.history.append(sum_of_fourth_powers(matrices, rotation))
+    return rotation.to("cpu", torch.float64)
+
+
+def finished(rotation: Rotation) -> Rotation:
+    """The nearest exactly orthogonal rotation to one learned in float32; raises RuntimeError where it has drifted away."""
     if not (drift := rotation.orthogonality_error()) < _DRIFT:
         raise RuntimeError(f"learning lost orthogonality: max|R Rᵀ − I| is {drift:.1e} in float32")
-    rotation = rotation.projected(rotation.R1.device)  # before the objective is taken: drift would flatter it
-    rotation.history.append(sum_of_fourth_powers(matrices, rotation))
-    return replace(rotation, R1=rotation.R1.cpu(), R2=rotation.R2.cpu())
+    return rotation.projected(rotation.R1.device)
 
 
 def fourth_power(rows: Float[Tensor, "m n"], R: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +139,7 @@ def fourth_power(rows: Float[Tensor, "m n"], R: Tensor) -> tuple[Tensor, Tensor]
 
 
 @contextmanager
-def _coarse_products():
+def coarse_products():
     """Let matrix products round to bfloat16 or TF32 where the hardware does that fast: far below the sampling noise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -160,29 +166,49 @@ def start(model: PreTrainedModel, seed: int, R3: bool, R4: bool) -> tuple[Family
     return family, Rotation(rotation.R1.to(device, torch.float32), rotation.R2.to(device, torch.float32), R3, R4)
 
 
-def _learn_sampled(matrices: list[Matrix], rotation: Rotation, steps: int, seed: int) -> None:
+class Extra(Protocol):
+    """What a method adds to the fourth powers: slopes, and factors of the matrices that change as the rotation does."""
+
+    def refresh(self, rotation: Rotation) -> None:
+        """Called before every draw of rows; may change the matrices' factors."""
+
+    def R1_slope(self, R1: Tensor) -> Tensor: ...
+
+    def R2_slope(self, R2: Tensor) -> Tensor: ...
+
+
+def learn_sampled(
+    matrices: list[Matrix], rotation: Rotation, steps: int, seed: int, extra: Extra | None = None, length: float = _R1_LENGTH
+) -> None:
     """Momentum descent: R1 on drawn rows, R2 on all of its rows at its turns."""
+    if extra:
+        extra.refresh(rotation)
     rows = _RowSampler(matrices, rotation, seed)
     R1, R2 = Descent(rotation.R1), Descent(rotation.R2)
     for step in tqdm(range(steps), desc="OptRot", unit="step"):
         anneal = 0.5 * (1 + math.cos(math.pi * step / steps))
         if step % _R2_EVERY == 0:
-            with _coarse_products():
+            with coarse_products():
                 heads = _R2Rows(matrices, rotation)
+            constant = extra.R2_slope(R2.R) if extra else 0.0
             for _ in range(_R2_STEPS):
-                R2.step(heads.gradient(R2.R), _R2_LENGTH * anneal)
+                R2.step(heads.gradient(R2.R) + constant, _R2_LENGTH * anneal)
             R2.project()
             rotation.R2 = R2.R
         fresh = step % (_DRAW * _PASSES) == 0
         if fresh:
+            if extra and step:
+                extra.refresh(rotation)
+                rows.reweigh()
             rows.draw(rotation)
             R1.project()
-        with _coarse_products():
+        with coarse_products():
             value, gradient = fourth_power(rows.batch(step % _DRAW), R1.R)
-        R1.step(gradient, _R1_LENGTH * anneal)
+        scale = rows.total / rows.size
+        R1.step(scale * gradient + extra.R1_slope(R1.R) if extra else gradient, length * anneal)
         rotation.R1 = R1.R
         if fresh:  # later in a draw its rows have been seen, and flatter the objective
-            rotation.history.append(rows.total * value.item() / rows.size)
+            rotation.history.append(scale * value.item())
 
 
 def _learn_cayley_sgd(matrices: list[Matrix], rotation: Rotation, steps: int, seed: int) -> None:
@@ -200,19 +226,22 @@ def _learn_cayley_sgd(matrices: list[Matrix], rotation: Rotation, steps: int, se
 
 
 class _RowSampler:
-    """Unit rows for R1, drawn with probability ∝ ‖row‖⁴ at the start; `total` turns their mean into the objective."""
+    """Unit rows for R1, drawn with probability ∝ factor · ‖row‖⁴ at the start; `total` turns their mean into the objective."""
 
     def __init__(self, matrices: list[Matrix], rotation: Rotation, seed: int):
         self._matrices = [matrix for matrix in matrices if matrix.touched_by("R1")]
         self._device = rotation.R1.device
         self._generator = torch.Generator().manual_seed(seed)
-        norms = [matrix.rows("R1", rotation).norm(dim=1).cpu() for matrix in self._matrices]
-        self._inverse = [1 / norm.clamp_min(1e-30) for norm in norms]
-        fourth = torch.cat(norms).double() ** 4
+        self._norms = [matrix.rows("R1", rotation).norm(dim=1).cpu() for matrix in self._matrices]
+        self._starts = torch.tensor([0] + [len(norm) for norm in self._norms]).cumsum(0)
+        self.size = min(_BATCH, int(self._starts[-1]))
+        self.reweigh()
+
+    def reweigh(self) -> None:
+        """Take up the matrices' factors as they are now."""
+        fourth = torch.cat([norm.double() ** 4 * matrix.factor for norm, matrix in zip(self._norms, self._matrices, strict=True)])
         self.total = fourth.sum().item()
-        self.size = min(_BATCH, len(fourth))
         self._cumulative = fourth.cumsum(0) / self.total
-        self._starts = torch.tensor([0] + [len(norm) for norm in norms]).cumsum(0)
 
     def draw(self, rotation: Rotation) -> None:
         """Rows for the next `_DRAW` steps by systematic sampling: every row as often as it should be, to within one."""
@@ -224,9 +253,9 @@ class _RowSampler:
         self._rows = torch.empty(count, len(rotation.R1), device=self._device)
         for which, (begin, end) in enumerate(pairwise(bounds)):
             index = chosen[begin:end] - self._starts[which]
-            scale = self._inverse[which][index].unsqueeze(1)
+            norm = self._norms[which][index].clamp_min(1e-30).unsqueeze(1)
             rows = self._matrices[which].rows("R1", rotation, index)
-            self._rows[place[begin:end]] = rows.mul_(scale.to(rows))
+            self._rows[place[begin:end]] = rows.div_(norm.to(rows))
 
     def batch(self, number: int) -> Float[Tensor, "batch d"]:
         """One step's rows of the current draw."""
@@ -242,11 +271,11 @@ class _R2Rows:
         for matrix in matrices:
             if matrix.touched_by("R2"):
                 rows = matrix.rows("R2", rotation).unflatten(1, (heads, -1, b))
-                by_layer[matrix.layer].append(rows.movedim(1, 0).flatten(1, 2))
+                by_layer[matrix.layer].append(rows.movedim(1, 0).flatten(1, 2) * matrix.factor**0.25)
         self._rows = torch.stack([torch.cat(rows, dim=1) for rows in by_layer])  # (layers, heads, m, b)
 
     def gradient(self, R2: Float[Tensor, "layers heads b b"]) -> Float[Tensor, "layers heads b b"]:
         return 4 * (self._rows.mT @ (self._rows @ R2).pow_(3))
 
 
-METHODS = {"sampled": (_learn_sampled, 850), "cayley-sgd": (_learn_cayley_sgd, 1000)}
+METHODS = {"sampled": (learn_sampled, SAMPLED_STEPS), "cayley-sgd": (_learn_cayley_sgd, 1000)}

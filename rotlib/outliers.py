@@ -19,7 +19,7 @@ from rotlib import store
 from rotlib.families import STAGES, Family, adapt
 from rotlib.fuse import fuse
 from rotlib.measure import incoherence, kurtosis
-from rotlib.pipeline import calibration_tokens, make_rotation
+from rotlib.pipeline import calibration_tokens, rotation_of
 from rotlib.recipe import Recipe
 from rotlib.rotation import placed_weights
 from rotlib.store import Record, Result
@@ -32,8 +32,7 @@ HISTOGRAM_EDGES = [edge / 4 for edge in range(121)]  # |w| / rms from 0 to 30
 
 def outliers(recipe: Recipe, device: str = "auto") -> Result:
     """Outliers of the recipe's model under its rotation (`rotation`, `seed`), over its first calibration windows; kept like a run."""
-    read = ("model", "text", "rotation", "normalisation", "activation_share", "R4", "window", "calibration_windows", "seed")
-    recipe = Recipe(**{name: getattr(recipe, name) for name in read})
+    recipe = recipe.of_rotation("text", "window", "calibration_windows")
     picked = pick_device(device)
     return store.once(recipe.spec() | {"task": "outliers"}, picked, lambda record: _compute(recipe, picked, record))
 
@@ -48,7 +47,7 @@ def compare_outliers(recipe: Recipe, rotations: tuple[str, ...]) -> dict[str, Re
 def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
     calibration = calibration_tokens(recipe)
     model, _ = load(recipe.model, str(device))
-    rotation, record.seconds["rotate"] = make_rotation(recipe, model)
+    rotation = rotation_of(recipe, model, record)
     if rotation is not None:
         fuse(model, rotation)
     family = adapt(model)

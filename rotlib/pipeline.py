@@ -24,10 +24,13 @@ from rotlib.fuse import fuse
 from rotlib.gptq import gptq
 from rotlib.measure import Reference, evaluate
 from rotlib.online import check_online
-from rotlib.optrot import kurtail, mixed, optrot
+from rotlib.optrot import SAMPLED_STEPS, kurtail, mixed, optrot
+from rotlib.optrot_plus import optrot_plus
+from rotlib.ostquant import ostquant
 from rotlib.quant import QuantizedWeight, check_quantizable, restore, rtn
-from rotlib.recipe import FIXED, LEARNED, ON_ACTIVATIONS, ON_WEIGHTS, Recipe
+from rotlib.recipe import FIXED, LEARNED, Recipe
 from rotlib.rotation import Rotation, hadamard_rotation, random_rotation
+from rotlib.spinquant import spinquant
 from rotlib.store import Record, Result
 from rotlib.text import fingerprint, load_tokens, windows
 from rotlib.zoo import load, load_tokenizer, pick_device, resolve
@@ -104,16 +107,13 @@ def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
 def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Record:
     """Rotate and quantize the original model in place; returns what that took."""
     record = Record()
-    rotation, record.seconds["rotate"] = make_rotation(recipe, model)
+    rotation = rotation_of(recipe, model, record)
     with record.stage("fuse"):
         if rotation is not None:
             fuse(model, rotation)
     record.seconds["quantize"] = 0.0
     if recipe.rounding != "none":
         _quantize(recipe, model, calibration, record)
-    if rotation is not None and rotation.history:
-        record.metrics["objective"] = rotation.history[-1]
-        record.metrics["objective_history"] = [round(value, 1) for value in rotation.history[:-1]]
     return record
 
 
@@ -127,7 +127,7 @@ def _quantize(recipe: Recipe, model: PreTrainedModel, calibration: Tensor, recor
     def compute() -> dict:
         seen = recipe.activations if recipe.order == "activations-first" else ActivationQuant()
         with quantized_activations(model, seen):
-            report = gptq(model, calibration, recipe.quant, recipe.act_order, recipe.damping)
+            report = gptq(model, calibration, recipe.quant, recipe.act_order, recipe.damping, recipe.asymmetry)
         weights = {name: tuple(weight) for name, weight in report.weights.items()}
         return {"weights": weights, "fallbacks": report.fallbacks, "seconds": report.seconds}
 
@@ -143,6 +143,11 @@ def calibration_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
     return windows(_stream(recipe.model, recipe.text, "calibration"), recipe.window, recipe.calibration_windows, recipe.seed)
 
 
+def learning_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
+    """The windows that a rotation is learned on, drawn from the calibration text by the recipe's seed."""
+    return windows(_stream(recipe.model, recipe.text, "calibration"), recipe.window, recipe.learning_windows, recipe.seed)
+
+
 @lru_cache
 def _stream(model: str, text: str, split: str) -> Int[Tensor, " n"]:
     return load_tokens(text, load_tokenizer(model), split)
@@ -150,38 +155,65 @@ def _stream(model: str, text: str, split: str) -> Int[Tensor, " n"]:
 
 def make_rotation(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation | None, float]:
     """(the recipe's rotation of this original model, the seconds it took); learned ones are kept beside the results."""
+    record = Record()
+    return rotation_of(recipe, model, record), record.seconds["rotate"]
+
+
+def rotation_of(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation | None:
+    """The recipe's rotation, as `make_rotation` has it; what it took goes into the record."""
     if recipe.rotation in LEARNED:
-        return _learned(recipe, model)
-    start = time.perf_counter()
-    if recipe.rotation in FIXED:
-        draw = {"random": random_rotation, "hadamard": hadamard_rotation}[recipe.rotation]
-        rotation = draw(model, recipe.seed, recipe.R3, recipe.R4)
-    else:
-        rotation = Rotation(None, None, recipe.R3, recipe.R4) if recipe.R3 or recipe.R4 else None
-    return rotation, time.perf_counter() - start
+        return _learned(recipe, model, record)
+    with record.stage("rotate"):
+        if recipe.rotation in FIXED:
+            draw = {"random": random_rotation, "hadamard": hadamard_rotation}[recipe.rotation]
+            return draw(model, recipe.seed, recipe.R3, recipe.R4)
+        return Rotation(None, None, recipe.R3, recipe.R4) if recipe.R3 or recipe.R4 else None
 
 
-def _learned(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, float]:
-    read = ["model", "rotation", "normalisation", "activation_share", "seed"]
-    if recipe.rotation in ON_ACTIVATIONS:
-        read += ["text", "window", "calibration_windows"]
-    if recipe.rotation in ON_WEIGHTS:
-        read += ["R4"]
-    spec = {"task": "rotation"} | {name: getattr(recipe, name) for name in read}
+def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation:
+    spec = {"task": "rotation"} | recipe.rotation_reads
 
     def compute() -> dict:
         start = time.perf_counter()
-        online = {"R3": recipe.R3, "R4": recipe.R4}
-        if recipe.rotation == "optrot":
-            rotation = optrot(model, recipe.seed, normalisation=recipe.normalisation, **online)
-        elif recipe.rotation == "kurtail":
-            rotation = kurtail(model, calibration_tokens(recipe), recipe.seed, **online)
-        else:
-            rotation = mixed(model, calibration_tokens(recipe), recipe.activation_share, recipe.seed, **online)
-        return {"R1": rotation.R1, "R2": rotation.R2, "history": rotation.history, "seconds": time.perf_counter() - start}
+        rotation, tokens = _learn(recipe, model)
+        return {
+            "rotation": {name: getattr(rotation, name) for name in ("R1", "R2", "history", "scales")},
+            "seconds": time.perf_counter() - start,
+            "memory_mb": store.peak_memory_mb(model.device),
+            "tokens": tokens,
+        }
 
     kept, _ = _kept(spec, model.device, compute)
-    return Rotation(kept["R1"], kept["R2"], recipe.R3, recipe.R4, kept["history"]), kept["seconds"]
+    rotation = Rotation(**kept["rotation"], R3=recipe.R3, R4=recipe.R4)
+    record.seconds["rotate"] = round(kept["seconds"], 2)
+    record.metrics |= {
+        "objective": rotation.history[-1],
+        "objective_history": [float(f"{value:.6g}") for value in rotation.history[:-1]],
+        "learning_memory_mb": kept["memory_mb"],
+        "learning_tokens": kept["tokens"],
+    }
+    return rotation
+
+
+def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
+    """(the rotation, how many tokens of text it was learned on)"""
+    how = {"seed": recipe.seed, "R3": recipe.R3, "R4": recipe.R4}
+    if recipe.rotation == "optrot":
+        return optrot(model, normalisation=recipe.normalisation, steps=recipe.steps, **how), 0
+    if recipe.rotation == "kurtail":
+        tokens = calibration_tokens(recipe)
+        return kurtail(model, tokens, **how), tokens.numel()
+    if recipe.rotation == "mixed":
+        tokens = calibration_tokens(recipe)
+        return mixed(model, tokens, recipe.activation_share, **how), tokens.numel()
+    tokens = learning_tokens(recipe)
+    if recipe.rotation == "optrot+":
+        return optrot_plus(model, tokens, form=recipe.form, steps=recipe.steps or SAMPLED_STEPS, **how), tokens.numel()
+    how |= {"preset": recipe.preset, "steps": recipe.steps}
+    how |= {"quant": recipe.quant} if recipe.learned_on == "weights" else {"activations": recipe.activations}
+    if recipe.rotation == "spinquant":
+        return spinquant(model, tokens, **how), tokens.numel()
+    return ostquant(model, tokens, kl_top=recipe.kl_top, **how), tokens.numel()
 
 
 def _kept(spec: dict, device: torch.device, compute: Callable[[], dict]) -> tuple[dict, bool]:

@@ -7,6 +7,7 @@ that stepping through a notebook never overwrites the committed figures.
 import os
 from collections.abc import Sequence
 from itertools import cycle
+from statistics import fmean
 
 import matplotlib.pyplot as plt
 from matplotlib.axis import Axis
@@ -31,6 +32,9 @@ STYLE = {
     "optrot": ("#009E73", "D"),
     "kurtail": ("#CC79A7", "v"),
     "mixed": ("#0072B2", "P"),
+    "optrot+": ("#005F45", "d"),
+    "spinquant": ("#D55E00", "X"),
+    "ostquant": ("#7F6BB3", "p"),
 }
 _RC = {
     "axes.spines.right": False,
@@ -207,10 +211,95 @@ def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
     return figure
 
 
+def bounds_against_errors(results: dict[str, Result]) -> Figure:
+    """The error of every module against its bound, a panel a rounding: on the grey line the bound would be reached."""
+    roundings = {"rtn": "RTN", "gptq": "GPTQ"}
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained", sharex=True, sharey=True)
+        for axis, (rounding, title) in zip(axes, roundings.items(), strict=True):
+            for rotation, result in results.items():
+                modules = result.metrics["modules"]
+                at = [[module[f"{rounding}_{quantity}"] for module in modules] for quantity in ("bound", "error")]
+                axis.plot(*at, ls="", ms=3, alpha=0.6, label=rotation, **_style(rotation))
+            axis.axline((1, 1), slope=1, color="0.7", lw=0.8, zorder=0)
+            axis.set(xscale="log", yscale="log", title=title)
+        figure.supxlabel("bound on the error", fontsize=9)
+        figure.supylabel("error tr(ΔW H ΔWᵀ)", fontsize=9)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def pivots_by_layer(results: dict[str, Result]) -> Figure:
+    """tr(D) / tr(H) of what every module reads, over the layers; the grey area lies below the floor that no rotation passes."""
+    sites = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
+    with plt.rc_context(_RC):
+        figure, axes = plt.subplots(1, len(sites), figsize=(WIDTH, 2.3), layout="constrained", sharex=True, sharey=True)
+        for axis, (site, title) in zip(axes, sites.items(), strict=True):
+            for rotation, result in results.items():
+                modules = [module for module in result.metrics["modules"] if module["site"] == site]
+                layers = [module["layer"] for module in modules]
+                axis.plot(layers, [m["tr_D"] / m["tr_H"] for m in modules], ms=2.5, lw=0.8, label=rotation, **_style(rotation))
+            axis.fill_between(layers, [m["floor"] / m["tr_H"] for m in modules], color="0.85", lw=0, zorder=0)
+            axis.set(title=title, ylim=(0, None))
+        figure.supxlabel("layer", fontsize=9)
+        figure.supylabel("tr(D) / tr(H)", fontsize=9)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def errors_against_kl(points: Sequence[tuple[str, str, float, float]]) -> Figure:
+    """(rotation, rounding, sum of layer errors, KL of the model): filled by GPTQ, hollow by rounding to nearest."""
+    with plt.rc_context(_RC):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2), layout="constrained")
+        for rotation, rounding, error, kl in points:
+            hollow = {} if rounding == "gptq" else {"mfc": "white"}
+            axis.plot(error, kl, ls="", ms=6, **_style(rotation) | hollow)
+            axis.annotate(rotation, (error, kl), xytext=(6, 3), textcoords="offset points")
+        axis.set(xscale="log", yscale="log", xlabel="sum of the layers' errors, each over its energy tr(W H Wᵀ)")
+        axis.set_ylabel("KL divergence from the original, nats per token")
+        _plain_log_ticks(axis.xaxis, (1, 2, 5))
+        _plain_log_ticks(axis.yaxis, (1, 2, 5))
+        axis.margins(0.15)
+    return figure
+
+
+def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
+    """KL against the seconds that the rotation was learned for: a line a method, a point a number of steps."""
+    with plt.rc_context(_RC):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2), layout="constrained")
+        for name, arms in methods.items():
+            at = sorted((arm.seconds("rotate"), *arm.summary("kl")) for arm in arms)
+            seconds, means, errors = zip(*at, strict=True)
+            axis.errorbar(seconds, means, yerr=[e if e == e else 0 for e in errors], ms=5, lw=0.9, capsize=2, label=name, **_style(name))
+        axis.set(xscale="log", xlabel="seconds of learning", ylabel="KL divergence from the original, nats per token")
+        _plain_log_ticks(axis.xaxis, (1, 2, 5))
+        axis.legend()
+    return figure
+
+
+def training_losses(arms: Sequence[Arm]) -> Figure:
+    """Each method's own loss over its steps as a share of the first tenth's mean, a thin line a seed, smoothed over an eighth."""
+    with plt.rc_context(_RC):
+        figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.8), layout="constrained")
+        for arm in arms:
+            for number, result in enumerate(arm.results):
+                history = result.metrics["objective_history"]
+                width = max(1, len(history) // 8)
+                smooth = [fmean(history[i : i + width]) for i in range(len(history) - width + 1)]
+                steps = [(i + width / 2) / len(history) for i in range(len(smooth))]
+                label = arm.rotation if number == 0 else None
+                axis.plot(steps, [value / smooth[0] for value in smooth], lw=0.9, color=_style(arm.rotation)["color"], label=label)
+        axis.set(xlabel="share of the steps", ylabel="loss / loss at the start")
+        axis.legend()
+    return figure
+
+
 def _style(rotation: str) -> dict:
     """Color and marker of a rotation by its first word: hollow where R3 or R4 is on."""
     color, marker = STYLE[rotation.split()[0]]
-    return {"color": color, "marker": marker} | ({"mfc": "white"} if "+" in rotation else {})
+    return {"color": color, "marker": marker} | ({"mfc": "white"} if " + " in rotation else {})
 
 
 def _plain_log_ticks(axis: Axis, steps: Sequence[int]) -> None:

@@ -7,28 +7,44 @@ is stored. `pipeline.py` computes it. Recipes that differ in their activations a
 from dataclasses import asdict, dataclass, fields, replace
 
 from rotlib.activations import FULL, PROTOCOLS, ActivationQuant
-from rotlib.checks import inner_share, one_of, positive, whole_number, yes_or_no
+from rotlib.checks import inner_share, one_of, positive, share, whole_number, yes_or_no
+from rotlib.covariance import DAMPING
 from rotlib.objective import NORMALISATIONS
+from rotlib.optrot_plus import FORMS
+from rotlib.ostquant import KL_TOP_FORMS, OSTQUANT_PRESETS
 from rotlib.quant import WeightQuant
 from rotlib.text import check_text
 
 FIXED = ("random", "hadamard")
-ON_ACTIVATIONS = ("kurtail", "mixed")
-ON_WEIGHTS = ("optrot", "mixed")
-LEARNED = ("optrot", "kurtail", "mixed")
+THROUGH_NETWORK = ("spinquant", "ostquant")
+_CALIBRATION = ("text", "window", "calibration_windows")
+_LEARNING = ("text", "window", "learning_windows", "steps")
+# what the learning of a rotation reads of a recipe, besides model and seed; through the network also the grid that is learned on
+LEARNED = {
+    "optrot": ("normalisation", "R4", "steps"),
+    "optrot+": ("form", "R4", *_LEARNING),
+    "kurtail": _CALIBRATION,
+    "mixed": ("activation_share", "R4", *_CALIBRATION),
+    "spinquant": ("learned_on", "preset", "R4", *_LEARNING),
+    "ostquant": ("learned_on", "preset", "kl_top", "R4", *_LEARNING),
+}
 ROTATIONS = ("none", *FIXED, *LEARNED)
 ROUNDINGS = ("rtn", "gptq", "none")
 ORDERS = ("weights-first", "activations-first")
+LEARNED_ON = ("weights", "activations")
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _ACTIVATION_GRID = ("activation_bits", "activation_group_size", "kv_bits", "protocol", "sinks")
+_OF_LEARNING = ("normalisation", "activation_share", "form", "learned_on", "preset", "kl_top", "learning_windows", "steps")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One run; raises ValueError at construction for a value outside the choices, or one that would go unread.
 
-    `activation_share` is λ of the rotation "mixed". `rounding` "none" keeps 16-bit weights. `order` "weights-first" calibrates
-    GPTQ on unrounded activations, "activations-first" on rounded ones (as GPTAQ does, arXiv 2504.02692).
+    `activation_share` is λ of the rotation "mixed", `form` OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names
+    rounded on this recipe's grid, by a `preset` whose `steps` can be replaced. `rounding` "none" keeps 16-bit weights; `asymmetry` is
+    GPTAQ's α. `order` "weights-first" calibrates GPTQ on unrounded activations, "activations-first" on rounded ones (as GPTAQ
+    does, arXiv 2504.02692).
     """
 
     model: str = "smollm2-135m"
@@ -36,6 +52,11 @@ class Recipe:
     rotation: str = "none"
     normalisation: str = "plain"
     activation_share: float | None = None
+    form: str = "product"
+    learned_on: str = "weights"
+    preset: str = "laptop"
+    kl_top: str = "gathered"
+    steps: int | None = None
     R3: bool = False
     R4: bool = False
     rounding: str = "gptq"
@@ -45,7 +66,8 @@ class Recipe:
     convention: str = "half"
     clip_search: bool = True
     act_order: bool = False
-    damping: float = 0.01
+    damping: float = DAMPING
+    asymmetry: float = 0.0
     activation_bits: int = FULL
     activation_group_size: int | None = None
     kv_bits: int = FULL
@@ -54,6 +76,7 @@ class Recipe:
     order: str = "weights-first"
     window: int = 1024
     calibration_windows: int = 16
+    learning_windows: int = 32
     test_windows: int = 8
     seed: int = 0
 
@@ -66,12 +89,19 @@ class Recipe:
             "normalisation": NORMALISATIONS,
             "protocol": PROTOCOLS,
             "order": ORDERS,
+            "form": FORMS,
+            "learned_on": LEARNED_ON,
+            "preset": OSTQUANT_PRESETS,
+            "kl_top": KL_TOP_FORMS,
         }
         for name, allowed in choices.items():
             one_of(name, getattr(self, name), allowed)
-        for name, least in {"window": 2, "calibration_windows": 1, "test_windows": 1, "seed": 0}.items():
+        for name, least in {"window": 2, "calibration_windows": 1, "learning_windows": 1, "test_windows": 1, "seed": 0}.items():
             whole_number(name, getattr(self, name), least)
+        if self.steps is not None:
+            whole_number("steps (unless it is None)", self.steps, 1)
         positive("damping", self.damping)
+        share("asymmetry", self.asymmetry)
         for name in ("act_order", "R3", "R4"):
             yes_or_no(name, getattr(self, name))
         check_text(self.text)
@@ -86,19 +116,26 @@ class Recipe:
         unread = {
             "act_order": (self.rounding == "gptq", "orders GPTQ's columns: it needs rounding 'gptq'"),
             "damping": (self.rounding == "gptq", "belongs to GPTQ's Hessian: it needs rounding 'gptq'"),
+            "asymmetry": (self.rounding == "gptq", "corrects GPTQ for its inputs' drift: it needs rounding 'gptq'"),
             "convention": (self.symmetric, "belongs to symmetric grids"),
-            "normalisation": (self.rotation == "optrot", f"belongs to the rotation 'optrot', not to {self.rotation!r}"),
-            "activation_share": (self.rotation == "mixed", f"belongs to the rotation 'mixed', not to {self.rotation!r}"),
             "R3": (self.kv_bits != FULL, "turns keys for their quantizer: it needs kv_bits below 16"),
-            "activation_group_size": (self.activation_bits != FULL, "needs activation_bits below 16"),
             "sinks": (self.activation_bits != FULL, "needs activation_bits below 16"),
             "protocol": (rounded, "says how activations are rounded: it needs activation_bits or kv_bits below 16"),
             "order": (rounded and self.rounding == "gptq", "needs rounding 'gptq', and activation_bits or kv_bits below 16"),
         }
+        for name in _OF_LEARNING:
+            methods = [rotation for rotation, read in LEARNED.items() if name in read]
+            reason = f"belongs to the rotations {', '.join(methods)}, not to {self.rotation!r}"
+            unread[name] = (self.rotation in methods, reason)
         unread |= dict.fromkeys(_WEIGHT_GRID, (self.rounding != "none", "belongs to rounded weights, not to rounding 'none'"))
         for name, (read, reason) in unread.items():
             if not read and name in self.spec():
                 raise ValueError(f"{name} {reason}")
+        if self.rotation in THROUGH_NETWORK:
+            if self.learned_on == "activations" and not rounded:
+                raise ValueError("learned_on 'activations' needs activation_bits or kv_bits below 16")
+            if self.learned_on == "weights" and self.rounding == "none":
+                raise ValueError("learned_on 'weights' needs weights that are rounded: choose the rounding 'rtn' or 'gptq'")
 
     @property
     def quant(self) -> WeightQuant:
@@ -109,6 +146,22 @@ class Recipe:
     def activations(self) -> ActivationQuant:
         """The activation grids this recipe asks for."""
         return ActivationQuant(self.activation_bits, self.kv_bits, self.activation_group_size, self.protocol, self.sinks)
+
+    @property
+    def rotation_reads(self) -> dict:
+        """The settings that this recipe's rotation depends on, R3 and R4 apart."""
+        return {name: getattr(self, name) for name in ("model", "rotation", "seed", *LEARNED.get(self.rotation, ()), *self.learned_through)}
+
+    def of_rotation(self, *others: str) -> "Recipe":
+        """The recipe that has this one's rotation, with R4, and of its other settings only these."""
+        return Recipe(**self.rotation_reads | {name: getattr(self, name) for name in ("R4", *others)})
+
+    @property
+    def learned_through(self) -> tuple[str, ...]:
+        """The fields that say which grid the network has while its rotation is learned."""
+        if self.rotation not in THROUGH_NETWORK:
+            return ()
+        return _WEIGHT_GRID if self.learned_on == "weights" else (*_ACTIVATION_GRID, "R3")
 
     @property
     def online(self) -> list[str]:
@@ -125,7 +178,8 @@ class Recipe:
         """The recipe that has this one's weights and nothing else of its own."""
         reset = {"test_windows": Recipe.test_windows}
         if self.order == "weights-first":
-            reset |= {"R3": False} | {name: getattr(Recipe, name) for name in _ACTIVATION_GRID}
+            activations = {"R3": False} | {name: getattr(Recipe, name) for name in _ACTIVATION_GRID}
+            reset |= {name: value for name, value in activations.items() if name not in self.learned_through}
         return replace(self, **reset)
 
     def spec(self) -> dict:

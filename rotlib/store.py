@@ -25,8 +25,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 _NUMERIC = (
-    "activations", "checks", "families", "fuse", "gptq", "hadamard", "manifold", "measure", "objective", "online", "optrot",
-    "outliers", "pipeline", "quant", "recipe", "rotation", "text", "zoo",
+    "activations", "bounds", "checks", "covariance", "families", "fuse", "gptq", "hadamard", "manifold", "measure", "network",
+    "objective", "online", "optrot", "optrot_plus", "ostquant", "outliers", "pipeline", "quant", "recipe", "rotation", "spinquant",
+    "text", "zoo",
 )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) ->
     record = Record()
     _reset_peak_memory(device)
     compute(record)
-    memory = _peak_memory_mb(device)
+    memory = peak_memory_mb(device)
     result = Result(spec, record.metrics, record.seconds, memory, origin | {"tokens": record.tokens})
     path = local_path(spec)
     write_atomically(path, lambda scratch: scratch.write_text(json.dumps(asdict(result), indent=1, sort_keys=True) + "\n"))
@@ -172,7 +173,7 @@ def _reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory_mb(device: torch.device) -> float:
+def peak_memory_mb(device: torch.device) -> float:
     """The device's peak where it has memory of its own, else the process's since the reset (elsewhere: since it began)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)

@@ -145,6 +145,22 @@ def markdown(arms: Iterable[Arm]) -> str:
     return "\n".join(lines)
 
 
+def grid(rows: Mapping[str, Mapping[str, Arm]]) -> str:
+    """KL of many arms as Markdown: a line a rotation, with what learning its first arm's took, a column a precision and rounding."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    header = ("rotation", "tokens", "learning, s", "memory, GB", *columns)
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for name, row in rows.items():
+        arm = next(iter(row.values()))
+        cost = ("–", "–", "–")
+        if "learning_tokens" in arm.results[0].metrics:
+            tokens, memory = (arm.summary(metric)[0] for metric in ("learning_tokens", "learning_memory_mb"))
+            cost = (f"{tokens:,.0f}", f"{arm.seconds('rotate'):.0f}", f"{memory / 1024:.1f}")
+        cells = [_cell(*row[column].summary("kl"), 3) + " (stale)" * row[column].stale if column in row else "" for column in columns]
+        lines.append(f"| {' | '.join((name, *cost, *cells))} |")
+    return "\n".join(lines)
+
+
 def _but_for_the_seed(spec: dict) -> tuple:
     return tuple(sorted((name, value) for name, value in spec.items() if name != "seed"))
 

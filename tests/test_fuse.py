@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, G
 import rotlib as rl
 from rotlib.families import adapt
 from rotlib.fuse import ORTHOGONALITY_TOLERANCE
-from rotlib.rotation import SITES, Rotation, placed_weights, rotate_weight, times
+from rotlib.rotation import SITES, Rotation, placed_weights, rotate_weight, scale_shapes, times
 
 
 @pytest.mark.parametrize("make", [rl.hadamard_rotation, rl.random_rotation])
@@ -142,3 +142,46 @@ def test_the_configurations_cover_what_breaks_peers():
     assert any(config.tie_word_embeddings for config in configs)
     assert all(config.num_key_value_heads < config.num_attention_heads for config in configs)
     assert any(getattr(config, "head_dim", 8) != config.hidden_size // config.num_attention_heads for config in configs)
+
+
+def random_scales(model) -> dict[str, torch.Tensor]:
+    """Every scale that the model can take, drawn between ½ and 2."""
+    return {name: 2 ** (2 * torch.rand(shape, dtype=torch.float64) - 1) for name, shape in scale_shapes(adapt(model)).items()}
+
+
+@pytest.mark.parametrize("R4", [False, True])
+def test_random_scales_leave_the_logits(any_model, tokens, R4):
+    before = exact_logits(any_model, tokens)
+    rotation = rl.random_rotation(any_model, R4=R4)
+    rotation.scales = random_scales(any_model)
+    assert len(rotation.scales) == 5
+    assert (exact_logits(rl.fuse(any_model, rotation), tokens) - before).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["attention_norm", "mlp_norm", "up", "value", "query_key"])
+def test_every_scale_reaches_the_weights(name):
+    for config in ("llama", "qwen3, q/k norms, own head_dim"):
+        plain, scaled = (tiny_model(config) for _ in range(2))
+        rotation = rl.random_rotation(plain)
+        rl.fuse(plain, rotation)
+        rotation.scales = {name: random_scales(scaled)[name]}
+        rl.fuse(scaled, rotation)
+        changed = {path for path, value in scaled.named_parameters() if (value - plain.get_parameter(path)).abs().max() > 1e-3}
+        assert len(changed) >= 2 * len(plain.model.layers), (config, changed)
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"vo": torch.ones(2, 2, 8)}, "unknown scale 'vo': a rotation may carry attention_norm"),
+        ({"value": torch.ones(2, 2, 4)}, r"the scale 'value' has shape \(2, 2, 4\), but this model needs \(2, 2, 8\)"),
+        ({"value": torch.zeros(2, 2, 8)}, "'value' must be positive and finite"),
+    ],
+)
+def test_unsuitable_scales_are_refused_before_anything_changes(scales, message):
+    model = tiny_model()
+    rotation = rl.random_rotation(model)
+    rotation.scales = scales
+    with pytest.raises(ValueError, match=message):
+        rl.fuse(model, rotation)
+    assert not rl.is_rotated(model)

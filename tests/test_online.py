@@ -6,8 +6,8 @@ from conftest import CONFIGS, exact_logits, tiny_model
 from transformers import AutoModelForCausalLM
 
 import rotlib as rl
+from rotlib.covariance import Hessian
 from rotlib.families import STAGES, adapt, norms_in_model_dtype
-from rotlib.gptq import _Hessian
 from rotlib.hadamard import hadamard
 from rotlib.online import ATTENTION
 from rotlib.zoo import load_tokenizer
@@ -74,19 +74,19 @@ def test_gptq_gathers_the_hessian_behind_R4(tokens, monkeypatch):
     rl.fuse(model, rl.Rotation(None, None, R4=True))
     down = model.model.layers[0].mlp.down_proj
     seen, taken = [], []
-    monkeypatch.setattr(_Hessian, "take", lambda self, take=_Hessian.take: taken.append(take(self)) or taken[-1])
+    monkeypatch.setattr(Hessian, "take", lambda self, take=Hessian.take: taken.append(take(self)) or taken[-1])
     handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     rl.gptq(model, tokens, rl.WeightQuant(bits=8))
     handle.remove()
     x = seen[0].flatten(0, 1)
-    torch.testing.assert_close(taken[len(STAGES) - 1], 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(taken[len(STAGES) - 1], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
     model = tiny_model(dtype=torch.float32)
     rl.fuse(model, rl.Rotation(None, None))
     taken.clear()
     rl.gptq(model, tokens, rl.WeightQuant(bits=8))
     H = hadamard(80).float()
     turned = H.T @ taken[len(STAGES) - 1] @ H
-    torch.testing.assert_close(turned, 2 / len(x) * x.T @ x, rtol=0.1, atol=0.05 * turned.abs().max().item())
+    torch.testing.assert_close(turned, x.T @ x / len(x), rtol=0.1, atol=0.05 * turned.abs().max().item())
 
 
 @pytest.mark.parametrize("quant", [None, rl.ActivationQuant(bits=4, kv_bits=4)])

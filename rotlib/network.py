@@ -1,0 +1,199 @@
+"""The fake-quantized network as a function of its rotation: what SpinQuant and OSTQuant learn through.
+
+A student, a copy of the decoder layers, holds the rotated weights as its quantizer rounds them; gradients pass every rounding
+straight through, and no scale of a grid is differentiated (SpinQuant, arXiv 2405.16406, §3.2). The weights are rotated once a step for all
+of its windows, and the gradient that has gathered in them is carried to R1, R2 and the scales once a step, a layer at a time,
+so no graph of the whole model's rotation exists. Embedding and head are neither copied nor rounded: the stream is turned behind
+the one and turned back before the other.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from math import cos, isfinite, pi
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rotlib.activations import FULL, ActivationQuant, check_activations, quantized_activations
+from rotlib.checks import positive, token_ids, whole_number
+from rotlib.families import adapt
+from rotlib.online import attach
+from rotlib.optrot import coarse_products, finished, start
+from rotlib.quant import WeightQuant, check_quantizable, fit_grid, grid_at
+from rotlib.rotation import Rotation, norm_gains, placed_in_layer, times
+
+
+class Preset(NamedTuple):
+    """Steps, windows a step, the first learning rate (a cosine takes it to zero), and whether layers are run again going back."""
+
+    steps: int
+    batch: int
+    lr: float
+    checkpointing: bool
+
+
+class LearningFailed(RuntimeError):
+    """The loss stopped being finite; `rotation` is the last one whose loss was, or None if there was none."""
+
+    def __init__(self, message: str, rotation: Rotation | None):
+        super().__init__(message)
+        self.rotation = rotation
+
+
+class Optimizer(Protocol):
+    """Holds what is learned: a rotation of leaf tensors, and the step that moves them along their gradients."""
+
+    rotation: Rotation
+
+    def step(self, anneal: float) -> None: ...
+
+
+class Student:
+    """A copy of a model whose layers are shown one rotation after another."""
+
+    def __init__(self, model: PreTrainedModel, quant: WeightQuant | None, online: list[str], checkpointing: bool):
+        self._original = adapt(model)
+        shared = {id(module.weight): module.weight for module in (self._original.embedding, self._original.lm_head)}
+        self.model = deepcopy(model, shared)
+        self._family = adapt(self.model)
+        self._family.final_norm.weight.fill_(1.0)
+        self._quant = quant
+        self._clip: dict[nn.Module, Tensor] = {}
+        attach(self.model, online)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+
+    @torch.no_grad()
+    def show(self, rotation: Rotation) -> None:
+        """Put the rotated and rounded weights into the layers."""
+        for layer in range(len(self._family.layers)):
+            for module, name, value in self._rotated(rotation, layer):
+                parameter = getattr(module, name)
+                parameter.requires_grad_().copy_(self._rounded(module, value) if value.ndim == 2 else value)
+                parameter.grad = None
+
+    def carry_back(self, rotation: Rotation) -> None:
+        """Add the gradients that gathered in the layers to those of the rotation's tensors."""
+        for layer in range(len(self._family.layers)):
+            met = [(value, getattr(module, name).grad) for module, name, value in self._rotated(rotation, layer) if value.requires_grad]
+            torch.autograd.backward([value for value, _ in met], [gradient for _, gradient in met])
+
+    def logits(self, ids: Int[Tensor, " length"], rotation: Rotation) -> Float[Tensor, "length-1 vocabulary"]:
+        """Of every position that has a next token."""
+        embedding = self._original.embedding
+        x = times(embedding(ids[None].to(embedding.weight.device)), rotation.R1)
+        hidden = self._family.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[0, :-1]
+        return self._original.lm_head(times(hidden, rotation.R1.mT) * self._original.final_norm.weight)
+
+    def not_finite(self, ids: Int[Tensor, " length"], rotation: Rotation) -> str:
+        """The first module whose weight, or else whose output, holds something that isn't a number."""
+        modules = [
+            (f"layers.{layer}.{name}", linear)
+            for layer in range(len(self._family.layers))
+            for name, linear in self._family.linears(layer).items()
+        ]
+        found = [name for name, linear in modules if not torch.isfinite(linear.weight).all()]
+
+        def watch(name: str) -> Callable:
+            return lambda module, args, output: None if torch.isfinite(output).all() else found.append(name)
+
+        handles = [linear.register_forward_hook(watch(name)) for name, linear in modules]
+        with torch.no_grad():
+            self.logits(ids, rotation)
+        for handle in handles:
+            handle.remove()
+        return found[0] if found else "lm_head"
+
+    def _rotated(self, rotation: Rotation, layer: int) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """(module of the student, parameter, its value under the rotation) of one layer."""
+        twins = self._family.linears(layer)
+        for placed in placed_in_layer(self._original, layer):
+            for name, value in placed.rotated(rotation):
+                yield twins[placed.site], name, value
+        both = zip(norm_gains(self._family, rotation, layer), norm_gains(self._original, rotation, layer), strict=True)
+        for (twin, _), (_, gain) in both:
+            yield twin, "weight", gain
+
+    def _rounded(self, linear: nn.Module, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """W on its grid; what clip search finds for the first rotation shown serves all, as a share of the rows' largest entries."""
+        if self._quant is None:
+            return W
+        rows = W.reshape(-1, self._quant.group_size or W.shape[1])
+        if linear not in self._clip:
+            self._clip[linear] = fit_grid(rows, self._quant).scale / grid_at(rows, self._quant, 1.0).scale
+        return grid_at(rows, self._quant, self._clip[linear]).round(rows).view_as(W)
+
+
+def learn_through(
+    student: Student,
+    optimizer: Optimizer,
+    calibration: Int[Tensor, "windows length"],
+    activations: ActivationQuant,
+    loss: Callable[[Float[Tensor, "n vocabulary"], int], Tensor],
+    preset: Preset,
+    seed: int,
+) -> Rotation:
+    """Descend `loss(logits, number of the window)` over batches of windows; every window has its turn before the next round.
+
+    `history` holds the mean loss of every step's windows. Raises LearningFailed, naming step and module, where it isn't finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order, history, good = [], [], None
+    with quantized_activations(student.model, activations):
+        for step in tqdm(range(preset.steps), desc="learning", unit="step"):
+            if len(order) < preset.batch:
+                order += torch.randperm(len(calibration), generator=generator).tolist()
+            batch, order = order[: preset.batch], order[preset.batch :]
+            rotation = optimizer.rotation
+            with coarse_products():
+                student.show(rotation)
+                history.append(0.0)
+                for number in batch:
+                    value = loss(student.logits(calibration[number], rotation), number) / len(batch)
+                    history[-1] += value.item()
+                    if not isfinite(history[-1]):
+                        where = student.not_finite(calibration[number], rotation)
+                        raise LearningFailed(
+                            f"the loss is {history[-1]} at step {step}, first in {where}: learn with a lower rate than {preset.lr:g}", good
+                        )
+                    value.backward()
+                student.carry_back(rotation)
+            good = _kept(rotation, history)
+            optimizer.step(0.5 * (1 + cos(pi * step / preset.steps)))
+    return finished(_kept(optimizer.rotation, history)).to("cpu", torch.float64)
+
+
+def _kept(rotation: Rotation, history: list[float]) -> Rotation:
+    """A copy that later steps don't move."""
+    copy = Rotation(rotation.R1.detach().clone(), rotation.R2.detach().clone(), rotation.R3, rotation.R4, list(history))
+    copy.scales = {name: scale.detach().clone() for name, scale in rotation.scales.items()}
+    return copy
+
+
+def prepare(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "windows length"],
+    quant: WeightQuant | None,
+    activations: ActivationQuant,
+    preset: Preset,
+    seed: int,
+    R3: bool,
+    R4: bool,
+) -> Rotation:
+    """The start of learning, once it is known that everything asked for can be done; raises ValueError where it can't."""
+    token_ids("calibration", calibration, 2, model)
+    whole_number("steps", preset.steps, 1)
+    positive("lr", preset.lr)
+    check_activations(model, activations)
+    if quant is not None:
+        check_quantizable(model, quant)
+    elif activations.bits == FULL and activations.kv_bits == FULL:
+        raise ValueError("nothing is rounded, so there is nothing to learn from: give a WeightQuant, or activations below 16 bits")
+    if len(calibration) < preset.batch:
+        raise ValueError(f"{len(calibration)} calibration windows are too few for batches of {preset.batch}")
+    return start(model, seed, R3, R4)[1]

@@ -1,0 +1,67 @@
+"""SpinQuant: learn R1 and R2 through the fake-quantized network (Liu et al., arXiv 2405.16406).
+
+From a random Hadamard start, Cayley SGD (lr 1.5, cosine) descends the next-token cross-entropy of the network whose weights or
+activations are rounded, straight through. What is rounded while learning: the activations, with 16-bit weights, where GPTQ will
+take care of the weights (the authors' advice); for weights alone there would be no signal, so the weights, to nearest.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotlib.activations import ActivationQuant
+from rotlib.checks import one_of
+from rotlib.manifold import cayley_sgd_step
+from rotlib.network import Preset, Student, learn_through, prepare
+from rotlib.quant import WeightQuant
+from rotlib.rotation import Rotation
+
+# "paper": the authors' settings, for windows of 2048 tokens, 800 of them; "laptop": what 2 CPU cores do in minutes
+SPINQUANT_PRESETS = {"paper": Preset(100, 8, 1.5, True), "laptop": Preset(40, 2, 1.5, False)}
+
+
+def spinquant(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "windows length"],
+    quant: WeightQuant | None = None,
+    activations: ActivationQuant | None = None,
+    seed: int = 0,
+    preset: str = "laptop",
+    steps: int | None = None,
+    lr: float | None = None,
+    R3: bool = False,
+    R4: bool = False,
+) -> Rotation:
+    """Learn R1 and R2 on calibration windows with the weights on `quant`'s grid, or the activations on theirs, or both.
+
+    `preset` is a key of `SPINQUANT_PRESETS`; `steps` and `lr` override its own. The model stays as it is, and a copy of its layers and
+    their gradients is held meanwhile. `history` holds the loss of every step, in nats. Raises ValueError for what can't be
+    learned so, LearningFailed where the loss stops being finite.
+    """
+    one_of("preset", preset, SPINQUANT_PRESETS)
+    settings = SPINQUANT_PRESETS[preset]
+    settings = settings._replace(steps=settings.steps if steps is None else steps, lr=settings.lr if lr is None else lr)
+    activations = activations or ActivationQuant()
+    rotation = prepare(model, calibration, quant, activations, settings, seed, R3, R4)
+    student = Student(model, quant, rotation.online, settings.checkpointing)
+
+    def cross_entropy(logits: Tensor, number: int) -> Tensor:
+        return F.cross_entropy(logits.float(), calibration[number][1:].to(logits.device))
+
+    return learn_through(student, _CayleySGD(rotation, settings.lr), calibration, activations, cross_entropy, settings, seed)
+
+
+class _CayleySGD:
+    """The authors' optimiser, on R1 and on every R2."""
+
+    def __init__(self, rotation: Rotation, lr: float):
+        self.rotation, self._lr = rotation, lr
+        rotation.R1.requires_grad_()
+        rotation.R2.requires_grad_()
+
+    @torch.no_grad()
+    def step(self, anneal: float) -> None:
+        R1, R2 = (cayley_sgd_step(R, R.grad, self._lr * anneal).requires_grad_() for R in (self.rotation.R1, self.rotation.R2))
+        self.rotation = Rotation(R1, R2, self.rotation.R3, self.rotation.R4)
