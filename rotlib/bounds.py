@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rotlib import store
+from rotlib.checks import whole_number
 from rotlib.covariance import damped, hessians, pivots
 from rotlib.families import STAGES, adapt
 from rotlib.gptq import Solver
@@ -27,20 +28,22 @@ from rotlib.text import fingerprint
 from rotlib.zoo import load, pick_device
 
 
-def bounds(recipe: Recipe, device: str = "auto") -> Result:
+def bounds(recipe: Recipe, every: int = 1, device: str = "auto") -> Result:
     """Bounds and errors of every weight under the recipe's rotation and weight grid, without drift of the inputs; kept like a run.
 
     A line of `metrics["modules"]` holds, in the units of tr(W H Wᵀ) for one token: `energy`, that itself; `rtn_error` and `gptq_error`;
     `rtn_bound` and `gptq_bound`, by the weight's μ; `row_bound`, GPTQ's with every output's own largest weight in the place of μ.
-    `edge_codes` is the share of GPTQ's codes at either end of the grid, where clamping happens.
+    `every` second, third … layer is measured. `edge_codes` is the share of GPTQ's codes at either end of the grid, where clamping happens.
     """
     recipe = recipe.of_rotation("text", "window", "calibration_windows", *(grid.name for grid in fields(recipe.quant)))
     picked = pick_device(device)
-    return store.once(recipe.spec() | {"task": "bounds"}, picked, lambda record: _compute(recipe, picked, record))
+    whole_number("every", every, 1)
+    spec = recipe.spec() | {"task": "bounds"} | ({"every": every} if every > 1 else {})
+    return store.once(spec, picked, lambda record: _compute(recipe, every, picked, record))
 
 
 @torch.no_grad()
-def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
+def _compute(recipe: Recipe, every: int, device: torch.device, record: Record) -> None:
     calibration = calibration_tokens(recipe)
     model, _ = load(recipe.model, str(device))
     rotation = (rotation_of(recipe, model, record) or Rotation(None, None)).projected(model.device)
@@ -48,6 +51,8 @@ def _compute(recipe: Recipe, device: torch.device, record: Record) -> None:
     record.metrics["modules"] = []
     with record.stage("bounds"):
         for layer, H in enumerate(hessians(model, calibration)):
+            if layer % every:
+                continue
             placed = {weight.site: weight for weight in placed_in_layer(family, layer)}
             for stage in STAGES:
                 turn = rotation.on_inputs(placed[stage[0]].at, layer)

@@ -18,10 +18,16 @@ PARAMETERS = {
     "side_seeds": list,
     "extra_seeds": list,
     "shares": list,
+    "budgets": list,
+    "steps": int,
+    "every": int,
     "window": int,
     "calibration_windows": int,
+    "learning_windows": int,
     "test_windows": int,
 }
+_LEARNING = ("steps", "learning_windows")  # of the rotations learned on data alone: the notebook gives them to those
+_LISTS = {"shares": "a share", "budgets": "a budget"}  # the other lists hold seeds
 
 
 def check_parameters() -> Recipe:
@@ -45,12 +51,15 @@ def check_parameters() -> Recipe:
                 if name == "shares":
                     inner_share("every share in shares", entry)
                 else:
-                    whole_number(f"every seed in {name}", entry, 0)
+                    whole_number(f"every {_LISTS.get(name, 'a seed')[2:]} in {name}", entry, int(name == "budgets"))
             if len(set(value)) < len(value):
-                raise ValueError(f"the parameter {name} names {'a share' if name == 'shares' else 'a seed'} twice: {value!r}")
+                raise ValueError(f"the parameter {name} names {_LISTS.get(name, 'a seed')} twice: {value!r}")
     if not given.get("seeds"):
         raise ValueError("the parameter seeds must hold at least one seed")
-    recipe = Recipe(**{name: value for name, value in given.items() if PARAMETERS[name] is not list}, seed=given["seeds"][0])
+    Recipe(rotation="spinquant", **{name: value for name, value in given.items() if name in _LEARNING})
+    whole_number("every", given.get("every", 1), 1)
+    settings = {name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, "every")}
+    recipe = Recipe(**settings, seed=given["seeds"][0])
     resolve(recipe.model)
     namespace["_parameters_checked"] = True
     return recipe

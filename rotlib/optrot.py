@@ -37,7 +37,6 @@ from rotlib.objective import (
 from rotlib.online import check_online
 from rotlib.rotation import Rotation, hadamard_rotation, random_rotation
 
-SAMPLED_STEPS = 850
 _BATCH = 8192  # rows per step, or all there are
 _DRAW = 8  # steps that use up one draw
 _PASSES = 2  # times that a draw is used
@@ -278,4 +277,4 @@ class _R2Rows:
         return 4 * (self._rows.mT @ (self._rows @ R2).pow_(3))
 
 
-METHODS = {"sampled": (learn_sampled, SAMPLED_STEPS), "cayley-sgd": (_learn_cayley_sgd, 1000)}
+METHODS = {"sampled": (learn_sampled, 850), "cayley-sgd": (_learn_cayley_sgd, 1000)}

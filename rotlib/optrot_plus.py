@@ -1,10 +1,11 @@
 """OptRot+: OptRot's objective with the covariance of what each weight reads (Gadhikar et al., arXiv 2512.24124).
 
 The paper's formula was not available when this was written; both forms here are **inferred** from its bound on GPTQ's layer
-error, ``μ² ‖W‖²_F tr(D) / (n (2^b − 1)²)``, with μ² ∝ max W² / ‖W‖²_F softened to a fourth moment. `product` weighs OptRot's own
-proxy, ``Σ_W ‖W_R‖₄⁴ · tr(D_W(R))``; `bound` is the sum of the bounds themselves, ``Σ_W √(m/n) ‖W_R‖₄² · tr(D_W(R))``, which has the
-units of an error. Hessians are collected once, on the folded un-rotated model, and rotated analytically; only what R1 and R2
-turn is kept, one d×d matrix an input, and of what down reads, which no learned rotation turns, tr(D) alone.
+error, ``μ² ‖W‖²_F tr(D) / (n (2^b − 1)²)``, with μ² ∝ max W² / ‖W‖²_F softened to a fourth moment. `bound` is the sum of the bounds
+themselves, ``Σ_W √(m/n) ‖W_R‖₄² · tr(D_W(R))``, which has the units of an error; `product` weighs OptRot's own proxy,
+``Σ_W ‖W_R‖₄⁴ · tr(D_W(R))``; `relative` takes every bound over its weight's energy tr(W H Wᵀ). Hessians are collected once, on the
+folded un-rotated model, and rotated analytically; only what R1 and R2 turn is kept, one d×d matrix an input, and of what down
+reads, which no learned rotation turns, tr(D) alone.
 
 The descent is OptRot's. A product's slope has two parts: the fourth powers', with a factor for every matrix that is taken anew
 before each draw of rows, and tr(D)'s in closed form (`covariance.py`), for a few inputs at every step.
@@ -22,10 +23,12 @@ from rotlib.covariance import check_masks, damped, hessians, pivots, pivots_and_
 from rotlib.families import STAGES, Family
 from rotlib.hadamard import apply_hadamard
 from rotlib.objective import Matrix, fourth_powers, weight_matrices
-from rotlib.optrot import SAMPLED_STEPS, finished, learn_sampled, start
+from rotlib.optrot import finished, learn_sampled, start
 from rotlib.rotation import Rotation, placed_in_layer, times
 
-FORMS = ("product", "bound", "relative")
+FORMS = ("bound", "product", "relative")
+_STEPS = 400
+_R1_LENGTH = 0.5  # of its first step: tr(D) is steeper than the fourth powers, longer steps climb before they descend
 _INPUTS = 4  # inputs of R1 whose tr(D) is descended at a step
 _REFRESH = 4  # draws of rows between two passes over all weights
 _TOKENS_PER_INPUT = 2  # fewer tokens than this for every input leave the covariance to the damping
@@ -36,8 +39,8 @@ def optrot_plus(
     model: PreTrainedModel,
     calibration: Int[Tensor, "windows length"],
     seed: int = 0,
-    form: str = "product",
-    steps: int = SAMPLED_STEPS,
+    form: str = "bound",
+    steps: int | None = None,
     R3: bool = False,
     R4: bool = False,
 ) -> Rotation:
@@ -48,7 +51,7 @@ def optrot_plus(
     damping makes positive definite (naming what reads it), or a model that `optrot` would refuse.
     """
     one_of("form", form, FORMS)
-    whole_number("steps", steps, 1)
+    steps = whole_number("steps", _STEPS if steps is None else steps, 1)
     token_ids("calibration", calibration, 2, model)
     family, rotation = start(model, seed, R3, R4)
     check_masks(model, calibration.shape[1])
@@ -60,7 +63,7 @@ def optrot_plus(
         )
     matrices = weight_matrices(family, "plain", R4)
     bound = _Bound(matrices, _collect(model, family, calibration, R4), form)
-    learn_sampled(matrices, rotation, steps, seed, bound)
+    learn_sampled(matrices, rotation, steps, seed, bound, _R1_LENGTH)
     rotation = finished(rotation)
     rotation.history = [*bound.history, bound.value(rotation)]
     return rotation.to("cpu", torch.float64)

@@ -19,6 +19,7 @@ from rotlib.covariance import check_masks, hessians
 from rotlib.families import adapt
 from rotlib.measure import Reference
 from rotlib.network import Preset, Student, learn_through, prepare
+from rotlib.optrot import coarse_products
 from rotlib.quant import WeightQuant
 from rotlib.rotation import Rotation, scale_shapes
 
@@ -26,7 +27,7 @@ TOP = 1000
 KL_TOP_FORMS = ("gathered", "renormalised")
 _SCALE_LR = 0.01  # of the scales' logarithms; Adam's own step, while a rotation's is a length in its Frobenius norm
 # "paper": the authors' steps and batches, for 1000 windows of 2048 tokens; "laptop": what 2 CPU cores do in minutes
-OSTQUANT_PRESETS = {"paper": Preset(150, 8, 1.0, True), "laptop": Preset(40, 2, 1.0, False)}
+OSTQUANT_PRESETS = {"paper": Preset(150, 8, 0.5, True), "laptop": Preset(32, 2, 0.5, False)}
 
 
 def ostquant(
@@ -54,9 +55,10 @@ def ostquant(
     activations = activations or ActivationQuant()
     rotation = prepare(model, calibration, quant, activations, settings, seed, R3, R4)
     check_masks(model, calibration.shape[1])
-    rotation.R1 = eigenvectors(model, calibration) @ rotation.R1
+    with coarse_products():
+        rotation.R1 = eigenvectors(model, calibration) @ rotation.R1
+        teacher = Reference(model, calibration)
     rotation.scales = {name: torch.ones(shape, device=rotation.R1.device) for name, shape in scale_shapes(adapt(model)).items()}
-    teacher = Reference(model, calibration)
     student = Student(model, quant, rotation.online, settings.checkpointing)
 
     def loss(logits: Tensor, number: int) -> Tensor:

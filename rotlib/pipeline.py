@@ -23,8 +23,9 @@ from rotlib.activations import ActivationQuant, check_activations, quantized_act
 from rotlib.fuse import fuse
 from rotlib.gptq import gptq
 from rotlib.measure import Reference, evaluate
+from rotlib.network import LearningFailed
 from rotlib.online import check_online
-from rotlib.optrot import SAMPLED_STEPS, kurtail, mixed, optrot
+from rotlib.optrot import kurtail, mixed, optrot
 from rotlib.optrot_plus import optrot_plus
 from rotlib.ostquant import ostquant
 from rotlib.quant import QuantizedWeight, check_quantizable, restore, rtn
@@ -175,9 +176,16 @@ def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation
 
     def compute() -> dict:
         start = time.perf_counter()
-        rotation, tokens = _learn(recipe, model)
+        try:
+            rotation, tokens = _learn(recipe, model)
+        except LearningFailed as error:
+            if error.rotation is not None:
+                path = store.local_path(spec, ".last-good.pt")
+                store.write_atomically(path, lambda scratch: torch.save(_parts(error.rotation), scratch))
+                error.add_note(f"the last good rotation is kept in {path}")
+            raise
         return {
-            "rotation": {name: getattr(rotation, name) for name in ("R1", "R2", "history", "scales")},
+            "rotation": _parts(rotation),
             "seconds": time.perf_counter() - start,
             "memory_mb": store.peak_memory_mb(model.device),
             "tokens": tokens,
@@ -195,6 +203,11 @@ def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation
     return rotation
 
 
+def _parts(rotation: Rotation) -> dict:
+    """What a file keeps of a rotation: all but R3 and R4, which the recipe says."""
+    return {name: getattr(rotation, name) for name in ("R1", "R2", "history", "scales")}
+
+
 def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
     """(the rotation, how many tokens of text it was learned on)"""
     how = {"seed": recipe.seed, "R3": recipe.R3, "R4": recipe.R4}
@@ -208,7 +221,7 @@ def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
         return mixed(model, tokens, recipe.activation_share, **how), tokens.numel()
     tokens = learning_tokens(recipe)
     if recipe.rotation == "optrot+":
-        return optrot_plus(model, tokens, form=recipe.form, steps=recipe.steps or SAMPLED_STEPS, **how), tokens.numel()
+        return optrot_plus(model, tokens, form=recipe.form, steps=recipe.steps, **how), tokens.numel()
     how |= {"preset": recipe.preset, "steps": recipe.steps}
     how |= {"quant": recipe.quant} if recipe.learned_on == "weights" else {"activations": recipe.activations}
     if recipe.rotation == "spinquant":

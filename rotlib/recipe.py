@@ -13,6 +13,7 @@ from rotlib.objective import NORMALISATIONS
 from rotlib.optrot_plus import FORMS
 from rotlib.ostquant import KL_TOP_FORMS, OSTQUANT_PRESETS
 from rotlib.quant import WeightQuant
+from rotlib.rotation import Rotation
 from rotlib.text import check_text
 
 FIXED = ("random", "hadamard")
@@ -52,7 +53,7 @@ class Recipe:
     rotation: str = "none"
     normalisation: str = "plain"
     activation_share: float | None = None
-    form: str = "product"
+    form: str = FORMS[0]
     learned_on: str = "weights"
     preset: str = "laptop"
     kl_top: str = "gathered"
@@ -166,7 +167,7 @@ class Recipe:
     @property
     def online(self) -> list[str]:
         """The online rotations that are on."""
-        return [name for name in ("R3", "R4") if getattr(self, name)]
+        return Rotation(None, None, self.R3, self.R4).online
 
     @property
     def precision(self) -> str:

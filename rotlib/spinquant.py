@@ -19,7 +19,7 @@ from rotlib.quant import WeightQuant
 from rotlib.rotation import Rotation
 
 # "paper": the authors' settings, for windows of 2048 tokens, 800 of them; "laptop": what 2 CPU cores do in minutes
-SPINQUANT_PRESETS = {"paper": Preset(100, 8, 1.5, True), "laptop": Preset(40, 2, 1.5, False)}
+SPINQUANT_PRESETS = {"paper": Preset(100, 8, 1.5, True), "laptop": Preset(32, 2, 1.5, False)}
 
 
 def spinquant(

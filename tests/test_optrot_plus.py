@@ -72,5 +72,5 @@ def test_too_few_tokens_and_unknown_forms_are_refused(tokens):
     model = tiny_model()
     with pytest.raises(ValueError, match="64 calibration tokens are too few for a stable covariance of 48 inputs: give at least 96"):
         rl.optrot_plus(model, tokens[:2])
-    with pytest.raises(ValueError, match="unknown form 'sum': choose one of product, bound, relative"):
+    with pytest.raises(ValueError, match="unknown form 'sum': choose one of bound, product, relative"):
         rl.optrot_plus(model, tokens, form="sum")

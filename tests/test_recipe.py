@@ -9,6 +9,7 @@ import time
 import weakref
 from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import rotlib as rl
 from rotlib import store, tables
+from rotlib.families import Family
 from rotlib.recipe import ROTATIONS
 from rotlib.zoo import load_tokenizer
 
@@ -175,9 +177,19 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
         ({"symmetric": "no"}, "symmetric must be True or False"),
         ({"act_order": "no"}, "act_order must be True or False"),
         ({"act_order": True, "rounding": "rtn"}, "act_order orders GPTQ's columns: it needs rounding 'gptq'"),
-        ({"normalisation": "per-row"}, "belongs to the rotation 'optrot'"),
+        ({"normalisation": "per-row"}, "normalisation belongs to the rotations optrot, not to 'none'"),
+        ({"steps": 5, "rotation": "kurtail"}, r"steps belongs to the rotations optrot, optrot\+, spinquant, ostquant, not to 'kurtail'"),
+        ({"steps": 0, "rotation": "optrot"}, r"steps \(unless it is None\) must be a whole number of at least 1"),
+        ({"form": "sum", "rotation": "optrot+"}, "unknown form 'sum'"),
+        ({"learning_windows": 4}, "learning_windows belongs to the rotations"),
+        ({"learned_on": "activations", "rotation": "spinquant"}, "learned_on 'activations' needs activation_bits or kv_bits below 16"),
+        ({"rounding": "none", "rotation": "ostquant"}, "learned_on 'weights' needs weights that are rounded"),
+        ({"kl_top": "renormalised", "rotation": "spinquant"}, "kl_top belongs to the rotations ostquant, not to 'spinquant'"),
+        ({"preset": "gpu", "rotation": "spinquant"}, "unknown preset 'gpu': choose one of paper, laptop"),
+        ({"asymmetry": 0.25, "rounding": "rtn"}, "asymmetry corrects GPTQ for its inputs' drift"),
+        ({"asymmetry": 2}, "asymmetry must be a number from 0 to 1, not 2"),
         ({"rotation": "mixed"}, "activation_share must be a number between 0 and 1"),
-        ({"activation_share": 0.5}, "activation_share belongs to the rotation 'mixed', not to 'none'"),
+        ({"activation_share": 0.5}, "activation_share belongs to the rotations mixed, not to 'none'"),
         ({"R3": True}, "R3 turns keys for their quantizer: it needs kv_bits below 16"),
         ({"R4": "yes"}, "R4 must be True or False"),
         ({"rounding": "rtn", "damping": 0.1}, "damping belongs to GPTQ's Hessian"),
@@ -255,6 +267,62 @@ def test_only_what_leaves_the_weights_alone_shares_them(recipe):
         assert replace(seen, **change).sharing_weights() != seen.sharing_weights()
     for change in ({"R4": False}, {"bits": 3}, {"seed": 1}, {"act_order": True}, {"calibration_windows": 1}):
         assert replace(run, **change).sharing_weights() != run.sharing_weights()
+
+
+RIVAL = {"window": 32, "learning_windows": 6, "steps": 2}
+
+
+@pytest.mark.parametrize("rotation", ["optrot+", "spinquant", "ostquant"])
+def test_a_rotation_learned_on_data_is_a_recipe_like_any_other(recipe, rotation):
+    result = rl.run(replace(recipe, rotation=rotation, **RIVAL))
+    assert result.metrics["learning_tokens"] == 6 * 32
+    assert result.metrics["learning_memory_mb"] > 0
+    assert result.metrics["kl"] > 0
+    again = rl.run(replace(recipe, rotation=rotation, rounding="rtn", **RIVAL))
+    assert again.metrics["objective_history"] == result.metrics["objective_history"]  # kept, not learned again
+    assert again.seconds["rotate"] == result.seconds["rotate"]
+
+
+def test_the_last_good_rotation_of_a_failed_learning_is_kept(recipe, monkeypatch):
+    def fail(model, *_, **__):
+        raise rl.LearningFailed("the loss is nan at step 3", rl.hadamard_rotation(model, 7) if good else None)
+
+    monkeypatch.setattr(pipeline, "spinquant", fail)
+    for good in (False, True):
+        with pytest.raises(rl.LearningFailed, match="at step 3"):
+            rl.run(replace(recipe, rotation="spinquant", **RIVAL))
+        assert len(list(store.results_folder().glob("local/*.last-good.pt"))) == good
+    assert not list(store.results_folder().glob("local/*.json"))
+
+
+def test_a_kept_rotation_brings_its_scales(recipe):
+    model, _ = rl.load(recipe.model)
+    run = replace(recipe, rotation="ostquant", **RIVAL)
+    first, again = (rl.make_rotation(run, model)[0] for _ in range(2))
+    assert set(first.scales) == {"attention_norm", "mlp_norm", "up", "value", "query_key"}
+    assert all(torch.equal(first.scales[name], again.scales[name]) for name in first.scales)
+
+
+def test_what_a_network_is_rounded_to_while_learning_tells_rotations_apart(recipe):
+    run = replace(recipe, rotation="spinquant", activation_bits=4)
+    assert replace(run, activation_bits=8).rotation_reads == run.rotation_reads
+    assert replace(run, bits=3).rotation_reads != run.rotation_reads
+    assert replace(run, activation_bits=8).sharing_weights() == run.sharing_weights()
+    seen = replace(run, learned_on="activations")
+    assert replace(seen, activation_bits=8).rotation_reads != seen.rotation_reads
+    assert replace(seen, bits=3).rotation_reads == seen.rotation_reads
+    assert replace(seen, activation_bits=8).sharing_weights() != seen.sharing_weights()
+
+
+def test_bounds_are_kept_like_runs_and_read_only_what_they_need(recipe, monkeypatch):
+    run = replace(recipe, rotation="hadamard", clip_search=False)
+    result = rl.bounds(run)
+    assert [(module["layer"], module["site"]) for module in result.metrics["modules"]] == list(product(range(2), Family.linear_paths))
+    for module in result.metrics["modules"]:
+        assert module["floor"] < module["tr_D"] < 1.02 * module["tr_H"]
+        assert 0 < module["gptq_error"] < module["rtn_bound"]
+    monkeypatch.setattr(importlib.import_module("rotlib.bounds"), "_compute", lambda *_: pytest.fail("computed again"))
+    assert rl.bounds(replace(run, activation_bits=4, test_windows=5)) == result
 
 
 def test_the_order_of_weights_and_activations_is_in_the_result(recipe):

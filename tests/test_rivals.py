@@ -76,7 +76,7 @@ def test_a_rival_beats_its_start_under_the_quantizer_it_was_trained_for(learn, s
     model = tiny_model(dtype=torch.float32)
     windows = torch.randint(0, 96, (16, 32))
     before = deepcopy(model.state_dict())
-    learned = learn(model, windows, seed=2, steps=60, **settings)
+    learned = learn(model, windows, seed=2, steps=60, lr=1.0, **settings)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     reference = rl.Reference(model, windows)
