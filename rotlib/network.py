@@ -1,7 +1,7 @@
 """The fake-quantized network as a function of its rotation: what SpinQuant and OSTQuant learn through.
 
 A student, a copy of the decoder layers, holds the rotated weights as its quantizer rounds them; gradients pass every rounding
-straight through, and no scale of a grid is differentiated (SpinQuant, arXiv 2405.16406, §3.2). The weights are rotated once a step for all
+straight through, and no scale of a grid is differentiated (SpinQuant, arXiv 2405.16406). The weights are rotated once a step for all
 of its windows, and the gradient that has gathered in them is carried to R1, R2 and the scales once a step, a layer at a time,
 so no graph of the whole model's rotation exists. Embedding and head are neither copied nor rounded: the stream is turned behind
 the one and turned back before the other.
@@ -13,6 +13,7 @@ from math import cos, isfinite, pi
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -57,8 +58,11 @@ class Student:
 
     def __init__(self, model: PreTrainedModel, quant: WeightQuant | None, online: list[str], checkpointing: bool):
         self._original = adapt(model)
-        shared = {id(module.weight): module.weight for module in (self._original.embedding, self._original.lm_head)}
-        self.model = deepcopy(model, shared)
+        shared = [module.weight for module in (self._original.embedding, self._original.lm_head)]
+        self.model = deepcopy(model, {id(weight): weight for weight in shared})
+        for parameter in self.model.parameters():
+            if all(parameter is not weight for weight in shared):
+                parameter.requires_grad_(False)
         self._family = adapt(self.model)
         self._family.final_norm.weight.fill_(1.0)
         self._quant = quant
@@ -66,7 +70,8 @@ class Student:
         attach(self.model, online)
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.train()
+            for layer in self._family.layers:
+                layer.training = True  # what checkpointing asks for; the modules inside stay in evaluation
 
     @torch.no_grad()
     def show(self, rotation: Rotation) -> None:
@@ -85,10 +90,10 @@ class Student:
 
     def logits(self, ids: Int[Tensor, " length"], rotation: Rotation) -> Float[Tensor, "length-1 vocabulary"]:
         """Of every position that has a next token."""
-        embedding = self._original.embedding
-        x = times(embedding(ids[None].to(embedding.weight.device)), rotation.R1)
+        embedding, head = (module.weight.detach() for module in (self._original.embedding, self._original.lm_head))
+        x = times(F.embedding(ids[None].to(embedding.device), embedding), rotation.R1)
         hidden = self._family.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[0, :-1]
-        return self._original.lm_head(times(hidden, rotation.R1.mT) * self._original.final_norm.weight)
+        return F.linear(times(hidden, rotation.R1.mT) * self._original.final_norm.weight.detach(), head, self._original.lm_head.bias)
 
     def not_finite(self, ids: Int[Tensor, " length"], rotation: Rotation) -> str:
         """The first module whose weight, or else whose output, holds something that isn't a number."""
@@ -158,14 +163,19 @@ def learn_through(
                     history[-1] += value.item()
                     if not isfinite(history[-1]):
                         where = student.not_finite(calibration[number], rotation)
-                        raise LearningFailed(
-                            f"the loss is {history[-1]} at step {step}, first in {where}: learn with a lower rate than {preset.lr:g}", good
-                        )
+                        raise _failure(f"the loss is {history[-1]} at step {step}, first in {where}", preset, good)
                     value.backward()
                 student.carry_back(rotation)
+            slopes = [tensor.grad for tensor in (rotation.R1, rotation.R2, *rotation.scales.values()) if tensor.grad is not None]
+            if not all(torch.isfinite(slope).all() for slope in slopes):
+                raise _failure(f"the gradient is no number at step {step}", preset, good)
             good = _kept(rotation, history)
             optimizer.step(0.5 * (1 + cos(pi * step / preset.steps)))
     return finished(_kept(optimizer.rotation, history)).to("cpu", torch.float64)
+
+
+def _failure(what: str, preset: Preset, good: Rotation | None) -> LearningFailed:
+    return LearningFailed(f"{what}: learn with a lower rate than {preset.lr:g}", good and good.projected())
 
 
 def _kept(rotation: Rotation, history: list[float]) -> Rotation:
@@ -189,6 +199,8 @@ def prepare(
     token_ids("calibration", calibration, 2, model)
     whole_number("steps", preset.steps, 1)
     positive("lr", preset.lr)
+    if model.dtype != torch.float32:
+        raise ValueError(f"learning through the network needs a float32 model, not {model.dtype}: load it with dtype=torch.float32")
     check_activations(model, activations)
     if quant is not None:
         check_quantizable(model, quant)

@@ -1,6 +1,6 @@
 """OptRot+: OptRot's objective with the covariance of what each weight reads (Gadhikar et al., arXiv 2512.24124).
 
-The paper's formula was not available when this was written; both forms here are **inferred** from its bound on GPTQ's layer
+The paper's formula was not available when this was written; the forms here are **inferred** from its bound on GPTQ's layer
 error, ``μ² ‖W‖²_F tr(D) / (n (2^b − 1)²)``, with μ² ∝ max W² / ‖W‖²_F softened to a fourth moment. `bound` is the sum of the bounds
 themselves, ``Σ_W √(m/n) ‖W_R‖₄² · tr(D_W(R))``, which has the units of an error; `product` weighs OptRot's own proxy,
 ``Σ_W ‖W_R‖₄⁴ · tr(D_W(R))``; `relative` takes every bound over its weight's energy tr(W H Wᵀ). Hessians are collected once, on the
@@ -114,7 +114,7 @@ class _Bound:
         products = self._products(rotation)
         self._slopes1, self._slopes2 = torch.zeros(len(self.H.R1)), torch.zeros(len(self.H.R2))
         for matrix, fourth, proxy, trace in products:
-            matrix.factor = trace if self.form == "product" else trace * proxy / (2 * fourth)
+            matrix.factor = trace if self.form == "product" else trace * proxy / (2 * max(fourth, 1e-300))
             which, place = self._place(matrix)
             if which != "down":
                 (self._slopes1 if which == "R1" else self._slopes2)[place] += proxy
@@ -153,7 +153,7 @@ class _Bound:
             which, place = self._place(matrix)
             fourth, (m, n) = fourth_powers(matrix, rotation), matrix.values.shape
             proxy = fourth if self.form == "product" else (m / n * fourth) ** 0.5
-            if self.form == "relative":
+            if self.form == "relative" and energy > 0:
                 proxy /= energy
             products.append((matrix, fourth, proxy, traces[which][place].item()))
         return products

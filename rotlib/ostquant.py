@@ -9,7 +9,7 @@ a softmax over the whole vocabulary, or "renormalised" over those tokens.
 import torch
 from geoopt import EuclideanStiefel, ManifoldParameter
 from geoopt.optim import RiemannianAdam
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +26,8 @@ from rotlib.rotation import Rotation, scale_shapes
 TOP = 1000
 KL_TOP_FORMS = ("gathered", "renormalised")
 _SCALE_LR = 0.01  # of the scales' logarithms; Adam's own step, while a rotation's is a length in its Frobenius norm
-# "paper": the authors' steps and batches, for 1000 windows of 2048 tokens; "laptop": what 2 CPU cores do in minutes
+# "paper": the authors' steps and batches, for 1000 windows of 2048 tokens; "laptop": what 2 CPU cores do in minutes. The rate is ours,
+# since geoopt's is a length
 OSTQUANT_PRESETS = {"paper": Preset(150, 8, 0.5, True), "laptop": Preset(32, 2, 0.5, False)}
 
 
@@ -56,8 +57,8 @@ def ostquant(
     rotation = prepare(model, calibration, quant, activations, settings, seed, R3, R4)
     check_masks(model, calibration.shape[1])
     with coarse_products():
-        rotation.R1 = eigenvectors(model, calibration) @ rotation.R1
-        teacher = Reference(model, calibration)
+        KLT, teacher = eigenvectors(model, calibration), Reference(model, calibration)
+    rotation.R1 = (KLT @ rotation.R1.double()).float()
     rotation.scales = {name: torch.ones(shape, device=rotation.R1.device) for name, shape in scale_shapes(adapt(model)).items()}
     student = Student(model, quant, rotation.online, settings.checkpointing)
 
@@ -72,7 +73,7 @@ def ostquant(
 def kl_top_loss(
     logits: Float[Tensor, "n vocabulary"], truth: Float[Tensor, "n vocabulary"], form: str, top: int = TOP
 ) -> Float[Tensor, ""]:
-    """Σ p log(p/q) over the teacher's `top` likeliest tokens, in nats, the mean over positions (OSTQuant, eq. 9)."""
+    """Σ p log(p/q) over the teacher's `top` likeliest tokens, in nats, the mean over positions."""
     logits, truth = logits.float(), truth.float()
     likeliest = truth.topk(min(top, truth.shape[-1]), dim=-1).indices
     if form == "gathered":
@@ -82,10 +83,10 @@ def kl_top_loss(
     return (logp.exp() * (logp - logq)).sum(-1).mean()
 
 
-def eigenvectors(model: PreTrainedModel, calibration: Int[Tensor, "windows length"]) -> Float[Tensor, "d d"]:
+def eigenvectors(model: PreTrainedModel, calibration: Int[Tensor, "windows length"]) -> Float64[Tensor, "d d"]:
     """Of the mean covariance of what q, k, v and gate, up read, each input at unit variance: the KLT of R1's start."""
     total = sum(H[site] / H[site].diagonal().mean() for H in hessians(model, calibration) for site in ("q", "gate"))
-    return torch.linalg.eigh(total.double()).eigenvectors.float()
+    return torch.linalg.eigh(total.double()).eigenvectors
 
 
 class _RiemannianAdam:

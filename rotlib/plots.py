@@ -16,7 +16,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 
 from rotlib.families import Family
 from rotlib.outliers import HISTOGRAM_EDGES
-from rotlib.recipe import LEARNED
 from rotlib.store import ROOT, Result, write_atomically
 from rotlib.tables import Arm, recipe_of
 
@@ -202,7 +201,7 @@ def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
             errors = {"xerr": dx, "yerr": dy} if dx == dx else {}
             axis.errorbar(x, y, **errors, ms=6, capsize=2, lw=0.8, **_style(pair[0].rotation))
             axis.annotate(pair[0].rotation, (x, y), xytext=(6, 5), textcoords="offset points")
-            if pair[0].recipe.rotation in LEARNED:
+            if pair[0].recipe.rotation in ("optrot", "mixed", "kurtail"):
                 line.append((pair[0].recipe.activation_share or float(pair[0].recipe.rotation == "kurtail"), x, y))
         axis.plot(*zip(*[point[1:] for point in sorted(line)], strict=True), color="0.7", lw=1, zorder=0)
         xlabel, ylabel = (f"KL at {arm.recipe.precision}, nats per token" for arm in pairs[0])
@@ -280,7 +279,7 @@ def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
 
 
 def training_losses(arms: Sequence[Arm]) -> Figure:
-    """Each method's own loss over its steps as a share of the first tenth's mean, a thin line a seed, smoothed over an eighth."""
+    """Each method's own loss over its steps as a share of its first eighth's mean, a thin line a seed, smoothed over an eighth."""
     with plt.rc_context(_RC):
         figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.8), layout="constrained")
         for arm in arms:

@@ -4,8 +4,8 @@ A linear layer is ``y = x Wᵀ``. Once the gains of the norms are folded into th
 stream can be turned by an orthogonal R1 and every head's values by an R2, at no cost: readers become ``W R``, writers
 ``Rᵀ W`` and the model computes what it did before (QuaRot, arXiv 2404.00456, §4; SpinQuant, arXiv 2405.16406, §3).
 R3 and R4 are exact Hadamard matrices applied while the model runs (`online.py`): R3 to queries and keys behind RoPE, R4 to
-what down reads, undone in its weight. OSTQuant's diagonal scales (arXiv 2501.13987, §4) divide what one weight puts out and
-multiply what the next one reads. Learning, fusing and tests read `SITES` and call `rotate_weight`; nobody else knows.
+what down reads, undone in its weight. OSTQuant's diagonal scales (arXiv 2501.13987) multiply what one weight puts out
+and divide what the next one reads. Learning, fusing and tests read `SITES` and call `rotate_weight`; nobody else knows.
 """
 
 from collections.abc import Callable, Iterator

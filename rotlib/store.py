@@ -2,7 +2,7 @@
 
 `results/study/` holds the committed study; `results/local/` is what this machine computed and wins where both have a
 result. A run is finished when its file is there and was computed by today's code: the code's fingerprint hashes the
-modules that numbers depend on, without comments and docstrings. Anything else is stale, and shown as such.
+modules that its numbers depend on, without comments and docstrings. Anything else is stale, and shown as such.
 """
 
 import ast
@@ -24,11 +24,21 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-_NUMERIC = (
-    "activations", "bounds", "checks", "covariance", "families", "fuse", "gptq", "hadamard", "manifold", "measure", "network",
-    "objective", "online", "optrot", "optrot_plus", "ostquant", "outliers", "pipeline", "quant", "recipe", "rotation", "spinquant",
-    "text", "zoo",
+# the modules that numbers depend on: all of them, and what only some results read
+_COMMON = (
+    "activations", "checks", "covariance", "families", "fuse", "gptq", "hadamard", "measure", "online", "pipeline", "quant", "recipe",
+    "rotation", "text", "zoo",
 )  # fmt: skip
+_OF_TASK = {"outliers": ("outliers",), "bounds": ("bounds",)}
+_OF_OPTROT = ("manifold", "objective", "optrot")
+_OF_ROTATION = {
+    "optrot": _OF_OPTROT,
+    "kurtail": _OF_OPTROT,
+    "mixed": _OF_OPTROT,
+    "optrot+": (*_OF_OPTROT, "optrot_plus"),
+    "spinquant": (*_OF_OPTROT, "network", "spinquant"),
+    "ostquant": (*_OF_OPTROT, "network", "ostquant"),
+}
 
 
 @dataclass
@@ -47,7 +57,7 @@ class Result:
     @property
     def stale(self) -> bool:
         """True where the code has changed since."""
-        return self.provenance["code"] != code_fingerprint()
+        return self.provenance["code"] != code_fingerprint(self.spec["task"], self.spec.get("rotation"))
 
 
 def results_folder() -> Path:
@@ -81,7 +91,7 @@ def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) ->
     if result := find(spec):
         return result
     _check_writable(local_path(spec).parent)
-    origin = _origin(device)  # as it is now: the code may be edited while the run goes on
+    origin = _origin(spec, device)  # as it is now: the code may be edited while the run goes on
     record = Record()
     _reset_peak_memory(device)
     compute(record)
@@ -120,21 +130,27 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _origin(device: torch.device) -> dict:
+def _origin(spec: dict, device: torch.device) -> dict:
     """Commit, code, versions and device."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "rotlib")),
-        "code": code_fingerprint(),
+        "code": code_fingerprint(spec["task"], spec.get("rotation")),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
     }
 
 
 @lru_cache
-def code_fingerprint() -> str:
-    """Twelve hexadecimal digits over the modules that numbers depend on; comments and docstrings don't count."""
-    sources = ((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in _NUMERIC)
+def code_fingerprint(task: str | None = None, rotation: str | None = None) -> str:
+    """Twelve hexadecimal digits over the modules that such a result's numbers depend on, or over all of them.
+
+    Comments and docstrings don't count.
+    """
+    special = (*_OF_TASK.get(task, ()), *_OF_ROTATION.get(rotation, ()))
+    if task is None:
+        special = sorted({module for modules in (*_OF_TASK.values(), *_OF_ROTATION.values()) for module in modules})
+    sources = ((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in (*_COMMON, *special))
     return sha256("".join(_without_docstrings(source) for source in sources).encode()).hexdigest()[:12]
 
 

@@ -153,8 +153,9 @@ def grid(rows: Mapping[str, Mapping[str, Arm]]) -> str:
     for name, row in rows.items():
         arm = next(iter(row.values()))
         cost = ("–", "–", "–")
-        if "learning_tokens" in arm.results[0].metrics:
-            tokens, memory = (arm.summary(metric)[0] for metric in ("learning_tokens", "learning_memory_mb"))
+        known = [result.metrics for result in arm.results if "learning_tokens" in result.metrics]
+        if known:
+            tokens, memory = (max(metrics[name] for metrics in known) for name in ("learning_tokens", "learning_memory_mb"))
             cost = (f"{tokens:,.0f}", f"{arm.seconds('rotate'):.0f}", f"{memory / 1024:.1f}")
         cells = [_cell(*row[column].summary("kl"), 3) + " (stale)" * row[column].stale if column in row else "" for column in columns]
         lines.append(f"| {' | '.join((name, *cost, *cells))} |")

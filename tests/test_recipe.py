@@ -64,10 +64,21 @@ def test_a_finished_recipe_is_not_computed_twice(recipe, monkeypatch):
 
 def test_changed_code_makes_a_result_stale_and_it_is_run_again(recipe, monkeypatch):
     result = rl.run(recipe)
-    monkeypatch.setattr(store, "code_fingerprint", lambda: "0" * 12)
+    monkeypatch.setattr(store, "code_fingerprint", lambda *_: "0" * 12)
     assert result.stale
     assert store.find(recipe.spec()) is None
     assert "stale" in tables.markdown(tables.arms(store.load_results()))
+
+
+def test_a_results_fingerprint_covers_what_it_depends_on_and_no_more():
+    folder = store.ROOT / "rotlib"
+    special = {name for names in (*store._OF_TASK.values(), *store._OF_ROTATION.values()) for name in names}
+    known = special | set(store._COMMON) | {"__init__", "store", "tables", "plots", "notebook", "reproduce"}
+    assert {path.stem for path in folder.glob("*.py")} == known
+    prints = {rotation: store.code_fingerprint("quantize", rotation) for rotation in ROTATIONS}
+    assert prints["none"] == prints["hadamard"] != prints["optrot"] == prints["kurtail"]
+    assert len({prints[name] for name in ("none", "optrot", "optrot+", "spinquant", "ostquant")}) == 5
+    assert store.code_fingerprint("bounds", "none") != prints["none"]
 
 
 def test_comments_and_docstrings_make_nothing_stale():
@@ -408,3 +419,15 @@ def fake_arm(rotation, kls):
 )
 def test_the_verdict_rule(better, worse, verdict):
     assert tables.judge(fake_arm("optrot", better), fake_arm("hadamard", worse)).verdict == verdict
+
+
+def test_the_grid_has_a_line_a_rotation_and_a_column_a_precision():
+    learned = fake_arm("spinquant", [0.1, 0.2, 0.3])
+    for result in learned.results:
+        result.metrics.update(learning_tokens=32768, learning_memory_mb=2048)
+        result.seconds["rotate"] = 170.4
+    rows = {"none": {"W4": fake_arm("none", [0.6])}, "spinquant": {"W4": learned, "W4A8": fake_arm("spinquant", [0.4])}}
+    header, _, none, spinquant = tables.grid(rows).splitlines()
+    assert header == "| rotation | tokens | learning, s | memory, GB | W4 | W4A8 |"
+    assert none == "| none | – | – | – | 0.600 (stale) |  |"
+    assert spinquant == "| spinquant | 32,768 | 170 | 2.0 | 0.200 ± 0.058 (stale) | 0.400 (stale) |"

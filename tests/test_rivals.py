@@ -116,6 +116,38 @@ def test_checkpointing_changes_nothing_but_memory(tokens, monkeypatch):
     torch.testing.assert_close(learned[0].history, learned[1].history)
 
 
+@pytest.mark.parametrize("learn", RIVALS)
+def test_a_model_that_takes_gradients_is_learned_on_and_left_alone(learn, tokens):
+    model = tiny_model("llama, tied", dtype=torch.float32)
+    frozen = learn(model, tokens, steps=3, **W3)
+    model.requires_grad_(True)
+    assert torch.equal(learn(model, tokens, steps=3, **W3).R1, frozen.R1)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("learn", RIVALS)
+def test_a_gradient_that_is_no_number_keeps_the_last_good_rotation(learn, tokens, monkeypatch):
+    carry_back = Student.carry_back
+    steps = []
+
+    def poisoned(student, rotation):
+        carry_back(student, rotation)
+        steps.append(1)
+        if len(steps) == 3:
+            rotation.R2.grad[0, 0, 0, 0] = float("nan")
+
+    monkeypatch.setattr(Student, "carry_back", poisoned)
+    with pytest.raises(rl.LearningFailed, match="the gradient is no number at step 2") as failed:
+        learn(tiny_model(dtype=torch.float32), tokens, steps=10, **W3)
+    assert failed.value.rotation.R1.dtype == torch.float64
+    assert failed.value.rotation.orthogonality_error() < 1e-12
+
+
+def test_other_dtypes_are_refused(tokens):
+    with pytest.raises(ValueError, match=r"needs a float32 model, not torch\.float64: load it with dtype=torch\.float32"):
+        rl.spinquant(tiny_model(), tokens, **W3)
+
+
 def test_rounding_passes_gradients_straight_through():
     x = torch.randn(4, 16, requires_grad=True)
     weight = torch.randn(4, 16)
@@ -141,7 +173,7 @@ def test_both_forms_of_kl_top_agree_with_the_formula_by_hand():
 
 def test_the_klt_diagonalises_the_mean_covariance_of_what_R1_turns(tokens):
     model = tiny_model(dtype=torch.float32)
-    Q = eigenvectors(model, tokens)
+    Q = eigenvectors(model, tokens).float()
     H = sum(H[site] / H[site].diagonal().mean() for H in hessians(model, tokens) for site in ("q", "gate"))
     turned = Q.T @ H @ Q
     assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-4 * turned.abs().max()
