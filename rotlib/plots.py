@@ -220,7 +220,7 @@ def bounds_against_errors(results: dict[str, Result]) -> Figure:
                 modules = result.metrics["modules"]
                 at = [[module[f"{rounding}_{quantity}"] for module in modules] for quantity in ("bound", "error")]
                 axis.plot(*at, ls="", ms=3, alpha=0.6, label=rotation, **_style(rotation))
-            axis.axline((1, 1), slope=1, color="0.7", lw=0.8, zorder=0)
+            axis.axline((1e-3, 1e-3), (1, 1), color="0.7", lw=0.8, zorder=0)
             axis.set(xscale="log", yscale="log", title=title)
         figure.supxlabel("bound on the error", fontsize=9)
         figure.supylabel("error tr(ΔW H ΔWᵀ)", fontsize=9)

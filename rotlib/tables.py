@@ -58,7 +58,8 @@ class Arm:
         return mean_and_error(self.values(metric).values())
 
     def seconds(self, stage: str) -> float:
-        return fmean(result.seconds[stage] for result in self.results)
+        """Of its fastest seed: whatever else a machine does only adds."""
+        return min(result.seconds[stage] for result in self.results)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,10 @@ def markdown(arms: Iterable[Arm]) -> str:
 
 
 def grid(rows: Mapping[str, Mapping[str, Arm]]) -> str:
-    """KL of many arms as Markdown: a line a rotation, with what learning its first arm's took, a column a precision and rounding."""
+    """KL of many arms as Markdown: a line a rotation, with what learning its first arm's took, a column a precision and rounding.
+
+    Memory is the process's peak up to the end of learning, model and reference included.
+    """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     header = ("rotation", "tokens", "learning, s", "memory, GB", *columns)
     lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
