@@ -240,7 +240,8 @@ def pivots_by_layer(results: dict[str, Result]) -> Figure:
                 layers = [module["layer"] for module in modules]
                 axis.plot(layers, [m["tr_D"] / m["tr_H"] for m in modules], ms=2.5, lw=0.8, label=rotation, **_style(rotation))
             axis.fill_between(layers, [m["floor"] / m["tr_H"] for m in modules], color="0.85", lw=0, zorder=0)
-            axis.set(title=title, ylim=(0, None))
+            axis.set_title(title)
+        axes[0].set_ylim(0, 1)
         figure.supxlabel("layer", fontsize=9)
         figure.supylabel("tr(D) / tr(H)", fontsize=9)
         handles, labels = axes[0].get_legend_handles_labels()
@@ -257,7 +258,7 @@ def errors_against_kl(points: Sequence[tuple[str, str, float, float]]) -> Figure
             axis.plot(error, kl, ls="", ms=6, **_style(rotation) | hollow)
             axis.annotate(rotation, (error, kl), xytext=(6, 3), textcoords="offset points")
         axis.set(xscale="log", yscale="log", xlabel="sum of the layers' errors, each over its energy tr(W H Wᵀ)")
-        axis.set_ylabel("KL divergence from the original, nats per token")
+        axis.set_ylabel("KL divergence, nats per token")
         _plain_log_ticks(axis.xaxis, (1, 2, 5))
         _plain_log_ticks(axis.yaxis, (1, 2, 5))
         axis.margins(0.15)
@@ -272,7 +273,7 @@ def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
             at = sorted((arm.seconds("rotate"), *arm.summary("kl")) for arm in arms)
             seconds, means, errors = zip(*at, strict=True)
             axis.errorbar(seconds, means, yerr=[e if e == e else 0 for e in errors], ms=5, lw=0.9, capsize=2, label=name, **_style(name))
-        axis.set(xscale="log", xlabel="seconds of learning", ylabel="KL divergence from the original, nats per token")
+        axis.set(xscale="log", xlabel="seconds of learning", ylabel="KL divergence, nats per token")
         _plain_log_ticks(axis.xaxis, (1, 2, 5))
         axis.legend()
     return figure
