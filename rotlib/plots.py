@@ -254,14 +254,14 @@ def errors_against_kl(points: Sequence[tuple[str, str, float, float]]) -> Figure
     with plt.rc_context(_RC):
         figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2), layout="constrained")
         for rotation, rounding, error, kl in points:
-            hollow = {} if rounding == "gptq" else {"mfc": "white"}
-            axis.plot(error, kl, ls="", ms=6, **_style(rotation) | hollow)
-            axis.annotate(rotation, (error, kl), xytext=(6, 3), textcoords="offset points")
+            fill = {"label": rotation} if rounding == "gptq" else {"mfc": "white"}
+            axis.plot(error, kl, ls="", ms=6, **_style(rotation) | fill)
         axis.set(xscale="log", yscale="log", xlabel="sum of the layers' errors, each over its energy tr(W H Wᵀ)")
         axis.set_ylabel("KL divergence, nats per token")
         _plain_log_ticks(axis.xaxis, (1, 2, 5))
         _plain_log_ticks(axis.yaxis, (1, 2, 5))
         axis.margins(0.15)
+        axis.legend()
     return figure
 
 
