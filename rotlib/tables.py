@@ -149,7 +149,8 @@ def markdown(arms: Iterable[Arm]) -> str:
 def grid(rows: Mapping[str, Mapping[str, Arm]]) -> str:
     """KL of many arms as Markdown: a line a rotation, with what learning its first arm's took, a column a precision and rounding.
 
-    Memory is the process's peak up to the end of learning, model and reference included.
+    Memory is the process's peak up to the end of learning, model and reference included, of the seed with the least: whatever the
+    process did before only adds.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     header = ("rotation", "tokens", "learning, s", "memory, GB", *columns)
@@ -159,7 +160,8 @@ def grid(rows: Mapping[str, Mapping[str, Arm]]) -> str:
         cost = ("–", "–", "–")
         known = [result.metrics for result in arm.results if "learning_tokens" in result.metrics]
         if known:
-            tokens, memory = (max(metrics[name] for metrics in known) for name in ("learning_tokens", "learning_memory_mb"))
+            tokens = max(metrics["learning_tokens"] for metrics in known)
+            memory = min(metrics["learning_memory_mb"] for metrics in known)
             cost = (f"{tokens:,.0f}", f"{arm.seconds('rotate'):.0f}", f"{memory / 1024:.1f}")
         cells = [_cell(*row[column].summary("kl"), 3) + " (stale)" * row[column].stale if column in row else "" for column in columns]
         lines.append(f"| {' | '.join((name, *cost, *cells))} |")
