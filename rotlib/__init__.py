@@ -15,6 +15,7 @@ from rotlib.pipeline import make_rotation, run, run_all
 from rotlib.quant import QuantizedWeight, WeightQuant, restore, rtn
 from rotlib.recipe import Recipe
 from rotlib.rotation import SITES, Rotation, hadamard_rotation, random_rotation
+from rotlib.slopes import slope_agreement
 from rotlib.spinquant import spinquant
 from rotlib.text import load_tokens, windows
 from rotlib.zoo import load
@@ -58,6 +59,7 @@ __all__ = [
     "rtn",
     "run",
     "run_all",
+    "slope_agreement",
     "spinquant",
     "windows",
 ]

@@ -13,6 +13,7 @@ from rotlib.network import Student
 from rotlib.optrot import start
 from rotlib.ostquant import KL_TOP_FORMS, eigenvectors, kl_top_loss
 from rotlib.rotation import scale_shapes
+from rotlib.slopes import slopes
 
 RIVALS = [rl.spinquant, rl.ostquant]
 W3 = {"quant": rl.WeightQuant(bits=3)}
@@ -67,6 +68,23 @@ def test_the_gradient_carried_back_is_the_derivative_of_the_students_loss(tokens
                 setattr(other, name, moved)
             values.append(loss(other).item())
         assert (tensor.grad * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-3, abs=1e-3), name
+
+
+def test_without_rounding_no_rotation_has_a_slope(tokens):
+    model = tiny_model("qwen3, tied", dtype=torch.float32)
+    flat = slopes(model, tokens[:1], None, None, R4=True)[0]
+    rounded = slopes(model, tokens[:1], None, rl.ActivationQuant(bits=4), R4=True)[0]
+    assert flat.norm() < 1e-4 * rounded.norm()
+
+
+def test_windows_agree_on_the_weights_errors_more_than_on_the_activations(tokens):
+    model = tiny_model(dtype=torch.float32)
+    weights = rl.slope_agreement(model, tokens, quant=rl.WeightQuant(bits=3))
+    activations = rl.slope_agreement(model, tokens, activations=rl.ActivationQuant(bits=4))
+    assert -1 <= activations < weights <= 1
+    assert rl.slope_agreement(model, tokens[:1].repeat(2, 1), quant=rl.WeightQuant(bits=3)) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="at least two"):
+        rl.slope_agreement(model, tokens[:1])
 
 
 @pytest.mark.parametrize("settings", [W3, A4KV4])
