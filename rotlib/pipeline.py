@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 
 import torch
 from jaxtyping import Int
@@ -114,12 +115,12 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
             fuse(model, rotation)
     record.seconds["quantize"] = 0.0
     if recipe.rounding != "none":
-        _quantize(recipe, model, calibration, record)
+        _quantize(recipe, model, rotation, calibration, record)
     return record
 
 
-def _quantize(recipe: Recipe, model: PreTrainedModel, calibration: Tensor, record: Record) -> None:
-    """Quantize the fused model's weights, or put back those that an earlier GPTQ of the same weights has kept."""
+def _quantize(recipe: Recipe, model: PreTrainedModel, rotation: Rotation | None, calibration: Tensor, record: Record) -> None:
+    """Quantize the fused model's weights, or put back those that an earlier GPTQ has kept of the same weights under this very rotation."""
     if recipe.rounding == "rtn":
         with record.stage("quantize"):
             rtn(model, recipe.quant)
@@ -132,7 +133,7 @@ def _quantize(recipe: Recipe, model: PreTrainedModel, calibration: Tensor, recor
         weights = {name: tuple(weight) for name, weight in report.weights.items()}
         return {"weights": weights, "fallbacks": report.fallbacks, "seconds": report.seconds}
 
-    kept, fresh = _kept(recipe.sharing_weights().spec() | {"task": "weights"}, model.device, compute)
+    kept, fresh = _kept(recipe.sharing_weights().spec() | {"task": "weights"}, model.device, compute, _identity(rotation))
     if not fresh:
         restore(model, {name: QuantizedWeight(*parts) for name, parts in kept["weights"].items()})
     record.metrics["fallbacks"] = kept["fallbacks"]
@@ -229,10 +230,18 @@ def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
     return ostquant(model, tokens, kl_top=recipe.kl_top, **how), tokens.numel()
 
 
-def _kept(spec: dict, device: torch.device, compute: Callable[[], dict]) -> tuple[dict, bool]:
-    """(what `compute` returned, computed just now?), kept in a file beside the results while code, torch and device stay."""
+def _identity(rotation: Rotation | None) -> str:
+    """A digest of a rotation: one that is learned again needn't be the same to the last bit."""
+    if rotation is None:
+        return ""
+    tensors = [tensor for tensor in (rotation.R1, rotation.R2, *rotation.scales.values()) if tensor is not None]
+    return sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()[:12]
+
+
+def _kept(spec: dict, device: torch.device, compute: Callable[[], dict], made_for: str = "") -> tuple[dict, bool]:
+    """(what `compute` returned, computed just now?), kept in a file beside the results while code, torch, device and `made_for` stay."""
     path = store.local_path(spec, ".pt")
-    maker = f"{store.code_fingerprint()} torch {torch.__version__} {device.type}"
+    maker = f"{store.code_fingerprint()} torch {torch.__version__} {device.type} {made_for}".strip()
     with suppress(Exception):  # no file, or a damaged one: compute anew
         kept = torch.load(path, map_location="cpu")
         if kept["maker"] == maker:

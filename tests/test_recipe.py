@@ -245,6 +245,20 @@ def test_kept_weights_are_the_quantized_ones_to_the_last_bit(recipe, monkeypatch
     assert again == first
 
 
+def test_kept_weights_are_not_put_under_another_rotation(recipe):
+    run = replace(recipe, rotation="optrot", steps=5)
+    rl.run(run)
+    kept = store.local_path({"task": "rotation"} | run.rotation_reads, ".pt")
+    parts = torch.load(kept)
+    parts["rotation"]["R1"] = parts["rotation"]["R1"].flip(1)  # as good a rotation, and not the one the weights were quantized under
+    torch.save(parts, kept)
+    beside = replace(run, activation_bits=8)
+    under_the_other = rl.run(beside).metrics["kl"]
+    for path in (*kept.parent.glob("weights-*.pt"), store.local_path(beside.spec())):
+        path.unlink()
+    assert rl.run(beside).metrics["kl"] == under_the_other
+
+
 def test_a_full_disk_costs_the_kept_weights_and_not_the_result(recipe, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
