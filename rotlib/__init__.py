@@ -2,19 +2,21 @@
 
 from rotlib.activations import PROTOCOLS, ActivationQuant, quantized_activations
 from rotlib.bounds import bounds
+from rotlib.fixed import gsr_rotation, hadamard_rotation, random_rotation
 from rotlib.fuse import fuse, is_rotated
 from rotlib.gptq import Report, gptq
-from rotlib.hadamard import apply_hadamard, hadamard
+from rotlib.groups import group_spread, groups
+from rotlib.hadamard import BlockHadamard, apply_hadamard, hadamard, walsh
 from rotlib.measure import Reference, evaluate, incoherence, kl_divergence, kurtosis, perplexity
 from rotlib.network import LearningFailed
 from rotlib.optrot import kurtail, mixed, optrot
 from rotlib.optrot_plus import optrot_plus
 from rotlib.ostquant import ostquant
 from rotlib.outliers import compare_outliers, outliers
-from rotlib.pipeline import make_rotation, run, run_all
+from rotlib.pipeline import build, make_rotation, run, run_all
 from rotlib.quant import QuantizedWeight, WeightQuant, restore, rtn
 from rotlib.recipe import Recipe
-from rotlib.rotation import SITES, Rotation, hadamard_rotation, random_rotation
+from rotlib.rotation import SITES, Rotation
 from rotlib.slopes import slope_agreement
 from rotlib.spinquant import spinquant
 from rotlib.text import load_tokens, windows
@@ -24,6 +26,7 @@ __all__ = [
     "PROTOCOLS",
     "SITES",
     "ActivationQuant",
+    "BlockHadamard",
     "LearningFailed",
     "QuantizedWeight",
     "Recipe",
@@ -33,10 +36,14 @@ __all__ = [
     "WeightQuant",
     "apply_hadamard",
     "bounds",
+    "build",
     "compare_outliers",
     "evaluate",
     "fuse",
     "gptq",
+    "group_spread",
+    "groups",
+    "gsr_rotation",
     "hadamard",
     "hadamard_rotation",
     "incoherence",
@@ -61,5 +68,6 @@ __all__ = [
     "run_all",
     "slope_agreement",
     "spinquant",
+    "walsh",
     "windows",
 ]

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rotlib.families import Family, adapt, check_finite
+from rotlib.hadamard import BlockHadamard
 from rotlib.online import attach, check_online
 from rotlib.rotation import Rotation, norm_gains, placed_weights, scale_shapes
 
@@ -34,7 +35,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     if is_quantized(model):
         raise ValueError("this model is already quantized: load the original again, rotate it, then quantize it")
     check_not_rounding(model)
-    _check_rotation(family, rotation)
+    check_rotation(family, rotation)
     check_online(family, rotation.online)
     check_finite(model)
     model.config.rotlib_rotated = True  # first: an interrupted model is neither the original nor rotated
@@ -67,17 +68,25 @@ def check_not_rounding(model: PreTrainedModel) -> None:
         raise ValueError("this model's activations are being rounded: leave quantized_activations first")
 
 
-def _check_rotation(family: Family, rotation: Rotation) -> None:
+def check_rotation(family: Family, rotation: Rotation) -> None:
+    """Raises ValueError for a rotation that doesn't fit the model, or isn't one."""
     expected = {
         "R1": (family.width, family.width),
         "R2": (len(family.layers), family.kv_heads, family.head_dim, family.head_dim),
     }
     for name, shape in expected.items():
         R = getattr(rotation, name)
-        if R is not None and (not isinstance(R, torch.Tensor) or not R.is_floating_point()):
+        if R is None:
+            continue
+        if name == "R1" and isinstance(R, BlockHadamard):
+            found = (R.n, R.n)
+        elif not isinstance(R, torch.Tensor) or not R.is_floating_point():
             raise ValueError(f"{name} must be a real floating-point tensor or None, not a {type(R).__name__}")
-        if R is not None and tuple(R.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(R.shape)}, but this model needs {shape}")
+        else:
+            blocks, *square = R.shape if name == "R1" and R.ndim == 3 else (1, *R.shape)
+            found = tuple(blocks * size for size in square)
+        if found != shape:
+            raise ValueError(f"{name} has shape {found}, but this model needs {shape}")
     allowed = scale_shapes(family)
     for name, scale in rotation.scales.items():
         if name not in allowed:

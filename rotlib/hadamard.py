@@ -3,16 +3,18 @@
 A Hadamard matrix has entries ±1 and orthogonal rows: ``H Hᵀ = n I``. Three constructions suffice:
 Sylvester (powers of two), Paley I (order q+1, q ≡ 3 mod 4) and Paley II (order 2(q+1), q ≡ 1 mod 4), q a prime power;
 the Kronecker product of two Hadamard matrices is again one, so 11008 = 344 · 32 is Paley(7³) ⊗ Sylvester(32).
-The factors are kept: multiplying by ``A ⊗ B`` costs n(a + b) per row instead of n². Source: R. E. A. C. Paley,
-"On orthogonal matrices" (1933); the symbols follow Hedayat & Wallis, "Hadamard matrices and their applications" (1978).
+The factors are kept: multiplying by ``A ⊗ B`` costs n(a + b) per row instead of n². A Walsh matrix is a Hadamard matrix whose
+rows come by sequency, their number of sign changes; Sylvester's have 0, 1, 2 … of them (GSR, arXiv 2505.03810, §3). Source: R. E. A. C.
+Paley, "On orthogonal matrices" (1933); the symbols follow Hedayat & Wallis, "Hadamard matrices and their applications" (1978).
 """
 
+from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import product
 from math import prod, sqrt
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int, Int8
 from sympy import ZZ, factorint
 from sympy.polys.galoistools import gf_irreducible_p, gf_rem, gf_sqr
 from torch import Tensor
@@ -39,6 +41,55 @@ def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
     # dividing by √n apart keeps the factors ±1: rounded to bfloat16, 1/√n would be a gain that every entry shares
     y = (x.reshape(-1, len(right)) @ right / sqrt(n)).view(-1, len(left), len(right))
     return torch.matmul(left.mT, y).view(x.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockHadamard:
+    """``x diag(signs) (I ⊗ H)``, a Hadamard matrix on every block of coordinates, applied through H's factors.
+
+    `signs` are ±1, None for none; `order` says which of H's columns comes where in every block, None leaves them as they are.
+    """
+
+    n: int
+    block: int
+    signs: Float[Tensor, " n"] | None = None
+    order: Int[Tensor, " block"] | None = None
+
+    def __call__(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+        x = x if self.signs is None else x * self.signs.to(x)
+        rotated = apply_hadamard(x.unflatten(-1, (-1, self.block)))
+        return (rotated if self.order is None else rotated[..., self.order.to(x.device)]).flatten(-2)
+
+    def dense(self) -> Float[Tensor, "n n"]:
+        """The one matrix that this is, in float64: to look at, or to learn from."""
+        return self(torch.eye(self.n, dtype=torch.float64))
+
+
+def walsh(n: int) -> Float[Tensor, "n n"]:
+    """The orthogonal Walsh matrix: the columns of `hadamard(n)` as rows, by rising sequency. Raises like `hadamard`.
+
+    For a power of two row s has s sign changes. Elsewhere the constructed matrix has no such ladder; columns of equal sequency then
+    keep their order, which is a convention of ours.
+    """
+    return hadamard(n)[:, walsh_order(n)].mT
+
+
+def walsh_order(n: int) -> Int[Tensor, " n"]:
+    """The columns of `hadamard(n)` by rising sequency; for a power of two, column s is the bit-reversed Gray code of s."""
+    if n & (n - 1) == 0:
+        bits = n.bit_length() - 1
+        return torch.tensor([int(f"{s ^ s >> 1:0{bits}b}"[::-1], 2) if bits else 0 for s in range(n)])
+    return sequency(hadamard(n).mT).argsort(stable=True)
+
+
+def sequency(H: Float[Tensor, "m n"]) -> Int[Tensor, " m"]:
+    """The number of sign changes along every row."""
+    return (H[:, 1:] * H[:, :-1] < 0).sum(dim=1)
+
+
+def block_sizes(n: int) -> list[int]:
+    """The sizes above 1 of blocks that divide n and have a Hadamard matrix."""
+    return [block for block in range(2, n + 1) if n % block == 0 and (block == 2 or block % 4 == 0) and _orders(block) is not None]
 
 
 @lru_cache

@@ -23,7 +23,7 @@ from rotlib.activations import FULL, ActivationQuant, check_activations, quantiz
 from rotlib.checks import positive, token_ids, whole_number
 from rotlib.families import adapt
 from rotlib.online import attach
-from rotlib.optrot import coarse_products, finished, start
+from rotlib.optrot import coarse_products, finished, starting_point
 from rotlib.quant import WeightQuant, check_quantizable, fit_grid, grid_at
 from rotlib.rotation import Rotation, norm_gains, placed_in_layer, times
 
@@ -194,6 +194,8 @@ def prepare(
     seed: int,
     R3: bool,
     R4: bool,
+    start: Rotation | None,
+    local: bool,
 ) -> Rotation:
     """The start of learning, once it is known that everything asked for can be done; raises ValueError where it can't."""
     token_ids("calibration", calibration, 2, model)
@@ -208,4 +210,4 @@ def prepare(
         raise ValueError("nothing is rounded, so there is nothing to learn from: give a WeightQuant, or activations below 16 bits")
     if len(calibration) < preset.batch:
         raise ValueError(f"{len(calibration)} calibration windows are too few for batches of {preset.batch}")
-    return start(model, seed, R3, R4)[1]
+    return starting_point(model, seed, R3, R4, start, local)[1]

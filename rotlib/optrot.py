@@ -5,25 +5,26 @@ The objective is ``Σ_W ‖R_outᵀ W R_in‖₄⁴`` over q, k, v, o, gate, up 
 grid. No data and no forward pass are needed, and the gradient is closed: ``∂‖X R‖₄⁴/∂R = 4 Xᵀ (X R)^∘3``.
 
 `kurtail` learns on activations instead (KurTail, arXiv 2503.01483), `mixed` on both; `objective.py` has the matrices.
-The paper runs Cayley SGD on all weights. Here, by default, rows are drawn with probability ∝ ‖row‖⁴ and scaled to unit
-norm, which keeps the gradient unbiased; the draw is systematic and used up before the next, so that momentum averages
-the sampling noise away. R2's share is small and is descended in full, between draws.
+The paper runs Cayley SGD on all weights. Here, by default, R1 sees drawn rows (`sampling.py`); R2's share is small and is descended
+in full, between draws.
 """
 
 import math
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import replace
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import inner_share, one_of, token_ids, whole_number
+from rotlib.checks import inner_share, one_of, token_ids, whole_number, yes_or_no
 from rotlib.families import Family, adapt, check_finite
-from rotlib.fuse import check_not_rounding, is_quantized, is_rotated
+from rotlib.fixed import hadamard_rotation, random_rotation
+from rotlib.fuse import check_not_rounding, check_rotation, is_quantized, is_rotated
+from rotlib.grouped import GroupR2Rows, GroupSampler, check_group, sum_of_group_norms
 from rotlib.manifold import Descent, cayley_sgd_step
 from rotlib.objective import (
     NORMALISATIONS,
@@ -35,10 +36,9 @@ from rotlib.objective import (
     weight_matrices,
 )
 from rotlib.online import check_online
-from rotlib.rotation import Rotation, hadamard_rotation, random_rotation
+from rotlib.rotation import Rotation, as_blocks, as_matrix
+from rotlib.sampling import DRAW, R2Rows, RowSampler, fourth_power
 
-_BATCH = 8192  # rows per step, or all there are
-_DRAW = 8  # steps that use up one draw
 _PASSES = 2  # times that a draw is used
 _R1_LENGTH = 2.0  # Frobenius norm of R1's first step; a cosine takes it to zero
 _R2_LENGTH = 1.0
@@ -57,18 +57,27 @@ def optrot(
     steps: int | None = None,
     R3: bool = False,
     R4: bool = False,
+    start: Rotation | None = None,
+    local: bool = False,
+    group_size: int | None = None,
 ) -> Rotation:
     """Learn R1 and R2 on the model's weights, which stay as they are; fuse the result with `fuse`.
 
     `method` is "sampled" or "cayley-sgd", the paper's (1000 full gradients, lr 1); `normalisation` is a key of
     `NORMALISATIONS`; `steps` overrides the method's own number; R3 and R4 turn the online rotations on, and down's weight
-    is seen behind R4. `history` holds the objective: for "sampled" an unbiased estimate at every draw of rows, for
+    is seen behind R4. `start` is where to begin instead of a random Hadamard rotation, such as `gsr_rotation`; `local` keeps R1 in the
+    start's blocks, each learned in its own orthogonal group. `group_size` learns on the objective for scales of such groups
+    (`grouped.py`). `history` holds the objective: for "sampled" an unbiased estimate at every draw of rows, for
     "cayley-sgd" the exact value at every step; the last entry is exact. Raises ValueError for an unknown choice, a
     rotated model, non-finite weights, or an online rotation that the model can't carry.
     """
     one_of("normalisation", normalisation, NORMALISATIONS)
-    family, rotation = start(model, seed, R3, R4)
-    return _learn(weight_matrices(family, normalisation, R4), rotation, seed, method, steps)
+    family, rotation = starting_point(model, seed, R3, R4, start, local)
+    if group_size is not None:
+        check_group(family, group_size)
+        if method != "sampled" or normalisation != "plain":
+            raise ValueError("the objective for groups is descended by the method 'sampled' with the normalisation 'plain'")
+    return _learn(weight_matrices(family, normalisation, R4), rotation, seed, method, steps, group_size)
 
 
 @torch.no_grad()
@@ -84,7 +93,7 @@ def kurtail(
     adapt(model)
     token_ids("calibration", calibration, 2, model)
     whole_number("tokens", tokens, 1)
-    family, rotation = start(model, seed, R3, R4)
+    family, rotation = starting_point(model, seed, R3, R4)
     return _learn(token_matrices(family, calibration, seed, tokens), rotation, seed)
 
 
@@ -106,20 +115,22 @@ def mixed(
     inner_share("share", share)
     token_ids("calibration", calibration, 2, model)
     whole_number("tokens", tokens, 1)
-    family, rotation = start(model, seed, R3, R4)
+    family, rotation = starting_point(model, seed, R3, R4)
     sides = weight_matrices(family, "plain", R4), token_matrices(family, calibration, seed, tokens)
     return _learn(blended(*sides, share, rotation), rotation, seed)
 
 
-def _learn(matrices: list[Matrix], rotation: Rotation, seed: int, method: str = "sampled", steps: int | None = None) -> Rotation:
+def _learn(
+    matrices: list[Matrix], rotation: Rotation, seed: int, method: str = "sampled", steps: int | None = None, group: int | None = None
+) -> Rotation:
     """Descend from `rotation` and hand over the nearest exactly orthogonal one, with its exact objective."""
     one_of("method", method, METHODS)
     if steps is not None:
         whole_number("steps", steps, 1)
     learn, default_steps = METHODS[method]
-    learn(matrices, rotation, steps or default_steps, seed)
+    learn(matrices, rotation, steps or default_steps, seed, **({"group": group} if group else {}))
     rotation = finished(rotation)  # before the objective is taken: drift would flatter it
-    rotation.history.append(sum_of_fourth_powers(matrices, rotation))
+    rotation.history.append(sum_of_group_norms(matrices, rotation, group) if group else sum_of_fourth_powers(matrices, rotation))
     return rotation.to("cpu", torch.float64)
 
 
@@ -128,13 +139,6 @@ def finished(rotation: Rotation) -> Rotation:
     if not (drift := rotation.orthogonality_error()) < _DRIFT:
         raise RuntimeError(f"learning lost orthogonality: max|R Rᵀ − I| is {drift:.1e} in float32")
     return rotation.projected(rotation.R1.device)
-
-
-def fourth_power(rows: Float[Tensor, "m n"], R: Tensor) -> tuple[Tensor, Tensor]:
-    """(‖rows R‖₄⁴, its gradient with respect to R); the value is a quarter of ⟨R, gradient⟩, by Euler's theorem."""
-    rotated = rows @ R
-    gradient = 4 * (rows.mT @ rotated.square().mul_(rotated))
-    return (R * gradient).sum() / 4, gradient
 
 
 @contextmanager
@@ -148,8 +152,13 @@ def coarse_products():
         torch.set_float32_matmul_precision(before)
 
 
-def start(model: PreTrainedModel, seed: int, R3: bool, R4: bool) -> tuple[Family, Rotation]:
-    """Where learning starts: a random Hadamard rotation, or a random orthogonal one where no Hadamard matrix fits."""
+def starting_point(
+    model: PreTrainedModel, seed: int, R3: bool, R4: bool, start: Rotation | None = None, local: bool = False
+) -> tuple[Family, Rotation]:
+    """Where learning starts, in float32: `start`, or a random Hadamard rotation, or a random orthogonal one where no Hadamard matrix fits.
+
+    R1 is a matrix, or where it is to stay `local` the blocks on its diagonal.
+    """
     whole_number("seed", seed, 0)
     family = adapt(model)
     if is_rotated(model) or is_quantized(model):
@@ -157,12 +166,17 @@ def start(model: PreTrainedModel, seed: int, R3: bool, R4: bool) -> tuple[Family
     check_not_rounding(model)
     check_finite(model)
     check_online(family, Rotation(None, None, R3, R4).online)
-    try:
-        rotation = hadamard_rotation(model, seed)
-    except ValueError:
-        rotation = random_rotation(model, seed)
-    device = family.embedding.weight.device
-    return family, Rotation(rotation.R1.to(device, torch.float32), rotation.R2.to(device, torch.float32), R3, R4)
+    yes_or_no("local", local)
+    if start is None:
+        try:
+            start = hadamard_rotation(model, seed)
+        except ValueError:
+            start = random_rotation(model, seed)
+    elif not isinstance(start, Rotation) or start.R1 is None or start.R2 is None or start.scales:
+        raise ValueError("the start must be a Rotation with R1 and R2 and without scales, such as rl.gsr_rotation(model, block=64)")
+    check_rotation(family, start)
+    rotation = replace(start, R1=(as_blocks if local else as_matrix)(start.R1), R3=R3, R4=R4, history=[])
+    return family, rotation.to(family.embedding.weight.device, torch.float32)
 
 
 class Extra(Protocol):
@@ -177,24 +191,32 @@ class Extra(Protocol):
 
 
 def learn_sampled(
-    matrices: list[Matrix], rotation: Rotation, steps: int, seed: int, extra: Extra | None = None, length: float = _R1_LENGTH
+    matrices: list[Matrix],
+    rotation: Rotation,
+    steps: int,
+    seed: int,
+    extra: Extra | None = None,
+    length: float = _R1_LENGTH,
+    group: int | None = None,
 ) -> None:
-    """Momentum descent: R1 on drawn rows, R2 on all of its rows at its turns."""
+    """Momentum descent: R1 on drawn rows, R2 on all of its rows at its turns; with `group`, of the objective for groups."""
     if extra:
         extra.refresh(rotation)
-    rows = _RowSampler(matrices, rotation, seed)
+    rows = GroupSampler(matrices, rotation, seed, group) if group else RowSampler(matrices, rotation, seed)
+    if rotation.R1.ndim == 3:  # blocks move together as far as one matrix would
+        length /= math.sqrt(len(rotation.R1))
     R1, R2 = Descent(rotation.R1), Descent(rotation.R2)
     for step in tqdm(range(steps), desc="OptRot", unit="step"):
         anneal = 0.5 * (1 + math.cos(math.pi * step / steps))
         if step % _R2_EVERY == 0:
             with coarse_products():
-                heads = _R2Rows(matrices, rotation)
+                heads = GroupR2Rows(matrices, rotation, group) if group else R2Rows(matrices, rotation)
             constant = extra.R2_slope(R2.R) if extra else 0.0
             for _ in range(_R2_STEPS):
                 R2.step(heads.gradient(R2.R) + constant, _R2_LENGTH * anneal)
             R2.project()
             rotation.R2 = R2.R
-        fresh = step % (_DRAW * _PASSES) == 0
+        fresh = step % (DRAW * _PASSES) == 0
         if fresh:
             if extra and step:
                 extra.refresh(rotation)
@@ -202,8 +224,8 @@ def learn_sampled(
             rows.draw(rotation)
             R1.project()
         with coarse_products():
-            value, gradient = fourth_power(rows.batch(step % _DRAW), R1.R)
-        scale = rows.total / rows.size
+            value, gradient = rows.slope(step % DRAW, R1.R)
+        scale = rows.scale
         R1.step(scale * gradient + extra.R1_slope(R1.R) if extra else gradient, length * anneal)
         rotation.R1 = R1.R
         if fresh:  # later in a draw its rows have been seen, and flatter the objective
@@ -218,63 +240,10 @@ def _learn_cayley_sgd(matrices: list[Matrix], rotation: Rotation, steps: int, se
             part, slope = fourth_power(matrix.rows("R1", rotation), rotation.R1)
             value += part.item()
             slope1 += slope
-        slope2 = _R2Rows(matrices, rotation).gradient(rotation.R2)
+        slope2 = R2Rows(matrices, rotation).gradient(rotation.R2)
         rotation.R1 = cayley_sgd_step(rotation.R1, slope1, _PAPER_LR)
         rotation.R2 = cayley_sgd_step(rotation.R2, slope2, _PAPER_LR)
         rotation.history.append(value)
-
-
-class _RowSampler:
-    """Unit rows for R1, drawn with probability ∝ factor · ‖row‖⁴ at the start; `total` turns their mean into the objective."""
-
-    def __init__(self, matrices: list[Matrix], rotation: Rotation, seed: int):
-        self._matrices = [matrix for matrix in matrices if matrix.touched_by("R1")]
-        self._device = rotation.R1.device
-        self._generator = torch.Generator().manual_seed(seed)
-        self._norms = [matrix.rows("R1", rotation).norm(dim=1).cpu() for matrix in self._matrices]
-        self._starts = torch.tensor([0] + [len(norm) for norm in self._norms]).cumsum(0)
-        self.size = min(_BATCH, int(self._starts[-1]))
-        self.reweigh()
-
-    def reweigh(self) -> None:
-        """Take up the matrices' factors as they are now."""
-        fourth = torch.cat([norm.double() ** 4 * matrix.factor for norm, matrix in zip(self._norms, self._matrices, strict=True)])
-        self.total = fourth.sum().item()
-        self._cumulative = fourth.cumsum(0) / self.total
-
-    def draw(self, rotation: Rotation) -> None:
-        """Rows for the next `_DRAW` steps by systematic sampling: every row as often as it should be, to within one."""
-        count = _DRAW * self.size
-        offset = torch.rand(1, generator=self._generator, dtype=torch.float64)
-        chosen = torch.searchsorted(self._cumulative, (torch.arange(count) + offset) / count).clamp_(max=len(self._cumulative) - 1)
-        bounds = torch.searchsorted(chosen, self._starts).tolist()
-        place = torch.randperm(count, generator=self._generator).to(self._device)
-        self._rows = torch.empty(count, len(rotation.R1), device=self._device)
-        for which, (begin, end) in enumerate(pairwise(bounds)):
-            index = chosen[begin:end] - self._starts[which]
-            norm = self._norms[which][index].clamp_min(1e-30).unsqueeze(1)
-            rows = self._matrices[which].rows("R1", rotation, index)
-            self._rows[place[begin:end]] = rows.div_(norm.to(rows))
-
-    def batch(self, number: int) -> Float[Tensor, "batch d"]:
-        """One step's rows of the current draw."""
-        return self._rows[number * self.size : (number + 1) * self.size]
-
-
-class _R2Rows:
-    """Everything R2 acts on at the present R1, stacked by layer and KV head."""
-
-    def __init__(self, matrices: list[Matrix], rotation: Rotation):
-        layers, heads, b, _ = rotation.R2.shape
-        by_layer = [[] for _ in range(layers)]
-        for matrix in matrices:
-            if matrix.touched_by("R2"):
-                rows = matrix.rows("R2", rotation).unflatten(1, (heads, -1, b))
-                by_layer[matrix.layer].append(rows.movedim(1, 0).flatten(1, 2) * matrix.factor**0.25)
-        self._rows = torch.stack([torch.cat(rows, dim=1) for rows in by_layer])  # (layers, heads, m, b)
-
-    def gradient(self, R2: Float[Tensor, "layers heads b b"]) -> Float[Tensor, "layers heads b b"]:
-        return 4 * (self._rows.mT @ (self._rows @ R2).pow_(3))
 
 
 METHODS = {"sampled": (learn_sampled, 850), "cayley-sgd": (_learn_cayley_sgd, 1000)}

@@ -23,7 +23,7 @@ from rotlib.covariance import check_masks, damped, hessians, pivots, pivots_and_
 from rotlib.families import STAGES, Family
 from rotlib.hadamard import apply_hadamard
 from rotlib.objective import Matrix, fourth_powers, weight_matrices
-from rotlib.optrot import finished, learn_sampled, start
+from rotlib.optrot import finished, learn_sampled, starting_point
 from rotlib.rotation import Rotation, placed_in_layer, times
 
 FORMS = ("bound", "product", "relative")
@@ -53,7 +53,7 @@ def optrot_plus(
     one_of("form", form, FORMS)
     steps = whole_number("steps", _STEPS if steps is None else steps, 1)
     token_ids("calibration", calibration, 2, model)
-    family, rotation = start(model, seed, R3, R4)
+    family, rotation = starting_point(model, seed, R3, R4)
     check_masks(model, calibration.shape[1])
     widest = max(family.width, family.linears(0)["o"].in_features)
     if calibration.numel() < _TOKENS_PER_INPUT * widest:

@@ -43,10 +43,13 @@ def ostquant(
     kl_top: str = "gathered",
     R3: bool = False,
     R4: bool = False,
+    start: Rotation | None = None,
+    local: bool = False,
 ) -> Rotation:
     """Learn R1, R2 and all scales on calibration windows with the weights on `quant`'s grid, or the activations on theirs, or both.
 
-    `preset` is a key of `OSTQUANT_PRESETS`; `steps` and `lr` override its own; `kl_top` is one of `KL_TOP_FORMS`. Otherwise like
+    `preset` is a key of `OSTQUANT_PRESETS`; `steps` and `lr` override its own; `kl_top` is one of `KL_TOP_FORMS`; the KLT comes before
+    `start`, block by block where R1 stays `local`. Otherwise like
     `spinquant`.
     """
     one_of("preset", preset, OSTQUANT_PRESETS)
@@ -54,10 +57,11 @@ def ostquant(
     settings = OSTQUANT_PRESETS[preset]
     settings = settings._replace(steps=settings.steps if steps is None else steps, lr=settings.lr if lr is None else lr)
     activations = activations or ActivationQuant()
-    rotation = prepare(model, calibration, quant, activations, settings, seed, R3, R4)
+    rotation = prepare(model, calibration, quant, activations, settings, seed, R3, R4, start, local)
     check_masks(model, calibration.shape[1])
     with coarse_products():
-        KLT, teacher = eigenvectors(model, calibration), Reference(model, calibration)
+        block = rotation.R1.shape[-1]
+        KLT, teacher = eigenvectors(model, calibration, block), Reference(model, calibration)
     rotation.R1 = (KLT @ rotation.R1.double()).float()
     rotation.scales = {name: torch.ones(shape, device=rotation.R1.device) for name, shape in scale_shapes(adapt(model)).items()}
     student = Student(model, quant, rotation.online, settings.checkpointing)
@@ -83,10 +87,14 @@ def kl_top_loss(
     return (logp.exp() * (logp - logq)).sum(-1).mean()
 
 
-def eigenvectors(model: PreTrainedModel, calibration: Int[Tensor, "windows length"]) -> Float64[Tensor, "d d"]:
-    """Of the mean covariance of what q, k, v and gate, up read, each input at unit variance: the KLT of R1's start."""
+def eigenvectors(model: PreTrainedModel, calibration: Int[Tensor, "windows length"], block: int) -> Float64[Tensor, "*blocks b b"]:
+    """Of the mean covariance of what q, k, v and gate, up read, each input at unit variance: the KLT of R1's start, block by block.
+
+    A single block, as wide as the model, is a matrix.
+    """
     total = sum(H[site] / H[site].diagonal().mean() for H in hessians(model, calibration) for site in ("q", "gate"))
-    return torch.linalg.eigh(total.double()).eigenvectors
+    blocks = [total[i : i + block, i : i + block].double() for i in range(0, len(total), block)]
+    return torch.linalg.eigh(blocks[0] if len(blocks) == 1 else torch.stack(blocks)).eigenvectors
 
 
 class _RiemannianAdam:

@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib import store
 from rotlib.activations import ActivationQuant, check_activations, quantized_activations
+from rotlib.fixed import gsr_rotation, hadamard_rotation, random_rotation
 from rotlib.fuse import fuse
 from rotlib.gptq import gptq
 from rotlib.measure import Reference, evaluate
@@ -31,7 +32,7 @@ from rotlib.optrot_plus import optrot_plus
 from rotlib.ostquant import ostquant
 from rotlib.quant import QuantizedWeight, check_quantizable, restore, rtn
 from rotlib.recipe import FIXED, LEARNED, Recipe
-from rotlib.rotation import Rotation, hadamard_rotation, random_rotation
+from rotlib.rotation import Rotation
 from rotlib.spinquant import spinquant
 from rotlib.store import Record, Result
 from rotlib.text import fingerprint, load_tokens, windows
@@ -64,6 +65,20 @@ def run_all(recipes: Iterable[Recipe], device: str = "auto") -> list[Result]:
     ]
 
 
+def build(recipe: Recipe, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(the recipe's model with its weights rotated and quantized, its tokenizer), to evaluate otherwise or to export.
+
+    Kept rotations and weights are used again. Activations are rounded where it runs inside
+    `quantized_activations(model, recipe.activations)`. Raises like `run`.
+    """
+    resolve(recipe.model)
+    calibration = calibration_tokens(recipe)
+    model, tokenizer = load(recipe.model, str(pick_device(device)))
+    _check(recipe, model)
+    _prepare(recipe, model, calibration)
+    return model, tokenizer
+
+
 @dataclass
 class _Latest:
     """The last model computed, with its weights as its recipe wants them and what making them took, and the last reference."""
@@ -85,8 +100,7 @@ def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
         if (latest.key, latest.reference_key) != (key, reference_key):
             latest.key = latest.model = None  # two models are never held at a time
             model, _ = load(recipe.model, str(latest.device))
-            check_quantizable(model, recipe.quant)
-            check_online(check_activations(model, recipe.activations), recipe.online)
+            _check(recipe, model)
         if latest.reference_key != reference_key:
             latest.reference, latest.reference_key = Reference(model, test), reference_key
     if latest.key != key:
@@ -104,6 +118,12 @@ def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
         "reference_perplexity": evaluation.reference_perplexity,
     }
     record.tokens |= {"calibration": fingerprint(calibration), "test": fingerprint(test)}
+
+
+def _check(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raises ValueError for what this model can't do, before any of it is done."""
+    check_quantizable(model, recipe.quant)
+    check_online(check_activations(model, recipe.activations), recipe.online)
 
 
 def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Record:
@@ -167,9 +187,16 @@ def rotation_of(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotat
         return _learned(recipe, model, record)
     with record.stage("rotate"):
         if recipe.rotation in FIXED:
-            draw = {"random": random_rotation, "hadamard": hadamard_rotation}[recipe.rotation]
-            return draw(model, recipe.seed, recipe.R3, recipe.R4)
+            return _drawn(recipe.rotation, recipe, model)
         return Rotation(None, None, recipe.R3, recipe.R4) if recipe.R3 or recipe.R4 else None
+
+
+def _drawn(name: str, recipe: Recipe, model: PreTrainedModel) -> Rotation:
+    """The recipe's rotation where it is drawn, or where its learning starts."""
+    how = {"seed": recipe.seed, "R3": recipe.R3, "R4": recipe.R4}
+    if name == "gsr":
+        return gsr_rotation(model, recipe.block, recipe.R1_order, recipe.signs, **how)
+    return {"random": random_rotation, "hadamard": hadamard_rotation}[name](model, **how)
 
 
 def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation:
@@ -212,8 +239,10 @@ def _parts(rotation: Rotation) -> dict:
 def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
     """(the rotation, how many tokens of text it was learned on)"""
     how = {"seed": recipe.seed, "R3": recipe.R3, "R4": recipe.R4}
+    start = {"start": _drawn("gsr", recipe, model) if recipe.start == "gsr" else None, "local": recipe.local}
     if recipe.rotation == "optrot":
-        return optrot(model, normalisation=recipe.normalisation, steps=recipe.steps, **how), 0
+        group_size = recipe.group_size if recipe.grouped else None
+        return optrot(model, normalisation=recipe.normalisation, steps=recipe.steps, group_size=group_size, **start, **how), 0
     if recipe.rotation == "kurtail":
         tokens = calibration_tokens(recipe)
         return kurtail(model, tokens, **how), tokens.numel()
@@ -223,7 +252,7 @@ def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
     tokens = learning_tokens(recipe)
     if recipe.rotation == "optrot+":
         return optrot_plus(model, tokens, form=recipe.form, steps=recipe.steps, **how), tokens.numel()
-    how |= {"preset": recipe.preset, "steps": recipe.steps}
+    how |= {"preset": recipe.preset, "steps": recipe.steps} | start
     how |= {"quant": recipe.quant} if recipe.learned_on == "weights" else {"activations": recipe.activations}
     if recipe.rotation == "spinquant":
         return spinquant(model, tokens, **how), tokens.numel()
@@ -234,8 +263,7 @@ def _identity(rotation: Rotation | None) -> str:
     """A digest of a rotation: one that is learned again needn't be the same to the last bit."""
     if rotation is None:
         return ""
-    tensors = [tensor for tensor in (rotation.R1, rotation.R2, *rotation.scales.values()) if tensor is not None]
-    return sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()[:12]
+    return sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in rotation.tensors())).hexdigest()[:12]
 
 
 def _kept(spec: dict, device: torch.device, compute: Callable[[], dict], made_for: str = "") -> tuple[dict, bool]:

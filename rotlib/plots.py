@@ -34,6 +34,10 @@ STYLE = {
     "optrot+": ("#005F45", "d"),
     "spinquant": ("#D55E00", "X"),
     "ostquant": ("#7F6BB3", "p"),
+    "GH": ("#E69F00", "^"),
+    "GW": ("#A86F00", "<"),
+    "LH": ("#56B4E9", "s"),
+    "GSR": ("#0072B2", "D"),
 }
 _RC = {
     "axes.spines.right": False,

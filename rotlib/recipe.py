@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from rotlib.activations import FULL, PROTOCOLS, ActivationQuant
 from rotlib.checks import inner_share, one_of, positive, share, whole_number, yes_or_no
 from rotlib.covariance import DAMPING
+from rotlib.fixed import R1_ORDERS
 from rotlib.objective import NORMALISATIONS
 from rotlib.optrot_plus import FORMS
 from rotlib.ostquant import KL_TOP_FORMS, OSTQUANT_PRESETS
@@ -16,18 +17,22 @@ from rotlib.quant import WeightQuant
 from rotlib.rotation import Rotation
 from rotlib.text import check_text
 
-FIXED = ("random", "hadamard")
+_HADAMARD_R1 = ("block", "R1_order", "signs")
+# what a drawn rotation reads of a recipe, besides model and seed
+FIXED = {"random": (), "hadamard": (), "gsr": _HADAMARD_R1}
+STARTS = ("hadamard", "gsr")
 THROUGH_NETWORK = ("spinquant", "ostquant")
 _CALIBRATION = ("text", "window", "calibration_windows")
 _LEARNING = ("text", "window", "learning_windows", "steps")
+_STARTING = ("start", *_HADAMARD_R1, "local")
 # what the learning of a rotation reads of a recipe, besides model and seed; through the network also the grid that is learned on
 LEARNED = {
-    "optrot": ("normalisation", "R4", "steps"),
+    "optrot": ("normalisation", "R4", "steps", "grouped", *_STARTING),
     "optrot+": ("form", "R4", *_LEARNING),
     "kurtail": _CALIBRATION,
     "mixed": ("activation_share", "R4", *_CALIBRATION),
-    "spinquant": ("learned_on", "preset", "R4", *_LEARNING),
-    "ostquant": ("learned_on", "preset", "kl_top", "R4", *_LEARNING),
+    "spinquant": ("learned_on", "preset", "R4", *_LEARNING, *_STARTING),
+    "ostquant": ("learned_on", "preset", "kl_top", "R4", *_LEARNING, *_STARTING),
 }
 ROTATIONS = ("none", *FIXED, *LEARNED)
 ROUNDINGS = ("rtn", "gptq", "none")
@@ -35,22 +40,31 @@ ORDERS = ("weights-first", "activations-first")
 LEARNED_ON = ("weights", "activations")
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _ACTIVATION_GRID = ("activation_bits", "activation_group_size", "kv_bits", "protocol", "sinks")
-_OF_LEARNING = ("normalisation", "activation_share", "form", "learned_on", "preset", "kl_top", "learning_windows", "steps")
+_OF_LEARNING = (
+    "normalisation", "activation_share", "form", "learned_on", "preset", "kl_top", "learning_windows", "steps", "grouped", "start", "local",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One run; raises ValueError at construction for a value outside the choices, or one that would go unread.
 
-    `activation_share` is λ of the rotation "mixed", `form` OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names
-    rounded on this recipe's grid, by a `preset` whose `steps` can be replaced. `rounding` "none" keeps 16-bit weights; `asymmetry` is
-    GPTAQ's α. `order` "weights-first" calibrates GPTQ on unrounded activations, "activations-first" on rounded ones (as GPTAQ
-    does, arXiv 2504.02692).
+    The rotation "gsr" is `gsr_rotation` with `block`, `R1_order` and `signs`; one that is learned from the `start` "gsr" begins there, and
+    where it is `local` stays in those blocks. `grouped` learns OptRot's objective for groups of `group_size`. `activation_share` is λ of
+    "mixed", `form` OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this recipe's grid, by a `preset`
+    whose `steps` can be replaced. `rounding` "none" keeps 16-bit weights; `asymmetry` is GPTAQ's α. `order` "weights-first" calibrates
+    GPTQ on unrounded activations, "activations-first" on rounded ones (as GPTAQ does, arXiv 2504.02692).
     """
 
     model: str = "smollm2-135m"
     text: str = "wikipedia-mini"
     rotation: str = "none"
+    block: int | None = None
+    R1_order: str = R1_ORDERS[0]
+    signs: bool = False
+    start: str = STARTS[0]
+    local: bool = False
+    grouped: bool = False
     normalisation: str = "plain"
     activation_share: float | None = None
     form: str = FORMS[0]
@@ -86,6 +100,8 @@ class Recipe:
             raise ValueError(f"a model is named by a string, not {self.model!r}")
         choices = {
             "rotation": ROTATIONS,
+            "R1_order": R1_ORDERS,
+            "start": STARTS,
             "rounding": ROUNDINGS,
             "normalisation": NORMALISATIONS,
             "protocol": PROTOCOLS,
@@ -103,7 +119,9 @@ class Recipe:
             whole_number("steps (unless it is None)", self.steps, 1)
         positive("damping", self.damping)
         share("asymmetry", self.asymmetry)
-        for name in ("act_order", "R3", "R4"):
+        if self.block is not None:
+            whole_number("block (unless it is None)", self.block, 1)
+        for name in ("act_order", "R3", "R4", "signs", "local", "grouped"):
             yes_or_no(name, getattr(self, name))
         check_text(self.text)
         self.quant, self.activations  # noqa: B018 - check bits, groups and convention
@@ -124,6 +142,8 @@ class Recipe:
             "protocol": (rounded, "says how activations are rounded: it needs activation_bits or kv_bits below 16"),
             "order": (rounded and self.rounding == "gptq", "needs rounding 'gptq', and activation_bits or kv_bits below 16"),
         }
+        hadamard_R1 = self.rotation == "gsr" or self.start == "gsr"
+        unread |= dict.fromkeys(_HADAMARD_R1, (hadamard_R1, "describes a Hadamard R1: it needs the rotation 'gsr' or the start 'gsr'"))
         for name in _OF_LEARNING:
             methods = [rotation for rotation, read in LEARNED.items() if name in read]
             reason = f"belongs to the rotations {', '.join(methods)}, not to {self.rotation!r}"
@@ -132,6 +152,10 @@ class Recipe:
         for name, (read, reason) in unread.items():
             if not read and name in self.spec():
                 raise ValueError(f"{name} {reason}")
+        if self.local and (self.start != "gsr" or self.block is None):
+            raise ValueError("local keeps R1 in blocks: it needs the start 'gsr' and a block")
+        if self.grouped and self.group_size is None:
+            raise ValueError("grouped learns for groups of weights: it needs a group_size")
         if self.rotation in THROUGH_NETWORK:
             if self.learned_on == "activations" and not rounded:
                 raise ValueError("learned_on 'activations' needs activation_bits or kv_bits below 16")
@@ -151,7 +175,8 @@ class Recipe:
     @property
     def rotation_reads(self) -> dict:
         """The settings that this recipe's rotation depends on, R3 and R4 apart."""
-        return {name: getattr(self, name) for name in ("model", "rotation", "seed", *LEARNED.get(self.rotation, ()), *self.learned_through)}
+        read = (FIXED | LEARNED).get(self.rotation, ())
+        return {name: getattr(self, name) for name in ("model", "rotation", "seed", *read, *self.learned_through)}
 
     def of_rotation(self, *others: str) -> "Recipe":
         """The recipe that has this one's rotation, with R4, and of its other settings only these."""
@@ -159,9 +184,9 @@ class Recipe:
 
     @property
     def learned_through(self) -> tuple[str, ...]:
-        """The fields that say which grid the network has while its rotation is learned."""
+        """The fields that say which grid the rotation is learned for, or through."""
         if self.rotation not in THROUGH_NETWORK:
-            return ()
+            return ("group_size",) if self.grouped else ()
         return _WEIGHT_GRID if self.learned_on == "weights" else (*_ACTIVATION_GRID, "R3")
 
     @property

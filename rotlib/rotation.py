@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from rotlib.checks import whole_number, yes_or_no
-from rotlib.families import Family, adapt
-from rotlib.hadamard import apply_hadamard
+from rotlib.checks import yes_or_no
+from rotlib.families import Family
+from rotlib.hadamard import BlockHadamard, apply_hadamard
 
 
 class Site(NamedTuple):
@@ -51,7 +50,7 @@ SITES = {
 }
 
 
-# a rotation as `times` takes it: a matrix, one block per KV head, a function that applies it, or none
+# a rotation as `times` takes it: a matrix, the blocks on its diagonal (each for all query heads of a KV head), a function, or none
 Turn = Tensor | Callable[[Tensor], Tensor] | None
 
 
@@ -59,12 +58,13 @@ Turn = Tensor | Callable[[Tensor], Tensor] | None
 class Rotation:
     """R1 turns the residual stream, R2[layer, kv_head] the values of one KV head; None leaves that side alone.
 
-    Both are float64 and orthogonal. R3 and R4 say whether these online Hadamard rotations are on. `scales` holds OSTQuant's
+    Both are float64 and orthogonal. R1 is one matrix, or the blocks of a block-diagonal one, or a Hadamard matrix kept as its factors,
+    and is applied as what it is. R3 and R4 say whether these online Hadamard rotations are on. `scales` holds OSTQuant's
     positive diagonal scales, a row a layer, by the names and shapes of `scale_shapes`; a missing one is all ones. `history`
     holds the objective while the rotation was learned, if it was.
     """
 
-    R1: Float[Tensor, "d d"] | None
+    R1: Float[Tensor, "d d"] | Float[Tensor, "blocks b b"] | BlockHadamard | None
     R2: Float[Tensor, "layers kv_heads head_dim head_dim"] | None
     R3: bool = False
     R4: bool = False
@@ -104,23 +104,32 @@ class Rotation:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Rotation":
         """Its matrices and scales on a device, in a dtype."""
-        R1, R2 = (None if R is None else R.to(device, dtype) for R in (self.R1, self.R2))
-        return replace(self, R1=R1, R2=R2, scales={name: scale.to(device, dtype) for name, scale in self.scales.items()})
+        matrices = {name: R.to(device, dtype) for name, R in self._matrices().items()}
+        return replace(self, **matrices, scales={name: scale.to(device, dtype) for name, scale in self.scales.items()})
 
     def projected(self, device: torch.device | str = "cpu") -> "Rotation":
         """The nearest exactly orthogonal rotation (polar factor) in float64, on one device."""
         rotation = self.to(device, torch.float64)
-        R1, R2 = (None if R is None else polar(R) for R in (rotation.R1, rotation.R2))
-        return replace(rotation, R1=R1, R2=R2)
+        return replace(rotation, **{name: polar(R) for name, R in rotation._matrices().items()})
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that weights are rotated in: its matrices', float64 where it has none."""
-        return next((R.dtype for R in (self.R1, self.R2) if R is not None), torch.float64)
+        return next((R.dtype for R in self._matrices().values()), torch.float64)
 
     def orthogonality_error(self) -> float:
-        """The largest entry of |R Rᵀ − I| over R1 and all R2."""
-        return max((_defect(R) for R in (self.R1, self.R2) if R is not None), default=0.0)
+        """The largest entry of |R Rᵀ − I| over R1 and all R2; a Hadamard matrix kept as its factors has none."""
+        return max((_defect(R) for R in self._matrices().values()), default=0.0)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything it holds, such as a digest of it reads."""
+        if isinstance(self.R1, BlockHadamard):
+            yield from (part for part in (torch.tensor([self.R1.n, self.R1.block]), self.R1.signs, self.R1.order) if part is not None)
+        yield from (*self._matrices().values(), *self.scales.values())
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """R1 and R2 where they are matrices."""
+        return {name: R for name, R in (("R1", self.R1), ("R2", self.R2)) if R is not None and not isinstance(R, BlockHadamard)}
 
 
 class PlacedWeight(NamedTuple):
@@ -236,44 +245,27 @@ def rotate_weight(W: Float[Tensor, "out in"], reads: Turn, writes: Turn) -> Floa
     return times(times(W, reads).mT, writes).mT
 
 
-def hadamard_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R4: bool = False) -> Rotation:
-    """Randomised Hadamard R1 and R2 (with R3 and R4: QuaRot): random signs on the input side, then the Hadamard matrix.
-
-    Raises ValueError where the width or head_dim has no Hadamard matrix.
-    """
-    return replace(_draw(model, seed, random_hadamard), R3=R3, R4=R4)
-
-
-def random_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R4: bool = False) -> Rotation:
-    """R1 and R2 drawn uniformly from the orthogonal group."""
-    return replace(_draw(model, seed, random_orthogonal), R3=R3, R4=R4)
+def as_matrix(R1: Tensor | BlockHadamard) -> Float[Tensor, "d d"]:
+    """R1 as one matrix, for learning, where no factors survive."""
+    if isinstance(R1, BlockHadamard):
+        return R1.dense()
+    return torch.block_diag(*R1) if R1.ndim == 3 else R1
 
 
-def random_hadamard(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
-    """``diag(±1) H``. In ``W R`` the signs mix with the weights; ``H diag(±1)`` would only flip rotated coordinates."""
-    signs = torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) * 2 - 1
-    return apply_hadamard(torch.diag(signs))
-
-
-def random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
-    """Haar-distributed: QR of a Gaussian with the signs of diag(R) fixed (Mezzadri, math-ph/0609050)."""
-    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return Q * R.diagonal().sign()
+def as_blocks(R1: Tensor | BlockHadamard) -> Float[Tensor, "blocks b b"]:
+    """The blocks on R1's diagonal; raises ValueError where it has a single one."""
+    if isinstance(R1, BlockHadamard) and R1.block < R1.n:
+        k = R1.n // R1.block
+        return R1.dense().unflatten(0, (k, -1)).unflatten(2, (k, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if isinstance(R1, BlockHadamard) or R1.ndim == 2:
+        raise ValueError("R1 has no blocks to learn within: start from a block-diagonal one, such as rl.gsr_rotation(model, block=64)")
+    return R1
 
 
 def polar(R: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """The orthogonal matrix nearest to R."""
     U, _, Vh = torch.linalg.svd(R)
     return U @ Vh
-
-
-def _draw(model: PreTrainedModel, seed: int, sample) -> Rotation:
-    family = adapt(model)
-    whole_number("seed", seed, 0)
-    generator = torch.Generator().manual_seed(seed)
-    R1 = sample(family.width, generator)
-    heads = [sample(family.head_dim, generator) for _ in range(len(family.layers) * family.kv_heads)]
-    return Rotation(R1, torch.stack(heads).unflatten(0, (len(family.layers), family.kv_heads)))
 
 
 def _defect(R: Tensor) -> float:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rotlib.activations import ActivationQuant, quantized_activations
 from rotlib.checks import token_ids
 from rotlib.network import Student
-from rotlib.optrot import start
+from rotlib.optrot import starting_point
 from rotlib.quant import WeightQuant
 
 
@@ -49,7 +49,7 @@ def slopes(
     R4: bool = False,
 ) -> list[Float[Tensor, "d d"]]:
     """R1ᵀG − GᵀR1 of the next-token cross-entropy of each window, at the random Hadamard start."""
-    _, rotation = start(model, seed, False, R4)
+    _, rotation = starting_point(model, seed, False, R4)
     student = Student(model, quant, rotation.online, checkpointing=False)
     found = []
     for ids in calibration:

@@ -33,18 +33,20 @@ def spinquant(
     lr: float | None = None,
     R3: bool = False,
     R4: bool = False,
+    start: Rotation | None = None,
+    local: bool = False,
 ) -> Rotation:
     """Learn R1 and R2 on calibration windows with the weights on `quant`'s grid, or the activations on theirs, or both.
 
-    `preset` is a key of `SPINQUANT_PRESETS`; `steps` and `lr` override its own. The model stays as it is, and a copy of its layers and
-    their gradients is held meanwhile. `history` holds the loss of every step, in nats. Raises ValueError for what can't be
-    learned so, LearningFailed where the loss stops being finite.
+    `preset` is a key of `SPINQUANT_PRESETS`; `steps` and `lr` override its own; `start` and `local` are `optrot`'s. The model stays as it
+    is, and a copy of its layers and their gradients is held meanwhile. `history` holds the loss of every step, in nats. Raises
+    ValueError for what can't be learned so, LearningFailed where the loss stops being finite.
     """
     one_of("preset", preset, SPINQUANT_PRESETS)
     settings = SPINQUANT_PRESETS[preset]
     settings = settings._replace(steps=settings.steps if steps is None else steps, lr=settings.lr if lr is None else lr)
     activations = activations or ActivationQuant()
-    rotation = prepare(model, calibration, quant, activations, settings, seed, R3, R4)
+    rotation = prepare(model, calibration, quant, activations, settings, seed, R3, R4, start, local)
     student = Student(model, quant, rotation.online, settings.checkpointing)
 
     def cross_entropy(logits: Tensor, number: int) -> Tensor:

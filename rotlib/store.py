@@ -26,11 +26,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # the modules that numbers depend on: all of them, and what only some results read
 _COMMON = (
-    "activations", "checks", "covariance", "families", "fuse", "gptq", "hadamard", "measure", "online", "pipeline", "quant", "recipe",
-    "rotation", "text", "zoo",
+    "activations", "checks", "covariance", "families", "fixed", "fuse", "gptq", "hadamard", "measure", "online", "pipeline", "quant",
+    "recipe", "rotation", "text", "zoo",
 )  # fmt: skip
-_OF_TASK = {"outliers": ("outliers",), "bounds": ("bounds",)}
-_OF_OPTROT = ("manifold", "objective", "optrot")
+_OF_TASK = {"outliers": ("outliers",), "bounds": ("bounds",), "groups": ("groups",)}
+_OF_OPTROT = ("grouped", "manifold", "objective", "optrot", "sampling")
 _OF_ROTATION = {
     "optrot": _OF_OPTROT,
     "kurtail": _OF_OPTROT,

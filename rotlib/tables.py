@@ -2,7 +2,7 @@
 
 A claim "A is better than B" is judged by a rule fixed before the data: on the difference of KL divergences, paired by
 seed, it is *reproduced* if A is lower by more than two standard errors, *not reproduced* if it is higher by more than
-two, and *undecided* otherwise or with fewer than three seeds. With a margin m it reads "A is below m times B".
+two, and *undecided* otherwise, with fewer than three seeds, or where an arm has diverged. With a margin m it reads "A is below m times B".
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,11 @@ from rotlib.recipe import Recipe
 from rotlib.store import Result, load_results, local_path
 
 _HEADER = "| rotation | precision | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | settings |"
-_NAMED = ("rotation", "activation_share", "R3", "R4", "rounding", "act_order", "bits", "activation_bits", "kv_bits", "seed")
+DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
+_NAMED = (
+    "rotation", "block", "R1_order", "signs", "start", "local", "grouped", "activation_share", "R3", "R4", "rounding", "act_order", "bits",
+    "activation_bits", "kv_bits", "seed",
+)  # fmt: skip
 _YARDSTICK = ("model", "text", "window", "test_windows")  # what two arms must share to be compared
 
 
@@ -28,10 +32,14 @@ class Arm:
 
     @property
     def rotation(self) -> str:
-        """Such as "hadamard", "mixed 0.5" or "optrot + R3 R4": how tables and figures name the arm."""
+        """Such as "hadamard", "GSR 64", "mixed 0.5" or "optrot + R3 R4": how tables and figures name the arm."""
         recipe = self.recipe
-        share = f" {recipe.activation_share:g}" if recipe.activation_share else ""
-        return recipe.rotation + share + (f" + {' '.join(recipe.online)}" if recipe.online else "")
+        name = _hadamard_R1(recipe) if recipe.rotation == "gsr" else recipe.rotation
+        name += " for groups" if recipe.grouped else ""
+        if recipe.start == "gsr":
+            name += f" {'within' if recipe.local else 'from'} {_hadamard_R1(recipe)}"
+        name += f" {recipe.activation_share:g}" if recipe.activation_share else ""
+        return name + (f" + {' '.join(recipe.online)}" if recipe.online else "")
 
     @property
     def rounding(self) -> str:
@@ -43,11 +51,16 @@ class Arm:
     def settings(self) -> str:
         """Whatever else differs from the defaults, and whether today's code would compute it anew."""
         others = [f"{name} {value}" for name, value in self.recipe.spec().items() if name not in ("task", *_NAMED)]
-        return ", ".join(others + ["stale"] * self.stale)
+        return ", ".join(others + ["diverged"] * self.diverged + ["stale"] * self.stale)
 
     @property
     def stale(self) -> bool:
         return any(result.stale for result in self.results)
+
+    @property
+    def diverged(self) -> bool:
+        """True where some seed's perplexity is beyond `DIVERGED`, or no number: its divergence is noise, and no claim is judged on it."""
+        return any(not result.metrics["perplexity"] < DIVERGED for result in self.results)
 
     def values(self, metric: str) -> dict[int, float]:
         """A metric of every seed."""
@@ -73,8 +86,17 @@ class Verdict:
     verdict: str
 
     def __str__(self) -> str:
+        if self.effect != self.effect:
+            return self.verdict
         spread = f" ± {self.standard_error:.3f} nats over {self.seeds} seeds" if self.seeds > 1 else " nats, one seed"
         return f"{self.verdict} ({self.effect:+.3f}{spread}, ratio of the means {self.ratio:.2f})"
+
+
+def _hadamard_R1(recipe: Recipe) -> str:
+    """GSR's names for its arms: GH and GW global, LH and GSR in blocks of this size; ± with random signs."""
+    kind = {("hadamard", True): "GH", ("walsh", True): "GW", ("hadamard", False): "LH", ("walsh", False): "GSR"}
+    name = kind[recipe.R1_order, recipe.block is None]
+    return name + (f" {recipe.block}" if recipe.block else "") + " ±" * recipe.signs
 
 
 def recipe_of(result: Result) -> Recipe:
@@ -117,6 +139,8 @@ def judge(better: Arm, worse: Arm, margin: float = 1.0) -> Verdict:
             raise ValueError(f"{better.rotation} and {worse.rotation} differ in {name}: compare arms with the same")
     a, b = better.values("kl"), worse.values("kl")
     seeds = sorted(a.keys() & b.keys())
+    if diverged := [arm.rotation for arm in (better, worse) if arm.diverged]:
+        return Verdict(float("nan"), float("nan"), float("nan"), len(seeds), f"undecided, {diverged[0]} diverged")
     if not seeds:
         raise ValueError(f"{better.rotation} and {worse.rotation} have no seed in common: run both on the same seeds")
     effect, error = mean_and_error(margin * b[seed] - a[seed] for seed in seeds)

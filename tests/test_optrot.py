@@ -6,8 +6,9 @@ import rotlib as rl
 from rotlib.families import adapt
 from rotlib.manifold import Descent, cayley, cayley_sgd_step
 from rotlib.objective import NORMALISATIONS, blended, sum_of_fourth_powers, token_matrices, weight_matrices
-from rotlib.optrot import METHODS, _R2Rows, fourth_power, start
+from rotlib.optrot import METHODS, starting_point
 from rotlib.rotation import Rotation, placed_weights
+from rotlib.sampling import R2Rows, fourth_power
 
 
 def weights_of(model, normalisation="plain", R4=False):
@@ -36,7 +37,7 @@ def test_the_closed_gradient_is_the_derivative_of_the_objective(name):
         closed = sum(fourth_power(matrix.rows("R1", plain), plain.R1)[1] for matrix in weights)
         torch.testing.assert_close(closed, R1.grad, rtol=1e-3, atol=1e-2)
     else:
-        torch.testing.assert_close(_R2Rows(weights, plain).gradient(plain.R2), R2.grad, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(R2Rows(weights, plain).gradient(plain.R2), R2.grad, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
@@ -45,7 +46,7 @@ def test_learning_lowers_the_objective_and_stays_orthogonal(method, normalisatio
     model = tiny_model()
     rotation = rl.optrot(model, seed=1, method=method, normalisation=normalisation, steps=60)
     weights = weights_of(model, normalisation)
-    assert rotation.history[-1] < 0.97 * sum_of_fourth_powers(weights, start(model, 1, False, False)[1])
+    assert rotation.history[-1] < 0.97 * sum_of_fourth_powers(weights, starting_point(model, 1, False, False)[1])
     assert rotation.history[-1] == pytest.approx(sum_of_fourth_powers(weights, rotation), rel=1e-4)
     assert rotation.orthogonality_error() < 1e-6
     assert rotation.R1.dtype == torch.float64

@@ -6,9 +6,10 @@ import rotlib as rl
 from rotlib.covariance import pivots
 from rotlib.families import adapt
 from rotlib.objective import weight_matrices
-from rotlib.optrot import _R2Rows, fourth_power, start
+from rotlib.optrot import starting_point
 from rotlib.optrot_plus import FORMS, _Bound, _collect
 from rotlib.rotation import Rotation, times
+from rotlib.sampling import R2Rows, fourth_power
 
 
 def bound_of(model, tokens, form, R4=False):
@@ -48,7 +49,7 @@ def test_the_slopes_are_the_derivative_of_the_objective(tokens, form):
     random = rl.random_rotation(model).to("cpu", torch.float32)
     bound.refresh(random)
     slope1 = bound.R1_slope(random.R1) + sum(m.factor * fourth_power(m.rows("R1", random), random.R1)[1] for m in bound.matrices)
-    slope2 = bound.R2_slope(random.R2) + _R2Rows(bound.matrices, random).gradient(random.R2)
+    slope2 = bound.R2_slope(random.R2) + R2Rows(bound.matrices, random).gradient(random.R2)
     for name, slope in (("R1", slope1), ("R2", slope2)):
         R = getattr(random, name)
         S = torch.randn(R.shape, generator=torch.Generator().manual_seed(4))
@@ -65,7 +66,7 @@ def test_learning_lowers_its_own_objective_below_optrots(tokens, form):
     bound = bound_of(model, tokens, form)
     assert learned.history[-1] == pytest.approx(bound.value(learned), rel=1e-4)
     assert learned.orthogonality_error() < 1e-6
-    assert learned.history[-1] < bound.value(rl.optrot(model, seed=1, steps=200)) < bound.value(start(model, 1, False, False)[1])
+    assert learned.history[-1] < bound.value(rl.optrot(model, seed=1, steps=200)) < bound.value(starting_point(model, 1, False, False)[1])
 
 
 def test_too_few_tokens_and_unknown_forms_are_refused(tokens):

@@ -10,7 +10,7 @@ from rotlib.covariance import hessians
 from rotlib.families import adapt, norms_in_model_dtype
 from rotlib.measure import evaluate
 from rotlib.network import Student
-from rotlib.optrot import start
+from rotlib.optrot import starting_point
 from rotlib.ostquant import KL_TOP_FORMS, eigenvectors, kl_top_loss
 from rotlib.rotation import scale_shapes
 from rotlib.slopes import slopes
@@ -99,7 +99,7 @@ def test_a_rival_beats_its_start_under_the_quantizer_it_was_trained_for(learn, s
         assert torch.equal(value, before[name]), name
     reference = rl.Reference(model, windows)
     losses = {}
-    for name, rotation in {"start": start(model, 2, learned.R3, learned.R4)[1], "learned": learned}.items():
+    for name, rotation in {"start": starting_point(model, 2, learned.R3, learned.R4)[1], "learned": learned}.items():
         rotated = rl.fuse(deepcopy(model), rotation)
         if "quant" in settings:
             rl.rtn(rotated, settings["quant"])
@@ -191,7 +191,7 @@ def test_both_forms_of_kl_top_agree_with_the_formula_by_hand():
 
 def test_the_klt_diagonalises_the_mean_covariance_of_what_R1_turns(tokens):
     model = tiny_model(dtype=torch.float32)
-    Q = eigenvectors(model, tokens).float()
+    Q = eigenvectors(model, tokens, 48).float()
     H = sum(H[site] / H[site].diagonal().mean() for H in hessians(model, tokens) for site in ("q", "gate"))
     turned = Q.T @ H @ Q
     assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-4 * turned.abs().max()

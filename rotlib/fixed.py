@@ -1,0 +1,98 @@
+"""Rotations that are drawn, not learned: random orthogonal, random Hadamard (QuaRot's), and GSR's four arms.
+
+A random Hadamard rotation is ``diag(±1) H``: the signs mix with the weights, and make the expected energy of every rotated coordinate
+the same. GSR (Choi et al., arXiv 2505.03810) puts a Hadamard matrix on every block of coordinates instead of one on all ("local"
+instead of "global"), and orders its columns by sequency, their number of sign changes ("Walsh"), without signs. Order alone changes
+nothing per channel: it says which coordinates share a weight group, and in which order GPTQ visits them.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotlib.checks import one_of, whole_number, yes_or_no
+from rotlib.families import adapt
+from rotlib.hadamard import BlockHadamard, apply_hadamard, block_sizes, hadamard_factors, walsh_order
+from rotlib.rotation import Rotation
+
+R1_ORDERS = ("walsh", "hadamard")  # of the columns of a Hadamard R1: by sequency, or as constructed
+
+
+def hadamard_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R4: bool = False) -> Rotation:
+    """Randomised Hadamard R1 and R2 (with R3 and R4: QuaRot): random signs on the input side, then the Hadamard matrix.
+
+    Raises ValueError where the width or head_dim has no Hadamard matrix.
+    """
+    return replace(_draw(model, seed, random_hadamard, _signed_hadamard), R3=R3, R4=R4)
+
+
+def random_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R4: bool = False) -> Rotation:
+    """R1 and R2 drawn uniformly from the orthogonal group."""
+    return replace(_draw(model, seed, random_orthogonal, random_orthogonal), R3=R3, R4=R4)
+
+
+def gsr_rotation(
+    model: PreTrainedModel,
+    block: int | None,
+    order: str = "walsh",
+    signs: bool = False,
+    seed: int = 0,
+    R3: bool = False,
+    R4: bool = False,
+) -> Rotation:
+    """GSR's four arms (Choi et al., arXiv 2505.03810, §3): a Hadamard matrix on every block of R1, its columns ordered or not.
+
+    With a `block`, the papers' weight group, LH ("hadamard") and GSR ("walsh"); with None, one block of the whole width, GH and GW.
+    R2 is a Hadamard matrix in Sylvester's order, the same in all arms. `signs` draws random signs on the input side of R1 and R2 from the
+    seed, which nothing else reads; the paper uses none. Raises ValueError where the block doesn't divide the width, or has no Hadamard
+    matrix.
+    """
+    family = adapt(model)
+    one_of("order", order, R1_ORDERS)
+    yes_or_no("signs", signs)
+    whole_number("seed", seed, 0)
+    n, b = family.width, family.head_dim
+    if block is not None:
+        whole_number("block (unless it is None)", block, 1)
+        if n % block:
+            raise ValueError(f"blocks of {block} don't divide the width {n}: choose one of {', '.join(map(str, block_sizes(n)))}")
+    block = block or n
+    hadamard_factors(block), hadamard_factors(b)
+    generator = torch.Generator().manual_seed(seed)
+    R1 = BlockHadamard(n, block, _signs(n, generator) if signs else None, walsh_order(block) if order == "walsh" else None)
+    heads = [_signs(b, generator) if signs else torch.ones(b, dtype=torch.float64) for _ in range(len(family.layers) * family.kv_heads)]
+    R2 = apply_hadamard(torch.diag_embed(torch.stack(heads)))
+    return Rotation(R1, R2.unflatten(0, (len(family.layers), family.kv_heads)), R3, R4)
+
+
+def random_hadamard(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
+    """``diag(±1) H``. In ``W R`` the signs mix with the weights; ``H diag(±1)`` would only flip rotated coordinates."""
+    return _signed_hadamard(n, generator).dense()
+
+
+def random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
+    """Haar-distributed: QR of a Gaussian with the signs of diag(R) fixed (Mezzadri, math-ph/0609050)."""
+    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return Q * R.diagonal().sign()
+
+
+def _signed_hadamard(n: int, generator: torch.Generator) -> BlockHadamard:
+    hadamard_factors(n)  # an order that can't be built is refused now, not when it is applied
+    return BlockHadamard(n, n, _signs(n, generator))
+
+
+def _signs(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
+    return torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def _draw(model: PreTrainedModel, seed: int, sample: Callable, sample_R1: Callable) -> Rotation:
+    family = adapt(model)
+    whole_number("seed", seed, 0)
+    generator = torch.Generator().manual_seed(seed)
+    R1 = sample_R1(family.width, generator)
+    heads = [sample(family.head_dim, generator) for _ in range(len(family.layers) * family.kv_heads)]
+    return Rotation(R1, torch.stack(heads).unflatten(0, (len(family.layers), family.kv_heads)))
