@@ -20,11 +20,13 @@ from rotlib.rotation import SITES, Rotation
 from rotlib.slopes import slope_agreement
 from rotlib.spinquant import spinquant
 from rotlib.text import load_tokens, windows
+from rotlib.zeroshot import TASK_LISTS, ZeroShot, zero_shot, zero_shot_of
 from rotlib.zoo import load
 
 __all__ = [
     "PROTOCOLS",
     "SITES",
+    "TASK_LISTS",
     "ActivationQuant",
     "BlockHadamard",
     "LearningFailed",
@@ -34,6 +36,7 @@ __all__ = [
     "Report",
     "Rotation",
     "WeightQuant",
+    "ZeroShot",
     "apply_hadamard",
     "bounds",
     "build",
@@ -70,4 +73,6 @@ __all__ = [
     "spinquant",
     "walsh",
     "windows",
+    "zero_shot",
+    "zero_shot_of",
 ]

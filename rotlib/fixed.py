@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number, yes_or_no
 from rotlib.families import adapt
-from rotlib.hadamard import BlockHadamard, apply_hadamard, block_sizes, hadamard_factors, walsh_order
+from rotlib.hadamard import BlockHadamard, block_sizes, walsh_order
 from rotlib.rotation import Rotation
 
 R1_ORDERS = ("walsh", "hadamard")  # of the columns of a Hadamard R1: by sequency, or as constructed
@@ -37,8 +37,8 @@ def random_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R4:
 
 def gsr_rotation(
     model: PreTrainedModel,
-    block: int | None,
     order: str = "walsh",
+    block: int | None = None,
     signs: bool = False,
     seed: int = 0,
     R3: bool = False,
@@ -46,27 +46,28 @@ def gsr_rotation(
 ) -> Rotation:
     """GSR's four arms (Choi et al., arXiv 2505.03810, §3): a Hadamard matrix on every block of R1, its columns ordered or not.
 
-    With a `block`, the papers' weight group, LH ("hadamard") and GSR ("walsh"); with None, one block of the whole width, GH and GW.
-    R2 is a Hadamard matrix in Sylvester's order, the same in all arms. `signs` draws random signs on the input side of R1 and R2 from the
-    seed, which nothing else reads; the paper uses none. Raises ValueError where the block doesn't divide the width, or has no Hadamard
-    matrix.
+    With a `block`, the paper's weight group, LH ("hadamard") and GSR ("walsh"); with None, one block of the whole width, GH and GW.
+    R2 is a Hadamard matrix on every head, the same in all arms. `signs` draws random signs on the input side of R1 and R2 from the seed,
+    which nothing else reads; the paper uses none, and GH with signs is `hadamard_rotation`. Raises ValueError, naming the sizes that fit,
+    where the block doesn't divide the width or has no Hadamard matrix, and where the width or head_dim has none.
     """
     family = adapt(model)
     one_of("order", order, R1_ORDERS)
     yes_or_no("signs", signs)
     whole_number("seed", seed, 0)
-    n, b = family.width, family.head_dim
-    if block is not None:
-        whole_number("block (unless it is None)", block, 1)
-        if n % block:
-            raise ValueError(f"blocks of {block} don't divide the width {n}: choose one of {', '.join(map(str, block_sizes(n)))}")
-    block = block or n
-    hadamard_factors(block), hadamard_factors(b)
-    generator = torch.Generator().manual_seed(seed)
-    R1 = BlockHadamard(n, block, _signs(n, generator) if signs else None, walsh_order(block) if order == "walsh" else None)
-    heads = [_signs(b, generator) if signs else torch.ones(b, dtype=torch.float64) for _ in range(len(family.layers) * family.kv_heads)]
-    R2 = apply_hadamard(torch.diag_embed(torch.stack(heads)))
-    return Rotation(R1, R2.unflatten(0, (len(family.layers), family.kv_heads)), R3, R4)
+    n = family.width
+    if block is not None and whole_number("block (unless it is None)", block, 1) not in (sizes := block_sizes(n)):
+        fault = "don't divide" if n % block else "have no Hadamard matrix, though they divide"
+        raise ValueError(f"blocks of {block} {fault} the width {n}: choose one of {', '.join(map(str, sizes))}")
+    columns = walsh_order(block or n) if order == "walsh" else None
+
+    def turn(width: int, generator: torch.Generator) -> BlockHadamard:
+        return BlockHadamard(width, block or width, _signs(width, generator) if signs else None, columns)
+
+    def head(width: int, generator: torch.Generator) -> Tensor:
+        return random_hadamard(width, generator) if signs else BlockHadamard(width, width).dense()
+
+    return replace(_draw(model, seed, head, turn), R3=R3, R4=R4)
 
 
 def random_hadamard(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
@@ -81,7 +82,6 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"
 
 
 def _signed_hadamard(n: int, generator: torch.Generator) -> BlockHadamard:
-    hadamard_factors(n)  # an order that can't be built is refused now, not when it is applied
     return BlockHadamard(n, n, _signs(n, generator))
 
 

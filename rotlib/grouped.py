@@ -14,16 +14,16 @@ from torch import Tensor
 from rotlib.checks import whole_number
 from rotlib.families import Family
 from rotlib.objective import Matrix
+from rotlib.quant import WeightQuant
 from rotlib.rotation import Rotation, rotate_weight, times
 from rotlib.sampling import BATCH, RowSampler, pull_back, rows_by_head
 
 
 def check_group(family: Family, group: int) -> None:
     """Raises ValueError where the groups don't divide a quantized weight's inputs."""
-    whole_number("group_size (unless it is None)", group, 1)
+    grid = WeightQuant(group_size=whole_number("group_size", group, 1))
     for name, linear in family.linears(0).items():
-        if linear.in_features % group:
-            raise ValueError(f"group_size {group} doesn't divide the {linear.in_features} inputs of {name}_proj")
+        grid.check_width(linear.in_features, f"{name}_proj")
 
 
 def group_norms(rotated: Float[Tensor, "*batch m n"], group: int, across: bool) -> tuple[Tensor, Float[Tensor, "*batch m n"]]:
@@ -32,7 +32,7 @@ def group_norms(rotated: Float[Tensor, "*batch m n"], group: int, across: bool) 
     cut = rotated.unflatten(axis, (-1, group))
     square = cut.square()
     norms = square.square().sum(axis, keepdim=True).sqrt()
-    slope = 2 * cut * square / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    slope = 2 * cut * square / norms.clamp_min(torch.finfo(norms.dtype).tiny ** 0.5)  # below, w⁴ has vanished and w³ has not
     return norms.sum(), slope.flatten(axis - 1, axis)
 
 
@@ -74,7 +74,7 @@ class GroupSampler:
 
 
 class GroupR2Rows:
-    """What `R2Rows` is to single weights. Groups of o wider than a head are cut at its ends, where R2 ends too."""
+    """What `R2Rows` is to single weights. Groups of o that don't divide a head are taken as the whole head, where R2 ends too."""
 
     def __init__(self, matrices: list[Matrix], rotation: Rotation, group: int):
         b = rotation.R2.shape[-1]

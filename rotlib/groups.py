@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rotlib import store
+from rotlib.checks import whole_number
 from rotlib.families import adapt
 from rotlib.grouped import check_group
 from rotlib.pipeline import rotation_of
@@ -30,6 +31,7 @@ def groups(recipe: Recipe, group_size: int, device: str = "auto") -> Result:
     """
     if not isinstance(recipe, Recipe):
         raise ValueError(f"groups are of a Recipe, such as rl.Recipe(rotation='gsr', block=64), not of {recipe!r}")
+    whole_number("group_size", group_size, 1)
     recipe = recipe.of_rotation()
     picked = pick_device(device)
     spec = recipe.spec() | {"task": "groups", "groups_of": group_size}

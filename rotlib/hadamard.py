@@ -14,7 +14,7 @@ from itertools import product
 from math import prod, sqrt
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int, Int8, Num
 from sympy import ZZ, factorint
 from sympy.polys.galoistools import gf_irreducible_p, gf_rem, gf_sqr
 from torch import Tensor
@@ -47,13 +47,23 @@ def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
 class BlockHadamard:
     """``x diag(signs) (I ⊗ H)``, a Hadamard matrix on every block of coordinates, applied through H's factors.
 
-    `signs` are ±1, None for none; `order` says which of H's columns comes where in every block, None leaves them as they are.
+    `signs` are ±1, None for none; `order` says which of H's columns comes where in every block, None leaves them as they are. Raises
+    ValueError for anything else, since fusing trusts it to be orthogonal.
     """
 
     n: int
     block: int
     signs: Float[Tensor, " n"] | None = None
     order: Int[Tensor, " block"] | None = None
+
+    def __post_init__(self):
+        if self.n % self.block:
+            raise ValueError(f"blocks of {self.block} don't divide {self.n} coordinates")
+        hadamard_factors(self.block)
+        if self.signs is not None and (self.signs.shape != (self.n,) or not self.signs.abs().eq(1).all()):
+            raise ValueError(f"signs must be {self.n} numbers that are 1 or -1")
+        if self.order is not None and self.order.sort().values.tolist() != list(range(self.block)):
+            raise ValueError(f"the order must name each of the {self.block} columns once")
 
     def __call__(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         x = x if self.signs is None else x * self.signs.to(x)
@@ -79,10 +89,10 @@ def walsh_order(n: int) -> Int[Tensor, " n"]:
     if n & (n - 1) == 0:
         bits = n.bit_length() - 1
         return torch.tensor([int(f"{s ^ s >> 1:0{bits}b}"[::-1], 2) if bits else 0 for s in range(n)])
-    return sequency(hadamard(n).mT).argsort(stable=True)
+    return sequency(reduce(torch.kron, hadamard_factors(n), _ONE).mT).argsort(stable=True)
 
 
-def sequency(H: Float[Tensor, "m n"]) -> Int[Tensor, " m"]:
+def sequency(H: Num[Tensor, "m n"]) -> Int[Tensor, " m"]:
     """The number of sign changes along every row."""
     return (H[:, 1:] * H[:, :-1] < 0).sum(dim=1)
 

@@ -21,12 +21,15 @@ PARAMETERS = {
     "budgets": list,
     "steps": int,
     "every": int,
+    "block": int,
+    "items": int,
     "window": int,
     "calibration_windows": int,
     "learning_windows": int,
     "test_windows": int,
 }
 _LEARNING = ("steps", "learning_windows")  # of the rotations learned on data alone: the notebook gives them to those
+_COUNTS = ("every", "block", "items")  # what a notebook hands on itself: not every recipe reads it
 _LISTS = {"shares": "a share", "budgets": "a budget"}  # the other lists hold seeds
 
 
@@ -57,8 +60,9 @@ def check_parameters() -> Recipe:
     if not given.get("seeds"):
         raise ValueError("the parameter seeds must hold at least one seed")
     Recipe(rotation="spinquant", **{name: value for name, value in given.items() if name in _LEARNING})
-    whole_number("every", given.get("every", 1), 1)
-    settings = {name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, "every")}
+    for name in _COUNTS:
+        whole_number(name, given.get(name, 2), 1 + (name == "items"))  # a single item has no standard error
+    settings = {name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, *_COUNTS)}
     recipe = Recipe(**settings, seed=given["seeds"][0])
     resolve(recipe.model)
     namespace["_parameters_checked"] = True

@@ -11,7 +11,6 @@ in full, between draws.
 
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -175,8 +174,11 @@ def starting_point(
     elif not isinstance(start, Rotation) or start.R1 is None or start.R2 is None or start.scales:
         raise ValueError("the start must be a Rotation with R1 and R2 and without scales, such as rl.gsr_rotation(model, block=64)")
     check_rotation(family, start)
-    rotation = replace(start, R1=(as_blocks if local else as_matrix)(start.R1), R3=R3, R4=R4, history=[])
-    return family, rotation.to(family.embedding.weight.device, torch.float32)
+    if start.online and (start.R3, start.R4) != (R3, R4):
+        raise ValueError(f"the start has {' and '.join(start.online)} on: learn with R3={start.R3} and R4={start.R4}, or start without")
+    device, R1 = family.embedding.weight.device, (as_blocks if local else as_matrix)(start.R1)
+    R1, R2 = (R.to(device, torch.float32, copy=True) for R in (R1, start.R2))  # learning may move them in place
+    return family, Rotation(R1, R2, R3, R4)
 
 
 class Extra(Protocol):

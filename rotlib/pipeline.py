@@ -195,7 +195,7 @@ def _drawn(name: str, recipe: Recipe, model: PreTrainedModel) -> Rotation:
     """The recipe's rotation where it is drawn, or where its learning starts."""
     how = {"seed": recipe.seed, "R3": recipe.R3, "R4": recipe.R4}
     if name == "gsr":
-        return gsr_rotation(model, recipe.block, recipe.R1_order, recipe.signs, **how)
+        return gsr_rotation(model, recipe.R1_order, recipe.block, recipe.signs, **how)
     return {"random": random_rotation, "hadamard": hadamard_rotation}[name](model, **how)
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from rotlib.families import Family
 from rotlib.outliers import HISTOGRAM_EDGES
 from rotlib.store import ROOT, Result, write_atomically
-from rotlib.tables import Arm, recipe_of
+from rotlib.tables import Arm, Verdict, recipe_of
 
 # load the backend now: loaded inside the first figure's rc_context, its settings would end with it, and notebooks show no second figure
 plt.switch_backend(plt.get_backend())
@@ -139,17 +139,21 @@ def learning_curves(arm: Arm) -> Figure:
 
 
 def arm_comparison(arms: Sequence[Arm]) -> Figure:
-    """KL divergence of every arm, mean and standard error with the seeds behind: a line a rotation, a panel a precision and rounding."""
+    """KL divergence of every arm, mean and standard error with the seeds behind: a line a rotation, a panel a grid and rounding.
+
+    Diverged arms are left out.
+    """
+    arms = [arm for arm in arms if not arm.diverged]
     panels: dict[tuple[str, str], list[Arm]] = {}
     for arm in arms:
-        panels.setdefault((arm.recipe.precision, arm.rounding), []).append(arm)
+        panels.setdefault((arm.grid, arm.rounding), []).append(arm)
     rotations = list(dict.fromkeys(arm.rotation for arm in arms))
     means = [[arm.summary("kl")[0] for arm in shown] for shown in panels.values()]
     wide = any(max(panel) > 8 * min(panel) for panel in means)
     with plt.rc_context(_RC):
         size = (WIDTH, 0.9 + 0.24 * len(rotations))
         figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False, sharey=True)
-        for axis, ((precision, rounding), shown) in zip(axes[0], panels.items(), strict=True):
+        for axis, ((grid, rounding), shown) in zip(axes[0], panels.items(), strict=True):
             for arm in shown:
                 place = rotations.index(arm.rotation)
                 values = list(arm.values("kl").values())
@@ -162,7 +166,7 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
             else:
                 axis.set_xlim(left=0)
                 axis.xaxis.set_major_locator(MaxNLocator(4))
-            axis.set_title(precision + ("" if rounding == "none" else f", {rounding}"))
+            axis.set_title(grid + ("" if rounding == "none" else f", {rounding}"))
             axis.grid(axis="x", color="0.9", lw=0.6)
         axes[0][0].set_yticks(range(len(rotations)), rotations)
         axes[0][0].invert_yaxis()
@@ -269,6 +273,46 @@ def errors_against_kl(points: Sequence[tuple[str, str, float, float]]) -> Figure
     return figure
 
 
+def coordinate_energies(named: dict[str, Result], group_size: int) -> Figure:
+    """Energy of every coordinate that q reads in one layer, over their mean: a panel a rotation, a grey line between every two groups."""
+    with plt.rc_context(_RC):
+        rows = -(-len(named) // 2)
+        size = (WIDTH, 0.6 + 1.1 * rows)
+        figure, axes = plt.subplots(rows, 2, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False)
+        for axis, (name, result) in zip(axes.flat, named.items(), strict=False):
+            energies = result.metrics["energies"]
+            axis.plot(energies, lw=0.6, color=_style(name)["color"])
+            for edge in range(group_size, len(energies), group_size):
+                axis.axvline(edge, color="0.85", lw=0.6, zorder=0)
+            axis.set(yscale="log", title=name)
+            axis.margins(x=0)
+        for axis in axes.flat[len(named) :]:
+            axis.set_axis_off()
+        figure.supxlabel("coordinate", fontsize=9)
+        figure.supylabel("energy / mean energy", fontsize=9)
+    return figure
+
+
+def effects(judged: dict[str, dict[str, Verdict]]) -> Figure:
+    """What a change brings, in nats saved, with two standard errors: a panel a change, a line a grid; right of zero it helps."""
+    grids = list(dict.fromkeys(grid for found in judged.values() for grid in found))
+    with plt.rc_context(_RC):
+        size = (WIDTH, 0.9 + 0.22 * len(grids))
+        figure, axes = plt.subplots(1, len(judged), figsize=size, layout="constrained", sharey=True, squeeze=False)
+        for axis, (change, found) in zip(axes[0], judged.items(), strict=True):
+            axis.axvline(0, color="0.7", lw=0.8, zorder=0)
+            for grid, verdict in found.items():
+                spread = 2 * verdict.standard_error if verdict.standard_error == verdict.standard_error else None
+                axis.errorbar(verdict.effect, grids.index(grid), xerr=spread, fmt="o", ms=4, capsize=2, lw=0.9, color="#0072B2")
+            axis.set_title(change)
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+        axes[0][0].set_yticks(range(len(grids)), grids)
+        axes[0][0].invert_yaxis()
+        axes[0][0].margins(y=0.15)
+        figure.supxlabel("nats of KL divergence saved, ± two standard errors", fontsize=9)
+    return figure
+
+
 def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
     """KL against the seconds that the rotation was learned for: a line a method, a point a number of steps."""
     with plt.rc_context(_RC):
@@ -301,9 +345,10 @@ def training_losses(arms: Sequence[Arm]) -> Figure:
 
 
 def _style(rotation: str) -> dict:
-    """Color and marker of a rotation by its first word: hollow where R3 or R4 is on."""
+    """Color and marker of a rotation by its first word: hollow where R3 or R4 is on, or signs are drawn, or it is a variant."""
     color, marker = STYLE[rotation.split()[0]]
-    return {"color": color, "marker": marker} | ({"mfc": "white"} if " + " in rotation else {})
+    variant = any(mark in rotation for mark in (" + ", "±", " from ", " within ", " for "))
+    return {"color": color, "marker": marker} | ({"mfc": "white"} if variant else {})
 
 
 def _plain_log_ticks(axis: Axis, steps: Sequence[int]) -> None:

@@ -154,8 +154,8 @@ class Recipe:
                 raise ValueError(f"{name} {reason}")
         if self.local and (self.start != "gsr" or self.block is None):
             raise ValueError("local keeps R1 in blocks: it needs the start 'gsr' and a block")
-        if self.grouped and self.group_size is None:
-            raise ValueError("grouped learns for groups of weights: it needs a group_size")
+        if self.grouped and (self.group_size is None or self.normalisation != "plain"):
+            raise ValueError("grouped learns for groups of weights: it needs a group_size, and the normalisation 'plain'")
         if self.rotation in THROUGH_NETWORK:
             if self.learned_on == "activations" and not rounded:
                 raise ValueError("learned_on 'activations' needs activation_bits or kv_bits below 16")

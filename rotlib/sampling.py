@@ -43,7 +43,7 @@ class RowSampler:
         self._device = rotation.R1.device
         self._generator = torch.Generator().manual_seed(seed)
         self._unit, self._power = unit, power
-        self._norms = [self._units(matrix, rotation).flatten(1).norm(dim=1).cpu() for matrix in self._matrices]
+        self._norms = [self._units(matrix, rotation, slice(None)).flatten(1).norm(dim=1).cpu() for matrix in self._matrices]
         self._starts = torch.tensor([0] + [len(norm) for norm in self._norms]).cumsum(0)
         self._size = min(batch // unit, int(self._starts[-1]))
         self.reweigh()
@@ -66,12 +66,12 @@ class RowSampler:
         chosen = torch.searchsorted(self._cumulative, (torch.arange(count) + offset) / count).clamp_(max=len(self._cumulative) - 1)
         bounds = torch.searchsorted(chosen, self._starts).tolist()
         place = torch.randperm(count, generator=self._generator).to(self._device)
-        width = self._units(self._matrices[0], rotation).shape[2]
+        width = rotation.R1.shape[-1] * (len(rotation.R1) if rotation.R1.ndim == 3 else 1)
         self._rows = torch.empty(count, self._unit, width, device=self._device)
         for which, (begin, end) in enumerate(pairwise(bounds)):
             index = chosen[begin:end] - self._starts[which]
             norm = self._norms[which][index].clamp_min(1e-30).view(-1, 1, 1)
-            rows = self._units(self._matrices[which], rotation)[index]
+            rows = self._units(self._matrices[which], rotation, index)
             self._rows[place[begin:end]] = rows.div_(norm.to(rows))
 
     def batch(self, number: int) -> Float[Tensor, "batch d"]:
@@ -82,8 +82,10 @@ class RowSampler:
         """(value, gradient) of one step's rows, to be scaled by `scale`."""
         return fourth_power(self.batch(number), R1)
 
-    def _units(self, matrix: Matrix, rotation: Rotation) -> Float[Tensor, "units unit d"]:
-        return matrix.rows("R1", rotation).unflatten(0, (-1, self._unit))
+    def _units(self, matrix: Matrix, rotation: Rotation, index: Tensor | slice) -> Float[Tensor, "units unit d"]:
+        if self._unit == 1:
+            return matrix.rows("R1", rotation, index).unsqueeze(1)
+        return matrix.rows("R1", rotation).unflatten(0, (-1, self._unit))[index]
 
 
 class R2Rows:

@@ -29,7 +29,7 @@ _COMMON = (
     "activations", "checks", "covariance", "families", "fixed", "fuse", "gptq", "hadamard", "measure", "online", "pipeline", "quant",
     "recipe", "rotation", "text", "zoo",
 )  # fmt: skip
-_OF_TASK = {"outliers": ("outliers",), "bounds": ("bounds",), "groups": ("groups",)}
+_OF_TASK = {"outliers": ("outliers",), "bounds": ("bounds",), "groups": ("groups",), "zero-shot": ("zeroshot",)}
 _OF_OPTROT = ("grouped", "manifold", "objective", "optrot", "sampling")
 _OF_ROTATION = {
     "optrot": _OF_OPTROT,

@@ -42,6 +42,11 @@ class Arm:
         return name + (f" + {' '.join(recipe.online)}" if recipe.online else "")
 
     @property
+    def grid(self) -> str:
+        """Such as "W3A16 g64": the precision, and the group where there is one."""
+        return self.recipe.precision + (f" g{self.recipe.group_size}" if self.recipe.group_size else "")
+
+    @property
     def rounding(self) -> str:
         """Of the weights: GPTQ, GPTQ act-order, RTN or none."""
         name = {"none": "none", "rtn": "RTN", "gptq": "GPTQ"}[self.recipe.rounding]
@@ -187,9 +192,13 @@ def grid(rows: Mapping[str, Mapping[str, Arm]]) -> str:
             tokens = max(metrics["learning_tokens"] for metrics in known)
             memory = min(metrics["learning_memory_mb"] for metrics in known)
             cost = (f"{tokens:,.0f}", f"{arm.seconds('rotate'):.0f}", f"{memory / 1024:.1f}")
-        cells = [_cell(*row[column].summary("kl"), 3) + " (stale)" * row[column].stale if column in row else "" for column in columns]
+        cells = [_marked(row[column]) if column in row else "" for column in columns]
         lines.append(f"| {' | '.join((name, *cost, *cells))} |")
     return "\n".join(lines)
+
+
+def _marked(arm: Arm) -> str:
+    return _cell(*arm.summary("kl"), 3) + " (diverged)" * arm.diverged + " (stale)" * arm.stale
 
 
 def _but_for_the_seed(spec: dict) -> tuple:

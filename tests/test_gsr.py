@@ -13,7 +13,8 @@ from rotlib.objective import sum_of_fourth_powers, weight_matrices
 from rotlib.optrot import starting_point
 from rotlib.rotation import as_blocks, as_matrix
 from rotlib.sampling import DRAW
-from rotlib.tables import Arm
+from rotlib.store import Result
+from rotlib.tables import Arm, grid, judge
 
 ARMS = {"GH": (None, "hadamard"), "GW": (None, "walsh"), "LH": (12, "hadamard"), "GSR": (12, "walsh")}
 
@@ -36,13 +37,13 @@ def test_elsewhere_walsh_is_the_constructed_matrix_sorted_by_sequency(n):
 @pytest.mark.parametrize(("block", "order"), ARMS.values(), ids=ARMS)
 def test_the_four_arms_leave_the_logits(block, order, signs, any_model, tokens):
     before = exact_logits(any_model, tokens)
-    rl.fuse(any_model, rl.gsr_rotation(any_model, block, order, signs, seed=3))
+    rl.fuse(any_model, rl.gsr_rotation(any_model, order, block, signs, seed=3))
     assert (exact_logits(any_model, tokens) - before).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(("block", "order"), ARMS.values(), ids=ARMS)
 def test_an_R1_kept_as_factors_is_its_matrix_and_its_blocks(block, order):
-    R1 = rl.gsr_rotation(tiny_model(), block, order, signs=True, seed=1).R1
+    R1 = rl.gsr_rotation(tiny_model(), order, block, signs=True, seed=1).R1
     x = torch.randn(3, 5, 48, dtype=torch.float64)
     torch.testing.assert_close(R1(x), x @ as_matrix(R1), rtol=0, atol=1e-12)
     if block is None:
@@ -54,10 +55,32 @@ def test_an_R1_kept_as_factors_is_its_matrix_and_its_blocks(block, order):
         torch.testing.assert_close(as_matrix(R1)[:12, :12], R1.signs[:12, None] * rl.hadamard(12)[:, R1.order if order == "walsh" else ...])
 
 
+def test_GH_with_signs_is_the_random_hadamard_rotation(tokens):
+    model = tiny_model()
+    one, other = rl.gsr_rotation(model, "hadamard", signs=True, seed=4), rl.hadamard_rotation(model, seed=4)
+    assert torch.equal(as_matrix(one.R1), as_matrix(other.R1))
+    assert torch.equal(one.R2, other.R2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"block": 5}, "blocks of 5 don't divide 48"),
+        ({"block": 6}, "order 6"),
+        ({"block": 12, "signs": torch.full((48,), 2.0)}, "48 numbers that are 1 or -1"),
+        ({"block": 12, "signs": torch.ones(12)}, "48 numbers that are 1 or -1"),
+        ({"block": 12, "order": torch.zeros(12, dtype=torch.long)}, "each of the 12 columns once"),
+    ],
+)
+def test_factors_that_make_no_rotation_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        rl.BlockHadamard(48, **given)
+
+
 def test_fusing_a_hadamard_R1_never_builds_its_matrix(monkeypatch, tokens):
     model = tiny_model()
     before = exact_logits(model, tokens)
-    rotations = [rl.hadamard_rotation(model), *(rl.gsr_rotation(model, *arm) for arm in ARMS.values())]
+    rotations = [rl.hadamard_rotation(model), *(rl.gsr_rotation(model, order, block) for block, order in ARMS.values())]
 
     def refuse(self):
         raise AssertionError("a dense matrix was built")
@@ -72,8 +95,8 @@ def test_random_signs_flatten_the_expected_energy_of_every_coordinate_whatever_t
     smooth = torch.arange(48, dtype=torch.float64).div(8).cos() + 2
     model = tiny_model()
     for block, order in ARMS.values():
-        fixed = rl.gsr_rotation(model, block, order).R1(smooth).square()
-        drawn = torch.stack([rl.gsr_rotation(model, block, order, signs=True, seed=seed).R1(smooth).square() for seed in range(600)])
+        fixed = rl.gsr_rotation(model, order, block).R1(smooth).square()
+        drawn = torch.stack([rl.gsr_rotation(model, order, block, signs=True, seed=seed).R1(smooth).square() for seed in range(600)])
         for energies in (fixed, drawn.mean(0)):
             assert energies.sum().item() == pytest.approx(smooth.square().sum().item())
         blocks = (drawn.mean(0) / smooth.square().view(-1, block or 48).mean(1).repeat_interleave(block or 48)).log()
@@ -85,7 +108,7 @@ def test_order_alone_changes_nothing_per_channel(tokens):
     model = tiny_model(dtype=torch.float32)
     quantized = []
     for order in ("hadamard", "walsh"):
-        quantized.append(rl.fuse(deepcopy(model), rl.gsr_rotation(model, None, order)))
+        quantized.append(rl.fuse(deepcopy(model), rl.gsr_rotation(model, order)))
         rl.rtn(quantized[-1], rl.WeightQuant(bits=4))
     one, other = (model(tokens).logits for model in quantized)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
@@ -96,7 +119,7 @@ def test_order_changes_what_shares_a_group():
     model = tiny_model()
     codes = []
     for order in ("hadamard", "walsh"):
-        rotated = rl.fuse(deepcopy(model), rl.gsr_rotation(model, None, order)).float()
+        rotated = rl.fuse(deepcopy(model), rl.gsr_rotation(model, order)).float()
         codes.append(rl.rtn(rotated, rl.WeightQuant(bits=2, group_size=8))["layers.0.q"])
     assert not torch.equal(codes[0].scale.sort().values, codes[1].scale.sort().values)
 
@@ -105,7 +128,8 @@ def test_order_changes_what_shares_a_group():
     ("arguments", "message"),
     [
         ({"block": 5}, "blocks of 5 don't divide the width 48: choose one of 2, 4, 8, 12, 16, 24, 48"),
-        ({"block": 6}, "order 6 .* nearest orders are 4 and 8"),
+        ({"block": 6}, "blocks of 6 have no Hadamard matrix, though they divide the width 48: choose one of 2, 4, 8, 12, 16, 24, 48"),
+        ({"block": 1}, "blocks of 1 have no Hadamard matrix"),
         ({"block": 0}, "block .* whole number of at least 1"),
         ({"block": 12, "order": "natural"}, "unknown order 'natural': choose one of walsh, hadamard"),
         ({"block": 12, "signs": "no"}, "signs must be True or False"),
@@ -126,7 +150,7 @@ def test_a_width_without_a_walsh_matrix_names_the_orders_that_have_one():
 
 def test_learning_within_blocks_stays_in_them_and_reaches_less_than_learning_freely():
     model = tiny_model()
-    start = rl.gsr_rotation(model, 12)
+    start = rl.gsr_rotation(model, block=12)
     weights = weight_matrices(adapt(model), "plain", False)
     local, free = (rl.optrot(model, start=start, local=within, steps=150) for within in (True, False))
     assert local.R1.shape == (4, 12, 12)
@@ -139,7 +163,7 @@ def test_learning_within_blocks_stays_in_them_and_reaches_less_than_learning_fre
 
 def test_local_learning_by_the_papers_method_agrees():
     model = tiny_model()
-    start = rl.gsr_rotation(model, 12)
+    start = rl.gsr_rotation(model, block=12)
     ours = rl.optrot(model, start=start, local=True, steps=300).history[-1]
     papers = rl.optrot(model, start=start, local=True, method="cayley-sgd", steps=300).history[-1]
     assert ours < 1.01 * papers
@@ -151,7 +175,7 @@ def test_every_method_learns_from_a_gsr_start(learn, local, tokens):
     model = tiny_model(dtype=torch.float32)
     data = () if learn is rl.optrot else (tokens,)
     how = {} if learn is rl.optrot else {"quant": rl.WeightQuant(bits=3)}
-    start = rl.gsr_rotation(model, 12)
+    start = rl.gsr_rotation(model, block=12)
     learned = learn(model, *data, start=start, local=local, steps=3, **how)
     assert learned.R1.shape == ((4, 12, 12) if local else (48, 48))
     assert learned.orthogonality_error() < ORTHOGONALITY_TOLERANCE
@@ -169,6 +193,7 @@ def test_every_method_learns_from_a_gsr_start(learn, local, tokens):
         ({"start": rl.Rotation(None, None)}, "the start must be a Rotation with R1 and R2"),
         ({"local": True}, "no blocks to learn within"),
         ({"local": 1}, "local must be True or False"),
+        ({"start": rl.random_rotation(tiny_model(), R4=True)}, "the start has R4 on: learn with R3=False and R4=True"),
         ({"group_size": 7}, "group_size 7 doesn't divide the 48 inputs of q_proj"),
         ({"group_size": 8, "method": "cayley-sgd"}, "descended by the method 'sampled'"),
     ],
@@ -176,6 +201,21 @@ def test_every_method_learns_from_a_gsr_start(learn, local, tokens):
 def test_learning_refuses_what_it_cannot_start_from(how, message):
     with pytest.raises(ValueError, match=message):
         rl.optrot(tiny_model(), **how)
+
+
+def test_learning_leaves_its_start_alone(tokens):
+    model = tiny_model(dtype=torch.float32)
+    start = rl.gsr_rotation(model, block=12).to("cpu", torch.float32)
+    before = start.R2.clone()
+    for learn in (rl.spinquant, rl.ostquant):
+        learn(model, tokens, quant=rl.WeightQuant(bits=3), start=start, steps=2)
+    assert torch.equal(start.R2, before)
+    assert not start.R2.requires_grad
+
+
+def test_a_group_whose_fourth_powers_vanish_has_no_slope():
+    _, slope = group_norms(torch.full((1, 4), 5e-12), 4, across=False)
+    assert slope.abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("across", [False, True])
@@ -259,6 +299,7 @@ def test_arms_are_named_as_the_paper_names_them():
         ({"rotation": "optrot", "start": "gsr", "local": True}, "local keeps R1 in blocks"),
         ({"rotation": "gsr", "start": "gsr"}, "start belongs to the rotations optrot, spinquant, ostquant"),
         ({"rotation": "optrot", "grouped": True}, "needs a group_size"),
+        ({"rotation": "optrot", "grouped": True, "group_size": 32, "normalisation": "per-row"}, "the normalisation 'plain'"),
         ({"rotation": "gsr", "R1_order": "paley"}, "unknown R1_order 'paley'"),
         ({"rotation": "gsr", "block": 0}, "block .* whole number of at least 1"),
     ],
@@ -266,3 +307,17 @@ def test_arms_are_named_as_the_paper_names_them():
 def test_a_recipe_refuses_what_would_go_unread(settings, message):
     with pytest.raises(ValueError, match=message):
         rl.Recipe(**settings)
+
+
+def test_a_diverged_arm_is_flagged_and_no_claim_is_judged_on_it():
+    def arm(rotation, perplexity, bits=2):
+        recipes = [rl.Recipe(rotation=rotation, bits=bits, seed=seed) for seed in range(3)]
+        return Arm(recipes[0], tuple(Result(r.spec(), {"kl": 1.0, "perplexity": perplexity}, {}, 0, {"code": ""}) for r in recipes))
+
+    broken, unreadable, working = arm("none", 2e4), arm("random", float("nan")), arm("hadamard", 40.0)
+    assert broken.diverged
+    assert unreadable.diverged
+    assert not working.diverged
+    assert "diverged" in broken.settings
+    assert str(judge(working, broken)) == "undecided, none diverged"
+    assert "(diverged)" in grid({"none": {"W2": broken}})

@@ -100,7 +100,7 @@ def test_a_notebook_keeps_its_contract(path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (["lapto"], "unknown scale 'lapto': choose one of laptop, smoke, study"),
+        (["lapto"], "unknown scale 'lapto': choose one of laptop, paper, smoke, study"),
         (["laptop", "--only", "03_optrot"], "unknown notebook '03_optrot'"),
     ],
 )
@@ -140,6 +140,9 @@ def check(**parameters):
         ({"steps": 0}, "steps .* must be a whole number of at least 1"),
         ({"learning_windows": 0}, "learning_windows must be a whole number of at least 1"),
         ({"every": 0}, "every must be a whole number of at least 1"),
+        ({"block": 0}, "block must be a whole number of at least 1"),
+        ({"items": "all"}, "items must be of type int"),
+        ({"items": 1}, "items must be a whole number of at least 2"),
         ({"window": "1024"}, "window must be of type int"),
         ({"window": True}, "window must be of type int"),
         ({"text": "wiki"}, "unknown text 'wiki'"),
