@@ -284,7 +284,7 @@ def coordinate_energies(named: dict[str, Result], group_size: int) -> Figure:
             axis.plot(energies, lw=0.6, color=_style(name)["color"])
             for edge in range(group_size, len(energies), group_size):
                 axis.axvline(edge, color="0.85", lw=0.6, zorder=0)
-            axis.set(yscale="log", title=name)
+            axis.set_title(name)
             axis.margins(x=0)
         for axis in axes.flat[len(named) :]:
             axis.set_axis_off()
@@ -305,7 +305,7 @@ def effects(judged: dict[str, dict[str, Verdict]]) -> Figure:
                 spread = 2 * verdict.standard_error if verdict.standard_error == verdict.standard_error else None
                 axis.errorbar(verdict.effect, grids.index(grid), xerr=spread, fmt="o", ms=4, capsize=2, lw=0.9, color="#0072B2")
             axis.set_title(change)
-            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.xaxis.set_major_locator(MaxNLocator(2))
         axes[0][0].set_yticks(range(len(grids)), grids)
         axes[0][0].invert_yaxis()
         axes[0][0].margins(y=0.15)

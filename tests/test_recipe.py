@@ -175,7 +175,7 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rotation": "hadamrd"}, "unknown rotation 'hadamrd': choose one of none, random, hadamard, optrot"),
+        ({"rotation": "hadamrd"}, "unknown rotation 'hadamrd': choose one of none, random, hadamard, gsr, optrot"),
         ({"rounding": "awq"}, "unknown rounding 'awq'"),
         ({"normalisation": "row"}, "unknown normalisation 'row'"),
         ({"text": "wiki"}, "unknown text 'wiki'"),
@@ -416,7 +416,7 @@ def test_a_result_of_another_version_is_named(recipe):
 
 def fake_arm(rotation, kls):
     results = [
-        store.Result({"task": "quantize", "rotation": rotation} | ({"seed": seed} if seed else {}), {"kl": kl}, {}, 0, {"code": ""})
+        store.Result({"task": "quantize", "rotation": rotation} | ({"seed": seed} if seed else {}), {"kl": kl, "perplexity": 30.0}, {}, 0, {"code": ""})
         for seed, kl in enumerate(kls)
     ]
     return tables.arms(results)[0]
