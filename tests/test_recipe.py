@@ -416,7 +416,13 @@ def test_a_result_of_another_version_is_named(recipe):
 
 def fake_arm(rotation, kls):
     results = [
-        store.Result({"task": "quantize", "rotation": rotation} | ({"seed": seed} if seed else {}), {"kl": kl, "perplexity": 30.0}, {}, 0, {"code": ""})
+        store.Result(
+            {"task": "quantize", "rotation": rotation} | ({"seed": seed} if seed else {}),
+            {"kl": kl, "perplexity": 30.0},
+            {},
+            0,
+            {"code": ""},
+        )
         for seed, kl in enumerate(kls)
     ]
     return tables.arms(results)[0]

@@ -1,0 +1,168 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from conftest import CONFIGS
+from transformers import AutoModelForCausalLM
+
+import rotlib as rl
+from rotlib import store, sweep
+from rotlib.zoo import load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A tiny model with the packaged tokenizer, a store of its own, and a sweep over both."""
+    config = deepcopy(CONFIGS["llama"])
+    config.vocab_size = 49152
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    load_tokenizer("smollm2-135m").save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
+    (tmp_path / "sweep.yaml").write_text(
+        f"base: {{model: {tmp_path / 'model'}, window: 64, calibration_windows: 2, test_windows: 2}}\n"
+        "grid: {rotation: [none, hadamard], seed: [0, 1]}\narms: [{}, {activation_bits: 8}]\n"
+    )
+    return tmp_path
+
+
+def write(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_sweep_crosses_its_arms_with_its_grid(tmp_path):
+    path = write(tmp_path, "base: {bits: 3}\ngrid: {rotation: [none, hadamard], seed: [0, 1]}\narms: [{}, {act_order: true}]\n")
+    three_bits = rl.Recipe(bits=3)
+    expected = [
+        replace(three_bits, act_order=order, rotation=name, seed=seed)
+        for order in (False, True)
+        for name in ("none", "hadamard")
+        for seed in (0, 1)
+    ]
+    assert sweep.read_sweep(path) == expected
+
+
+def test_a_recipe_named_twice_is_run_once(tmp_path):
+    assert sweep.read_sweep(write(tmp_path, "arms: [{bits: 4}, {}]")) == [rl.Recipe()]
+
+
+@pytest.mark.parametrize("path", sorted((store.ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sweeps_of_this_project_can_be_read(path):
+    assert len(sweep.read_sweep(path)) >= 40
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: {bits: 3}\ngird: {seed: [0]}\n", r"line 2: unknown part 'gird', a sweep has base, grid, arms"),
+        ("arms:\n  - {bits: 3}\n  - {rotaton: hadamard}\n", r"line 3: a recipe has no field 'rotaton', did you mean rotation\?"),
+        ("arms:\n  - {bits: 3}\n  - bits: 9\n", r"line 3: bits must be a whole number from 2 to 8, not 9"),
+        ("base: {rounding: rtn}\ngrid:\n  act_order: [false, true]\n", r"line 3: act_order orders GPTQ's columns.*\(in rounding: rtn"),
+        ("grid: {seed: 3}\n", r"line 1: the grid's seed must be a list"),
+        ("grid: {seed: []}\n", r"line 1: the grid's seed must be a list"),
+        ("base: [1]\n", r"line 1: this must map a recipe's fields to values"),
+        ("arms: {bits: 3}\n", r"line 1: arms must be a list"),
+        ("bits\n", r"must map base, grid, arms"),
+        ("base: {bits: 3\n", r"isn't valid YAML"),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_refused_with_its_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        sweep.read_sweep(write(tmp_path, text))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_file_and_a_filter_that_fits_nothing_are_one_sentence(tmp_path, capsys):
+    path = write(tmp_path, "arms: [{bits: 3}]")
+    for arguments, message in (
+        ([str(tmp_path / "no.yaml")], "can't be read: No such file"),
+        ([str(path), "--only", "rotation=optrot"], "no recipe of this sweep has rotation=optrot"),
+        ([str(path), "--only", "rotation"], "--only takes a recipe's fields"),
+        ([str(path), "--workers", "0"], "workers must be a whole number of at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            sweep.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_recipes_that_share_what_is_costly_share_a_worker():
+    learned = [rl.Recipe(rotation="optrot", bits=bits) for bits in (3, 4)]
+    by_weights = [rl.Recipe(), rl.Recipe(activation_bits=8), rl.Recipe(seed=1)]
+    assert sweep.tasks_of([*learned, *by_weights]) == [learned, by_weights[:2], by_weights[2:]]
+
+
+def test_a_dry_run_says_what_would_run_and_runs_nothing(folder, capsys):
+    assert sweep.main([str(folder / "sweep.yaml"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("8 recipes: 8 missing; 8 to run in 4 tasks")
+    assert len(out.splitlines()) == 9
+    assert not (folder / "results").exists()
+
+
+def test_a_sweep_runs_what_is_missing_and_damaged_and_leaves_what_is_stale(folder, capsys):
+    path = folder / "sweep.yaml"
+    assert sweep.main([str(path), "--only", "rotation=hadamard"]) == 0
+    recipes = sweep.read_sweep(path)
+    assert [sweep.status(recipe) for recipe in recipes if recipe.rotation == "hadamard"] == ["complete"] * 4
+    complete, damaged, stale, partial = (recipe for recipe in recipes if recipe.rotation == "hadamard")
+    before = store.local_path(complete.spec()).read_bytes()
+    expected = store.find(damaged.spec()).metrics
+    store.local_path(damaged.spec()).write_text('{"spec": ')
+    older = store.local_path(stale.spec())
+    older.write_text(older.read_text().replace(store.find(stale.spec()).provenance["code"], "of old"))
+    store.local_path(partial.spec()).unlink()
+    assert [sweep.status(recipe) for recipe in (complete, damaged, stale, partial)] == ["complete", "damaged", "stale", "partial"]
+
+    capsys.readouterr()
+    assert sweep.main([str(path)]) == 0
+    assert "8 recipes: 4 missing, 1 complete, 1 damaged, 1 stale, 1 partial; 6 to run" in capsys.readouterr().out
+    assert store.local_path(complete.spec()).read_bytes() == before
+    assert store.find(damaged.spec()).metrics == expected
+    assert sweep.status(stale) == "stale"
+    assert sweep.main([str(path), "--rerun-stale"]) == 0
+    assert {sweep.status(recipe) for recipe in recipes} == {"complete"}
+
+
+def test_a_recipe_that_fails_is_told_and_the_others_run(folder, capsys):
+    path = folder / "sweep.yaml"
+    text = path.read_text().replace("arms: [{}, {activation_bits: 8}]", "arms: [{group_size: 7}, {}]")
+    path.write_text(text.replace("rotation: [none, hadamard], seed: [0, 1]", "seed: [0]"))
+    assert sweep.main([str(path)]) == 1
+    assert "group_size 7 doesn't divide the 48 inputs of q_proj" in capsys.readouterr().err
+    assert [sweep.status(recipe) for recipe in sweep.read_sweep(path)] == ["missing", "complete"]
+
+
+@pytest.mark.parametrize(("engine", "worker"), [("local", "spawn_main"), ("ray", "ray::work")])
+def test_a_killed_worker_costs_nothing_but_time(engine, worker, folder):
+    """Every result is there once, and equal to an undisturbed run's."""
+    path = folder / "sweep.yaml"
+    environment = os.environ | {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rotlib.sweep", str(path), "--workers", "2", "--engine", engine]
+    run = subprocess.Popen(command, env=environment, start_new_session=True)
+    results = folder / "results" / "local"
+    while not list(results.glob("quantize-*.json")):
+        assert run.poll() is None
+        time.sleep(0.02)
+    for process in psutil.Process(run.pid).children(recursive=True):
+        if worker in " ".join(process.cmdline()):
+            process.send_signal(signal.SIGKILL)
+            break
+    else:
+        raise AssertionError("no worker was found to kill")
+    assert run.wait(timeout=300) == 0
+    recipes = sweep.read_sweep(path)
+    assert len(list(results.glob("quantize-*.json"))) == len(recipes)
+    assert not list(results.glob("*.partial"))
+    disturbed = [store.find(recipe.spec()).metrics for recipe in recipes]
+    for file in results.iterdir():
+        file.unlink()
+    assert [result.metrics for result in rl.run_all(recipes)] == disturbed
