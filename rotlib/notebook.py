@@ -57,13 +57,13 @@ def check_parameters() -> Recipe:
                     whole_number(f"every {_LISTS.get(name, 'a seed')[2:]} in {name}", entry, int(name == "budgets"))
             if len(set(value)) < len(value):
                 raise ValueError(f"the parameter {name} names {_LISTS.get(name, 'a seed')} twice: {value!r}")
-    if not given.get("seeds"):
+    if not given.get("seeds", [0]):
         raise ValueError("the parameter seeds must hold at least one seed")
     Recipe(rotation="spinquant", **{name: value for name, value in given.items() if name in _LEARNING})
     for name in _COUNTS:
         whole_number(name, given.get(name, 2), 1 + (name == "items"))  # a single item has no standard error
     settings = {name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, *_COUNTS)}
-    recipe = Recipe(**settings, seed=given["seeds"][0])
+    recipe = Recipe(**settings, seed=given.get("seeds", [0])[0])
     resolve(recipe.model)
     namespace["_parameters_checked"] = True
     return recipe

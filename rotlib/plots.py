@@ -7,6 +7,7 @@ that stepping through a notebook never overwrites the committed figures.
 import os
 from collections.abc import Sequence
 from itertools import cycle
+from pathlib import Path
 from statistics import fmean
 
 import matplotlib.pyplot as plt
@@ -50,13 +51,17 @@ _RC = {
 }
 
 
+def figures_folder() -> Path:
+    """`ROTLIB_FIGURES`, else figures/draft of this checkout."""
+    return ROOT / (os.environ.get("ROTLIB_FIGURES") or "figures/draft")
+
+
 def save(figure: Figure, name: str) -> None:
     """Write figures/<name>.pdf and .png without dates or versions, so that equal figures are equal files."""
-    folder = ROOT / (os.environ.get("ROTLIB_FIGURES") or "figures/draft")
     metadata = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "png": {"Software": None}}
     for kind in ("pdf", "png"):
         write_atomically(
-            folder / f"{name}.{kind}",
+            figures_folder() / f"{name}.{kind}",
             lambda scratch, kind=kind: figure.savefig(scratch, format=kind, metadata=metadata[kind], dpi=200),
         )
 
@@ -310,6 +315,22 @@ def effects(judged: dict[str, dict[str, Verdict]]) -> Figure:
         axes[0][0].invert_yaxis()
         axes[0][0].margins(y=0.15)
         figure.supxlabel("nats of KL divergence saved, ± two standard errors", fontsize=9)
+    return figure
+
+
+def claims(labels: Sequence[str], effects: Sequence[float], errors: Sequence[float], verdicts: Sequence[str]) -> Figure:
+    """Every claim's effect with two standard errors, a line a claim: right of zero it goes the claimed way."""
+    colors = {"reproduced": "#009E73", "not reproduced": "#D55E00"}
+    with plt.rc_context(_RC):
+        size = (WIDTH, 0.8 + 0.2 * len(labels))
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        axis.axvline(0, color="0.7", lw=0.8, zorder=0)
+        for place, (effect, error, verdict) in enumerate(zip(effects, errors, verdicts, strict=True)):
+            spread = 2 * error if error == error else None
+            axis.errorbar(effect, place, xerr=spread, fmt="o", ms=4, capsize=2, lw=0.9, color=colors.get(verdict, "0.5"))
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.set_xlabel("nats of KL divergence in the claimed direction, ± two standard errors")
     return figure
 
 

@@ -130,10 +130,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def commit() -> str | None:
+    """The checkout's, None where it is no git repository."""
+    return _git("rev-parse", "HEAD")
+
+
 def _origin(spec: dict, device: torch.device) -> dict:
     """Commit, code, versions and device."""
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "rotlib")),
         "code": code_fingerprint(spec["task"], spec.get("rotation")),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": platform.python_version()},
