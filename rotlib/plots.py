@@ -330,7 +330,7 @@ def claims(labels: Sequence[str], effects: Sequence[float], errors: Sequence[flo
             axis.errorbar(effect, place, xerr=spread, fmt="o", ms=4, capsize=2, lw=0.9, color=colors.get(verdict, "0.5"))
         axis.set_yticks(range(len(labels)), labels)
         axis.invert_yaxis()
-        axis.set_xlabel("nats of KL divergence in the claimed direction, ± two standard errors")
+        figure.supxlabel("nats of KL divergence in the claimed direction, ± two standard errors", fontsize=9)
     return figure
 
 

@@ -54,8 +54,8 @@ def _claims() -> Iterator[Claim]:
         return Recipe(rotation=name, **settings | (_RIVAL if name in ("spinquant", "ostquant") else {}))
 
     yield Claim("OptRot", "a random Hadamard rotation is better than none", rotated("hadamard"), rotated("none"))
-    for rival in ("hadamard", "spinquant", "ostquant"):
-        yield Claim("OptRot", f"OptRot is better than {rival}", rotated("optrot"), rotated(rival))
+    for rival, name in {"hadamard": "Hadamard", "spinquant": "SpinQuant", "ostquant": "OSTQuant"}.items():
+        yield Claim("OptRot", f"OptRot is better than {name}", rotated("optrot"), rotated(rival))
     yield Claim("OptRot", "OptRot+ is better than OptRot", rotated("optrot+"), rotated("optrot"))
     hadamard, optrot = (rotated(name, activation_bits=8) for name in ("hadamard", "optrot"))
     yield Claim("OptRot", "OptRot helps 8-bit activations too", optrot, hadamard)

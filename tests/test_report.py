@@ -28,12 +28,12 @@ def test_every_claim_has_a_verdict_or_says_that_it_was_not_run(results):
     found, used = report.verdicts("smollm2-135m")
     assert len(found) == len(report.claims("smollm2-135m"))
     by_claim = found.set_index(["claim", "setting"])
-    row = by_claim.loc[("OptRot is better than hadamard", "W4A16 GPTQ")]
+    row = by_claim.loc[("OptRot is better than Hadamard", "W4A16 GPTQ")]
     assert row["verdict"] == "reproduced"
     assert row["effect, nats"] == pytest.approx(0.11)
     assert row["seeds"] == 3
     assert not row["stale"]
-    assert by_claim.loc[("OptRot is better than spinquant", "W4A16 GPTQ"), "verdict"] == "not run"
+    assert by_claim.loc[("OptRot is better than SpinQuant", "W4A16 GPTQ"), "verdict"] == "not run"
     assert {arm.rotation for arm in used} == {"hadamard", "optrot"}
 
 
