@@ -2,6 +2,7 @@
 
 import os
 from copy import deepcopy
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, at import
 
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from rotlib.families import norms_in_model_dtype
+from rotlib.zoo import load_tokenizer
 
 SHAPE = {
     "vocab_size": 96,
@@ -46,6 +48,15 @@ def tiny_model(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.fl
         else:
             parameter.mul_(5)
     return model
+
+
+def save_tiny_model(folder: Path, name: str = "llama") -> None:
+    """A random model of that configuration in a folder, with the packaged tokenizer."""
+    config = deepcopy(CONFIGS[name])
+    config.vocab_size = 49152
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    load_tokenizer("smollm2-135m").save_pretrained(folder)
 
 
 def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

@@ -7,20 +7,17 @@ import subprocess
 import sys
 import time
 import weakref
-from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from conftest import CONFIGS
-from transformers import AutoModelForCausalLM
+from conftest import save_tiny_model
 
 import rotlib as rl
 from rotlib import store, tables
 from rotlib.families import Family
 from rotlib.recipe import ROTATIONS
-from rotlib.zoo import load_tokenizer
 
 pipeline = importlib.import_module("rotlib.pipeline")
 
@@ -28,11 +25,7 @@ pipeline = importlib.import_module("rotlib.pipeline")
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     """A recipe on a tiny model with the packaged tokenizer, with a store of its own."""
-    config = deepcopy(CONFIGS["qwen3, tied"])
-    config.vocab_size = 49152
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    load_tokenizer("smollm2-135m").save_pretrained(tmp_path / "model")
+    save_tiny_model(tmp_path / "model", "qwen3, tied")
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     return rl.Recipe(model=str(tmp_path / "model"), window=64, calibration_windows=2, test_windows=2)
 

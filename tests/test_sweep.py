@@ -3,28 +3,20 @@ import signal
 import subprocess
 import sys
 import time
-from copy import deepcopy
 from dataclasses import replace
 
 import psutil
 import pytest
-import torch
-from conftest import CONFIGS
-from transformers import AutoModelForCausalLM
+from conftest import save_tiny_model
 
 import rotlib as rl
 from rotlib import store, sweep
-from rotlib.zoo import load_tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A tiny model with the packaged tokenizer, a store of its own, and a sweep over both."""
-    config = deepcopy(CONFIGS["llama"])
-    config.vocab_size = 49152
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    load_tokenizer("smollm2-135m").save_pretrained(tmp_path / "model")
+    save_tiny_model(tmp_path / "model")
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     (tmp_path / "sweep.yaml").write_text(
         f"base: {{model: {tmp_path / 'model'}, window: 64, calibration_windows: 2, test_windows: 2}}\n"
