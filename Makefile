@@ -35,10 +35,11 @@ quick: model
 figures: $(READY)
 	$(BIN)/python -m rotlib.reproduce laptop --only 90_report
 
-# the notebooks first: the tests then judge the numbers they left in results/local
+# a process for every core, each with one thread; the notebooks first: the tests then judge the numbers they left in results/local
+test: export OMP_NUM_THREADS := 1
 test: model
-	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest --nbval notebooks
-	$(BIN)/pytest
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest --nbval notebooks -n logical --dist loadfile
+	$(BIN)/pytest -n logical --dist loadfile
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -177,3 +178,11 @@ def test_figures_are_the_same_bytes_every_time(tmp_path, monkeypatch):
 def test_no_module_outgrows_a_room():
     for path in (ROOT / "rotlib").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+def test_a_notebooks_decimals_may_differ_by_one_in_the_last_digit_and_nothing_else_may():
+    Printed = runpy.run_path(str(ROOT / "notebooks" / "conftest.py"))["Printed"]
+    stored = Printed("OptRot  2.2 in 30 layers")
+    assert stored == Printed("OptRot  2.3 in 30 layers")
+    for other in ("OptRot  2.4 in 30 layers", "OptRot  2.2 in 31 layers", "OptRot  2.20 in 30 layers", "none  2.2 in 30 layers", "OptRot 2.2, 2.2"):
+        assert stored != Printed(other)
