@@ -70,6 +70,10 @@ def gsr_rotation(
     return replace(_draw(model, seed, head, turn), R3=R3, R4=R4)
 
 
+# what a recipe names besides "gsr": a rotation added here can be run, swept and compared like these
+DRAWN: dict[str, Callable[..., Rotation]] = {"random": random_rotation, "hadamard": hadamard_rotation}
+
+
 def random_hadamard(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
     """``diag(±1) H``. In ``W R`` the signs mix with the weights; ``H diag(±1)`` would only flip rotated coordinates."""
     return _signed_hadamard(n, generator).dense()

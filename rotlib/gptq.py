@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from rotlib.checks import positive, share, token_ids, yes_or_no
 from rotlib.covariance import DAMPING, Hessian, Stop, check_masks, factorise, layer_inputs, run_layer
 from rotlib.families import STAGES, Family
-from rotlib.quant import Grid, QuantizedWeight, WeightQuant, check_quantizable, fit_grid, round_to_nearest
+from rotlib.quant import Grid, QuantizedWeight, WeightQuant, check_quantizable, fit_grid, round_to_nearest, set_weight
 
 BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
 _STRIP = 32  # columns whose errors reach the rest of the block in one product
@@ -256,5 +256,5 @@ def _quantize_stage(index: int, linears: dict[str, nn.Linear], H: Tensor, C: Ten
     for (site, linear), part, e in zip(linears.items(), parts, error.split(sizes), strict=True):
         name = f"layers.{index}.{site}"
         report.weights[name] = QuantizedWeight(*part)
-        linear.weight.copy_(report.weights[name].dense())
+        set_weight(linear, report.weights[name])
         report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib import store
 from rotlib.activations import ActivationQuant, check_activations, quantized_activations
-from rotlib.fixed import gsr_rotation, hadamard_rotation, random_rotation
+from rotlib.fixed import DRAWN, gsr_rotation
 from rotlib.fuse import fuse
 from rotlib.gptq import gptq
 from rotlib.measure import Reference, evaluate
@@ -31,7 +31,7 @@ from rotlib.optrot import kurtail, mixed, optrot
 from rotlib.optrot_plus import optrot_plus
 from rotlib.ostquant import ostquant
 from rotlib.quant import QuantizedWeight, check_quantizable, restore, rtn
-from rotlib.recipe import FIXED, LEARNED, Recipe
+from rotlib.recipe import LEARNED, Recipe
 from rotlib.rotation import Rotation
 from rotlib.spinquant import spinquant
 from rotlib.store import Record, Result
@@ -186,9 +186,9 @@ def rotation_of(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotat
     if recipe.rotation in LEARNED:
         return _learned(recipe, model, record)
     with record.stage("rotate"):
-        if recipe.rotation in FIXED:
-            return _drawn(recipe.rotation, recipe, model)
-        return Rotation(None, None, recipe.R3, recipe.R4) if recipe.R3 or recipe.R4 else None
+        if recipe.rotation == "none":
+            return Rotation(None, None, recipe.R3, recipe.R4) if recipe.R3 or recipe.R4 else None
+        return _drawn(recipe.rotation, recipe, model)
 
 
 def _drawn(name: str, recipe: Recipe, model: PreTrainedModel) -> Rotation:
@@ -196,7 +196,7 @@ def _drawn(name: str, recipe: Recipe, model: PreTrainedModel) -> Rotation:
     how = {"seed": recipe.seed, "R3": recipe.R3, "R4": recipe.R4}
     if name == "gsr":
         return gsr_rotation(model, recipe.R1_order, recipe.block, recipe.signs, **how)
-    return {"random": random_rotation, "hadamard": hadamard_rotation}[name](model, **how)
+    return DRAWN[name](model, **how)
 
 
 def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -115,6 +115,12 @@ def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> Quantize
     return QuantizedWeight(grid.codes(grouped).view_as(W).to(quant.storage), scale, zero)
 
 
+def set_weight(linear: nn.Linear, weight: QuantizedWeight) -> None:
+    """Give a linear the weight that its codes stand for, and the codes themselves, which an export writes."""
+    linear.weight.copy_(weight.dense())
+    linear.quantized = weight
+
+
 @torch.no_grad()
 def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight]:
     """Round every linear of every decoder layer to its nearest grid point, in place; raises like `check_quantizable`.
@@ -126,7 +132,7 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
     weights = {}
     for placed in tqdm(list(placed_weights(family, quantized_only=True)), desc="RTN", unit="weight"):
         weights[placed.name] = round_to_nearest(placed.module.weight.float(), quant)
-        placed.module.weight.copy_(weights[placed.name].dense())
+        set_weight(placed.module, weights[placed.name])
     return weights
 
 
@@ -147,7 +153,7 @@ def restore(model: PreTrainedModel, weights: dict[str, QuantizedWeight]) -> PreT
             raise ValueError(f"these quantized weights belong to another model: {name} doesn't fit")
     model.config.rotlib_quantized = True
     for name, weight in weights.items():
-        placed_by_name[name].module.weight.copy_(weight.dense())
+        set_weight(placed_by_name[name].module, weight)
     return model
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from rotlib.activations import FULL, PROTOCOLS, ActivationQuant
 from rotlib.checks import inner_share, one_of, positive, share, whole_number, yes_or_no
 from rotlib.covariance import DAMPING
-from rotlib.fixed import R1_ORDERS
+from rotlib.fixed import DRAWN, R1_ORDERS
 from rotlib.objective import NORMALISATIONS
 from rotlib.optrot_plus import FORMS
 from rotlib.ostquant import KL_TOP_FORMS, OSTQUANT_PRESETS
@@ -18,8 +18,6 @@ from rotlib.rotation import Rotation
 from rotlib.text import check_text
 
 _HADAMARD_R1 = ("block", "R1_order", "signs")
-# what a drawn rotation reads of a recipe, besides model and seed
-FIXED = {"random": (), "hadamard": (), "gsr": _HADAMARD_R1}
 STARTS = ("hadamard", "gsr")
 THROUGH_NETWORK = ("spinquant", "ostquant")
 _CALIBRATION = ("text", "window", "calibration_windows")
@@ -34,7 +32,6 @@ LEARNED = {
     "spinquant": ("learned_on", "preset", "R4", *_LEARNING, *_STARTING),
     "ostquant": ("learned_on", "preset", "kl_top", "R4", *_LEARNING, *_STARTING),
 }
-ROTATIONS = ("none", *FIXED, *LEARNED)
 ROUNDINGS = ("rtn", "gptq", "none")
 ORDERS = ("weights-first", "activations-first")
 LEARNED_ON = ("weights", "activations")
@@ -43,6 +40,11 @@ _ACTIVATION_GRID = ("activation_bits", "activation_group_size", "kv_bits", "prot
 _OF_LEARNING = (
     "normalisation", "activation_share", "form", "learned_on", "preset", "kl_top", "learning_windows", "steps", "grouped", "start", "local",
 )  # fmt: skip
+
+
+def rotations() -> tuple[str, ...]:
+    """What a recipe's rotation can be."""
+    return ("none", *DRAWN, "gsr", *LEARNED)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Recipe:
         if not isinstance(self.model, str):
             raise ValueError(f"a model is named by a string, not {self.model!r}")
         choices = {
-            "rotation": ROTATIONS,
+            "rotation": rotations(),
             "R1_order": R1_ORDERS,
             "start": STARTS,
             "rounding": ROUNDINGS,
@@ -175,7 +177,7 @@ class Recipe:
     @property
     def rotation_reads(self) -> dict:
         """The settings that this recipe's rotation depends on, R3 and R4 apart."""
-        read = (FIXED | LEARNED).get(self.rotation, ())
+        read = _HADAMARD_R1 if self.rotation == "gsr" else LEARNED.get(self.rotation, ())
         return {name: getattr(self, name) for name in ("model", "rotation", "seed", *read, *self.learned_through)}
 
     def of_rotation(self, *others: str) -> "Recipe":

@@ -126,6 +126,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(scratch)
         os.replace(scratch, path)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{path.name} couldn't be written: is the disk full? ({str(error).splitlines()[0]})") from error
     finally:
         scratch.unlink(missing_ok=True)
 

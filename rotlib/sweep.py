@@ -4,10 +4,11 @@ The file crosses each of its `arms` with the lists of its `grid`; what all have 
 
     base: {bits: 3, group_size: 64, symmetric: false}
     grid: {rotation: [none, hadamard], seed: [0, 1, 2]}
-    arms: [{}, {act_order: true}]
+    arms: [{}, {act_order: true, seed: [0, 1, 2, 3, 4]}]
 
-Every combination is a `Recipe`, and all are made before anything runs. Results go where `run` keeps them, one file a recipe, written as
-the run's last act: a sweep that was killed goes on where it stopped, and the workers need nothing but the folder they share.
+A list in an arm is a grid of its own, and replaces the shared one of that name. Every combination is a `Recipe`, and all are made before
+anything runs. Results go where `run` keeps them, one file a recipe, written as the run's last act: a sweep that was killed goes on where
+it stopped, and the workers need nothing but the folder they share.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -65,16 +66,18 @@ def read_sweep(path: Path) -> list[Recipe]:
             raise ValueError(f"{_place(path, key)}: unknown part {name!r}, a sweep has {', '.join(_PARTS)}")
     base = _entries(path, at["base"][1]) if "base" in at else {}
     grid = _entries(path, at["grid"][1]) if "grid" in at else {}
-    for values, key in grid.values():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"{_place(path, key)}: the grid's {key.value} must be a list of values, such as [0, 1, 2], not {values!r}")
     if "arms" in at and not (isinstance(at["arms"][1], yaml.SequenceNode) and at["arms"][1].value):
         raise ValueError(f"{_place(path, at['arms'][0])}: arms must be a list, each entry a mapping of what it changes")
     arms = [(_entries(path, node), node) for node in at["arms"][1].value] if "arms" in at else [({}, root)]
+    for part, only_lists in ((grid, True), *((arm, False) for arm, _ in arms)):
+        for values, key in part.values():
+            if values == [] or (only_lists and not isinstance(values, list)):
+                raise ValueError(f"{_place(path, key)}: {key.value} must be a list of values, such as [0, 1, 2], not {values!r}")
     recipes = []
     for arm, node in arms:
-        for chosen in product(*([(name, value) for value in values] for name, (values, _) in grid.items())):
-            settings = {name: value for name, (value, _) in base.items()} | dict(chosen) | {name: value for name, (value, _) in arm.items()}
+        together = {name: value if isinstance(value, list) else [value] for part in (base, grid, arm) for name, (value, _) in part.items()}
+        for chosen in product(*together.values()):
+            settings = dict(zip(together, chosen, strict=True))
             try:
                 recipes.append(Recipe(**settings))
             except ValueError as error:
@@ -164,21 +167,22 @@ def work(recipes: list[dict]) -> list[str | None]:
 
 def local(tasks: list[list[Recipe]], workers: int) -> Iterator[Outcome]:
     """Processes of this machine. A worker that dies takes the pool with it: what wasn't finished is handed to a new one."""
-    left, attempts = dict(enumerate(tasks)), [0] * len(tasks)
-    while left:
+    left, broken = dict(enumerate(tasks)), 0
+    while left and broken < _ATTEMPTS:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _share_cores, (workers,)) as pool:
+        with ProcessPoolExecutor(workers, context, _share_cores, (workers,)) as pool, suppress(BrokenProcessPool):
             running = {pool.submit(work, [asdict(recipe) for recipe in task]): number for number, task in left.items()}
-            with suppress(BrokenProcessPool):
-                while running:
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        number = running.pop(future)
-                        attempts[number] += 1
-                        yield number, future.result()
-                        left.pop(number)
-                return
-        for number in [number for number in left if attempts[number] >= _ATTEMPTS]:
-            yield number, [f"its worker died {_ATTEMPTS} times"] * len(left.pop(number))
+            for future in as_completed(running):
+                outcome = running[future], future.result()
+                del left[outcome[0]]
+                broken = 0
+                yield outcome
+            return
+        broken += 1
+        waiting = list(left.items())
+        left = dict(waiting[workers:] + waiting[:workers])  # the first ones were at work: others go before them now
+    for number, task in left.items():
+        yield number, [f"its worker died {_ATTEMPTS} times"] * len(task)
 
 
 def _share_cores(workers: int) -> None:

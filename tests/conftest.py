@@ -73,3 +73,15 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(params=CONFIGS)
 def any_model(request) -> PreTrainedModel:
     return tiny_model(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A tiny model with the packaged tokenizer, a store of its own, and a sweep over both."""
+    save_tiny_model(tmp_path / "model")
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
+    (tmp_path / "sweep.yaml").write_text(
+        f"base: {{model: {tmp_path / 'model'}, window: 64, calibration_windows: 2, test_windows: 2}}\n"
+        "grid: {rotation: [none, hadamard], seed: [0, 1]}\narms: [{}, {activation_bits: 8}]\n"
+    )
+    return tmp_path

@@ -184,5 +184,11 @@ def test_a_notebooks_decimals_may_differ_by_one_in_the_last_digit_and_nothing_el
     Printed = runpy.run_path(str(ROOT / "notebooks" / "conftest.py"))["Printed"]
     stored = Printed("OptRot  2.2 in 30 layers")
     assert stored == Printed("OptRot  2.3 in 30 layers")
-    for other in ("OptRot  2.4 in 30 layers", "OptRot  2.2 in 31 layers", "OptRot  2.20 in 30 layers", "none  2.2 in 30 layers", "OptRot 2.2, 2.2"):
+    for other in (
+        "OptRot  2.4 in 30 layers",
+        "OptRot  2.2 in 31 layers",
+        "OptRot  2.20 in 30 layers",
+        "none  2.2 in 30 layers",
+        "OptRot 2.2, 2.2",
+    ):
         assert stored != Printed(other)

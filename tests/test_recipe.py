@@ -17,7 +17,7 @@ from conftest import save_tiny_model
 import rotlib as rl
 from rotlib import store, tables
 from rotlib.families import Family
-from rotlib.recipe import ROTATIONS
+from rotlib.recipe import rotations
 
 pipeline = importlib.import_module("rotlib.pipeline")
 
@@ -66,9 +66,9 @@ def test_changed_code_makes_a_result_stale_and_it_is_run_again(recipe, monkeypat
 def test_a_results_fingerprint_covers_what_it_depends_on_and_no_more():
     folder = store.ROOT / "rotlib"
     special = {name for names in (*store._OF_TASK.values(), *store._OF_ROTATION.values()) for name in names}
-    known = special | set(store._COMMON) | {"__init__", "store", "tables", "plots", "notebook", "reproduce", "slopes"}
+    known = special | set(store._COMMON) | {"__init__", "store", "tables", "plots", "notebook", "reproduce", "report", "slopes", "sweep"}
     assert {path.stem for path in folder.glob("*.py")} == known
-    prints = {rotation: store.code_fingerprint("quantize", rotation) for rotation in ROTATIONS}
+    prints = {rotation: store.code_fingerprint("quantize", rotation) for rotation in rotations()}
     assert prints["none"] == prints["hadamard"] != prints["optrot"] == prints["kurtail"]
     assert len({prints[name] for name in ("none", "optrot", "optrot+", "spinquant", "ostquant")}) == 5
     assert store.code_fingerprint("bounds", "none") != prints["none"]
@@ -359,7 +359,7 @@ def test_unrounded_weights_with_unrounded_activations_are_the_original(recipe):
 
 def test_every_rotation_runs_as_a_recipe(recipe):
     shares = {"mixed": {"activation_share": 0.5}}
-    runs = [replace(recipe, rotation=name, R4=True, activation_bits=4, **shares.get(name, {})) for name in ROTATIONS]
+    runs = [replace(recipe, rotation=name, R4=True, activation_bits=4, **shares.get(name, {})) for name in rotations()]
     assert all(result.metrics["kl"] > 0 for result in rl.run_all(runs))
 
 

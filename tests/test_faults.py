@@ -1,0 +1,99 @@
+"""What a sweep survives. Afterwards every result is there exactly once, and equal to an undisturbed run's."""
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+import rotlib as rl
+from rotlib import store, sweep
+
+ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def start(folder, engine):
+    command = [sys.executable, "-m", "rotlib.sweep", str(folder / "sweep.yaml"), "--workers", "2", "--engine", engine]
+    return subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
+
+
+def wait_for_a_result(folder, run):
+    while not (found := list(results_in(folder))):
+        assert run.poll() is None
+        time.sleep(0.02)
+    return found[0]
+
+
+def results_in(folder):
+    return (folder / "results" / "local").glob("quantize-*.json")
+
+
+def assert_as_undisturbed(folder):
+    recipes = sweep.read_sweep(folder / "sweep.yaml")
+    assert len(list(results_in(folder))) == len(recipes)
+    assert not list((folder / "results" / "local").glob("*.partial"))
+    disturbed = [store.find(recipe.spec()).metrics for recipe in recipes]
+    for file in (folder / "results" / "local").iterdir():
+        file.unlink()
+    assert [result.metrics for result in rl.run_all(recipes)] == disturbed
+
+
+def kill_a_worker(run, name):
+    workers = psutil.Process(run.pid).children(recursive=True)
+    next(worker for worker in workers if name in " ".join(worker.cmdline())).kill()
+    return workers
+
+
+def test_a_killed_worker_of_the_pool_costs_nothing_but_time(folder):
+    run = start(folder, "local")
+    wait_for_a_result(folder, run)
+    kill_a_worker(run, "spawn_main")
+    assert run.wait(timeout=300) == 0
+    assert_as_undisturbed(folder)
+
+
+def test_a_killed_worker_of_ray_costs_nothing_but_time_and_a_killed_driver_and_a_torn_result_one_more_command(folder):
+    run = start(folder, "ray")
+    torn = wait_for_a_result(folder, run)
+    workers = kill_a_worker(run, "ray::work")
+    while len(list(results_in(folder))) < 3:
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    psutil.wait_procs(workers, timeout=60)  # they notice, and end
+    torn.write_text(torn.read_text()[:100])
+    assert start(folder, "ray").wait(timeout=300) == 0
+    assert_as_undisturbed(folder)
+
+
+def test_a_full_disk_is_told_and_the_rest_runs_once_there_is_room(folder):
+    """On a file system of 48 KiB, in a mount namespace of its own."""
+    results = folder / "results"
+    results.mkdir()
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=48k none {results}"
+    if subprocess.run([*inside, mount], check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    command = f"{sys.executable} -m rotlib.sweep {folder / 'sweep.yaml'} --workers 2 --engine ray"
+    script = (
+        f"{mount}; {command}; echo rc $?; mount -o remount,size=64m {results}; {command}; echo rc $?; cp -r {results}/local {folder}/kept"
+    )
+    run = subprocess.run([*inside, script], env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert [line for line in run.stdout.splitlines() if line.startswith("rc")] == ["rc 1", "rc 0"], run.stderr
+    assert "No space left on device" in run.stderr or "is the disk full?" in run.stderr
+    (folder / "kept").rename(results / "local")
+    assert_as_undisturbed(folder)
+
+
+def test_the_slurm_script_starts_ray_on_its_allocation_and_runs_the_sweep(folder):
+    """With stand-ins for SLURM's own two commands, on an allocation of this one machine."""
+    for name, script in {"scontrol": "echo 127.0.0.1", "srun": 'exec "$@"'}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    allocation = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1"}
+    command = [store.ROOT / "configs" / "slurm.sh", folder / "sweep.yaml"]
+    subprocess.run(command, cwd=store.ROOT, env=os.environ | ENVIRONMENT | allocation, check=True, timeout=300)
+    assert len(list(results_in(folder))) == 8
