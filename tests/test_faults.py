@@ -41,8 +41,8 @@ def assert_as_undisturbed(folder):
 
 
 def kill_a_worker(run, name):
-    workers = psutil.Process(run.pid).children(recursive=True)
-    next(worker for worker in workers if name in " ".join(worker.cmdline())).kill()
+    workers = [process for process in psutil.Process(run.pid).children(recursive=True) if name in " ".join(process.cmdline())]
+    workers[0].kill()
     return workers
 
 
@@ -70,11 +70,11 @@ def test_a_killed_worker_of_ray_costs_nothing_but_time_and_a_killed_driver_and_a
 
 
 def test_a_full_disk_is_told_and_the_rest_runs_once_there_is_room(folder):
-    """On a file system of 48 KiB, in a mount namespace of its own."""
+    """On a file system of 16 KiB, in a mount namespace of its own."""
     results = folder / "results"
     results.mkdir()
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size=48k none {results}"
+    mount = f"mount -t tmpfs -o size=16k none {results}"
     if subprocess.run([*inside, mount], check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     command = f"{sys.executable} -m rotlib.sweep {folder / 'sweep.yaml'} --workers 2 --engine ray"
