@@ -2,6 +2,7 @@
 
 from rotlib.activations import PROTOCOLS, ActivationQuant, quantized_activations
 from rotlib.bounds import bounds
+from rotlib.export import export, export_recipe
 from rotlib.fixed import gsr_rotation, hadamard_rotation, random_rotation
 from rotlib.fuse import fuse, is_rotated
 from rotlib.gptq import Report, gptq
@@ -42,6 +43,8 @@ __all__ = [
     "build",
     "compare_outliers",
     "evaluate",
+    "export",
+    "export_recipe",
     "fuse",
     "gptq",
     "group_spread",

@@ -66,7 +66,11 @@ def test_changed_code_makes_a_result_stale_and_it_is_run_again(recipe, monkeypat
 def test_a_results_fingerprint_covers_what_it_depends_on_and_no_more():
     folder = store.ROOT / "rotlib"
     special = {name for names in (*store._OF_TASK.values(), *store._OF_ROTATION.values()) for name in names}
-    known = special | set(store._COMMON) | {"__init__", "store", "tables", "plots", "notebook", "reproduce", "report", "slopes", "sweep"}
+    known = (
+        special
+        | set(store._COMMON)
+        | {"__init__", "export", "store", "tables", "plots", "notebook", "reproduce", "report", "slopes", "sweep"}
+    )
     assert {path.stem for path in folder.glob("*.py")} == known
     prints = {rotation: store.code_fingerprint("quantize", rotation) for rotation in rotations()}
     assert prints["none"] == prints["hadamard"] != prints["optrot"] == prints["kurtail"]

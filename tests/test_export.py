@@ -1,0 +1,161 @@
+"""What is exported is read by stock transformers, in a process that never imports rotlib, as the model it came from."""
+
+import json
+import subprocess
+import sys
+from collections import namedtuple
+from importlib import import_module
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIGS, tiny_model
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
+
+import rotlib as rl
+
+exporting = import_module("rotlib.export")  # rl.export is the function
+READER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokens = torch.load(sys.argv[2])
+assert "rotlib" not in sys.modules
+with torch.no_grad():
+    torch.save(model(tokens).logits, sys.argv[3])
+"""
+GRIDS = {
+    "per channel": rl.WeightQuant(),
+    "groups": rl.WeightQuant(group_size=16),
+    "groups, asymmetric": rl.WeightQuant(group_size=16, symmetric=False),
+    "per channel, asymmetric, 3 bits": rl.WeightQuant(bits=3, symmetric=False),
+    "8 bits": rl.WeightQuant(bits=8, group_size=16),
+}
+
+
+def logits_elsewhere(folder, tokens, tmp_path):
+    torch.save(tokens, tmp_path / "tokens.pt")
+    subprocess.run([sys.executable, "-c", READER, folder, tmp_path / "tokens.pt", tmp_path / "logits.pt"], check=True, cwd=tmp_path)
+    return torch.load(tmp_path / "logits.pt")
+
+
+def quantized(quant, tokens, name="llama", act_order=True):
+    model = tiny_model(name, dtype=torch.float32)
+    rl.fuse(model, rl.hadamard_rotation(model))
+    rl.gptq(model, tokens, quant, act_order=act_order)
+    return model
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_stock_transformers_computes_what_the_quantized_model_does(grid, tokens, tmp_path):
+    model = quantized(GRIDS[grid], tokens)
+    folder = rl.export(model, tmp_path / "out")
+    assert (logits_elsewhere(folder, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("qwen") or "bias" in name])
+def test_biases_and_other_families_survive(name, tokens, tmp_path):
+    model = quantized(rl.WeightQuant(group_size=8), tokens, name)
+    folder = rl.export(model, tmp_path / "out")
+    assert (logits_elsewhere(folder, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
+
+
+def test_the_files_have_the_size_that_the_bits_predict(tokens, tmp_path):
+    sizes = {}
+    for bits in (4, 8):
+        folder = rl.export(quantized(rl.WeightQuant(bits=bits, group_size=16), tokens), tmp_path / str(bits))
+        sizes[bits] = (folder / "model.safetensors").stat().st_size
+    linears = 2 * (48 * 48 * 2 + 48 * 16 * 2 + 3 * 48 * 80)
+    assert sizes[8] - sizes[4] == pytest.approx(linears / 2, rel=0.02)
+
+
+def test_a_fused_model_is_a_plain_folder_with_an_untied_head(tokens, tmp_path):
+    model = tiny_model("llama, tied", dtype=torch.float32)
+    before = model(tokens).logits
+    rl.fuse(model, rl.random_rotation(model))
+    folder = rl.export(model, tmp_path / "out", format="fused")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert "quantization_config" not in config
+    assert (logits_elsewhere(folder, tokens, tmp_path) - before).abs().max() < 1e-3
+
+
+def test_sixteen_bits_outside_the_codes_stay_within_their_rounding(tokens, tmp_path):
+    model = quantized(rl.WeightQuant(group_size=16), tokens)
+    folder = rl.export(model, tmp_path / "out", dtype=torch.bfloat16)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (logits_elsewhere(folder, tokens, tmp_path).float() - model(tokens).logits).abs().max() < 0.1 * model(tokens).logits.abs().max()
+
+
+def test_a_big_model_is_written_in_shards(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "SHARD", "20KB")
+    model = quantized(rl.WeightQuant(group_size=16), tokens)
+    folder = rl.export(model, tmp_path / "out")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert (logits_elsewhere(folder, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tokens, tmp_path, monkeypatch):
+    plain, done = tiny_model(dtype=torch.float32), quantized(rl.WeightQuant(), tokens)
+    online = rl.fuse(tiny_model(dtype=torch.float32), rl.hadamard_rotation(tiny_model(), R4=True))
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    for model, folder, settings, message in (
+        (plain, "out", {}, "layers.0.q has no codes: quantize the model"),
+        (done, "out", {"format": "fused"}, "is quantized already"),
+        (done, "out", {"format": "onnx"}, "unknown format 'onnx': choose one of compressed-tensors, fused"),
+        (online, "out", {"format": "fused"}, "needs R4 while it runs"),
+        (done, "full", {}, "isn't an empty folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rl.export(model, tmp_path / folder, **settings)
+    usage = namedtuple("usage", "total used free")(10, 9, 1)
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match="0 MiB left"):
+        rl.export(done, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert (full / "notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_that_reads_back_otherwise_fails_loudly_and_leaves_what_was_there(tokens, tmp_path, monkeypatch):
+    model = quantized(rl.WeightQuant(), tokens)
+    folder = rl.export(model, tmp_path / "out", card="the first")
+
+    def damaged(tensors, path, **settings):
+        name = "model.layers.1.mlp.up_proj.weight_packed"
+        save(tensors | {name: tensors[name] + 1}, path, **settings)
+
+    save = exporting.save_file
+    monkeypatch.setattr(exporting, "save_file", damaged)
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight doesn't read back"):
+        rl.export(model, folder, overwrite=True, card="the second")
+    assert (folder / "README.md").read_text() == "the first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_recipe_is_exported_with_a_card_that_says_what_was_measured(folder, tokens, tmp_path):
+    recipe = rl.Recipe(model=str(folder / "model"), rotation="hadamard", group_size=16, window=64, calibration_windows=2, test_windows=2)
+    out = rl.export_recipe(recipe, tmp_path / "out")
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == recipe.model
+    measured = rl.run(recipe).metrics
+    assert f"| {measured['reference_perplexity']:.3f} | {measured['perplexity']:.3f} |" in card.text
+    assert yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])["rotation"] == "hadamard"
+    model, tokenizer = rl.build(recipe)
+    assert (logits_elsewhere(out, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
+    assert AutoTokenizer.from_pretrained(out).encode("one two") == tokenizer.encode("one two")
+
+
+def test_a_recipe_that_no_checkpoint_can_hold_is_refused_before_it_runs(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for recipe, settings, message in (
+        (rl.Recipe(R4=True), {}, "a plain checkpoint has no R4"),
+        (rl.Recipe(rounding="none"), {}, "goes with the rounding 'none'"),
+        (rl.Recipe(), {"format": "fused"}, "goes with the rounding 'none'"),
+        (rl.Recipe(), {"folder": tmp_path}, "isn't an empty folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rl.export_recipe(recipe, **{"folder": tmp_path / "out"} | settings)
