@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 
 import pandas
 
@@ -21,7 +20,7 @@ from rotlib.store import write_atomically
 from rotlib.tables import Arm, judge, stored
 
 _RIVAL = {"steps": 32}  # the study's laptop presets, by name
-_GSR = {"rotation": "gsr", "symmetric": False, "act_order": True, "calibration_windows": 8, "test_windows": 4}
+_BELOW_FOUR = {"symmetric": False, "act_order": True, "calibration_windows": 8, "test_windows": 4}
 _GSR_GRIDS = ({"bits": 2, "group_size": 32}, {"bits": 3, "group_size": 64})
 
 # (paper, measure, of which model, setting) -> {arm: what its authors print}; method.md's list, none of them ours. OptRot's own tables were
@@ -64,13 +63,15 @@ def _claims() -> Iterator[Claim]:
     spinquant, optrot = (rotated(name, rounding="rtn") for name in ("spinquant", "optrot"))
     yield Claim("OptRot", "rounded to nearest, SpinQuant is better than OptRot", spinquant, optrot)
     for grid in _GSR_GRIDS:
-        GH, GW = (Recipe(R1_order=order, **_GSR, **grid) for order in ("hadamard", "walsh"))
+        GH, GW = (Recipe(rotation="gsr", R1_order=order, **_BELOW_FOUR, **grid) for order in ("hadamard", "walsh"))
         LH, GSR = (replace(arm, block=grid["group_size"]) for arm in (GH, GW))
         yield Claim("GSR", "GSR is better than a global Hadamard rotation", GSR, GH)
         yield Claim("GSR", "sequency helps, on the whole width", GW, GH)
         yield Claim("GSR", "sequency helps, within groups", GSR, LH)
         yield Claim("GSR", "grouping helps, without order", LH, GH)
         yield Claim("GSR", "grouping helps, with order", GSR, GW)
+    optrot = Recipe(rotation="optrot", **_BELOW_FOUR, **_GSR_GRIDS[1])
+    yield Claim("GSR", "GSR improves learned rotations: OptRot that starts there", replace(optrot, start="gsr", block=64), optrot)
 
 
 def verdicts(model: str) -> tuple[pandas.DataFrame, list[Arm]]:
@@ -133,11 +134,7 @@ def save_manifest(made_from: dict[str, Iterable[Arm]]) -> None:
     for name, arms in made_from.items():
         names = sorted({store.local_path(result.spec).name for arm in arms for result in arm.results})
         for path in sorted(figures_folder().glob(f"{name}.*")):
-            files[path.name] = {"results": names, "sha256": _digest(path)}
+            files[path.name] = {"results": names, "sha256": sha256(path.read_bytes()).hexdigest()}
     manifest = {"commit": store.commit(), "files": files}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     write_atomically(figures_folder() / "manifest.json", lambda scratch: scratch.write_text(text, encoding="utf-8"))
-
-
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()

@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -210,12 +211,11 @@ def ray(tasks: list[list[Recipe]], workers: int, address: str | None = None) -> 
 ENGINES: dict[str, Callable[..., Iterator[Outcome]]] = {"local": local, "ray": ray}
 
 
-def plan(recipes: list[Recipe], rerun_stale: bool) -> tuple[list[Recipe], dict[str, int]]:
-    """(what has to run, how many recipes are in which state)"""
-    states = [status(recipe) for recipe in recipes]
+def plan(recipes: list[Recipe], rerun_stale: bool) -> tuple[dict[Recipe, str], dict[str, int]]:
+    """(what has to run and its status, how many recipes have which status)"""
+    states = {recipe: status(recipe) for recipe in recipes}
     wanted = {"missing", "partial", "damaged"} | ({"stale"} if rerun_stale else set())
-    counts = {name: states.count(name) for name in dict.fromkeys(states)}
-    return [recipe for recipe, state in zip(recipes, states, strict=True) if state in wanted], counts
+    return {recipe: state for recipe, state in states.items() if state in wanted}, Counter(states.values())
 
 
 def forecast(todo: list[Recipe], workers: int) -> str:
@@ -248,12 +248,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     todo, counts = plan(recipes, options.rerun_stale)
-    print(f"{len(recipes)} recipes: {', '.join(f'{count} {name}' for name, count in counts.items())}; {forecast(todo, options.workers)}")
+    print(
+        f"{len(recipes)} recipes: {', '.join(f'{count} {name}' for name, count in counts.items())}; {forecast(list(todo), options.workers)}"
+    )
     if options.dry_run:
-        for recipe in todo:
-            print(f"{status(recipe):8} {recipe.spec()}")
+        for recipe, state in todo.items():
+            print(f"{state:8} {recipe.spec()}")
         return 0
-    tasks = tasks_of(todo)
+    tasks = tasks_of(list(todo))
     engine = ENGINES[options.engine](tasks, options.workers, *([options.address] if options.engine == "ray" else []))
     failed = []
     with tqdm(total=len(todo), desc="sweep", unit="run", disable=False) as bar:
