@@ -105,7 +105,8 @@ def compared(model: str, paper: str) -> tuple[pandas.DataFrame, list[Arm]]:
         mean, error = arm.summary("kl")
         spread = f" ± {error:.3f}" if error == error else ""
         cell = f"{mean:.3f}{spread} ({arm.summary('perplexity')[0]:.2f})" + " diverged" * arm.diverged + " stale" * arm.stale
-        row = arm.rotation.split()[0]  # whatever the block, and with R4 on or off: the column says
+        words = arm.rotation.split(" + ")[0].split()  # whatever the block, and with R4 on or off: the column says
+        row = " ".join(word for word in words if not word.isdigit())
         table.setdefault(row, {})[f"{model}, {_setting(arm)}"] = cell
     frame = pandas.DataFrame.from_dict(table, orient="index").fillna("")
     frame.index.name = "rotation"
