@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import rotlib as rl
 
-exporting = import_module("rotlib.export")  # rl.export is the function
+exporting, checkpoint = import_module("rotlib.export"), import_module("rotlib.checkpoint")  # rl.export is the function
 READER = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -90,7 +90,7 @@ def test_sixteen_bits_outside_the_codes_stay_within_their_rounding(tokens, tmp_p
 
 
 def test_a_big_model_is_written_in_shards(tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "SHARD", "20KB")
+    monkeypatch.setattr(checkpoint, "SHARD", "20KB")
     model = quantized(rl.WeightQuant(group_size=16), tokens)
     folder = rl.export(model, tmp_path / "out")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
@@ -106,7 +106,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tokens, t
     for model, folder, settings, message in (
         (plain, "out", {}, "layers.0.q has no codes: quantize the model"),
         (done, "out", {"format": "fused"}, "is quantized already"),
-        (done, "out", {"format": "onnx"}, "unknown format 'onnx': choose one of compressed-tensors, fused"),
+        (done, "out", {"format": "onnx"}, "unknown format 'onnx': choose one of compressed-tensors, gguf, fused"),
         (online, "out", {"format": "fused"}, "needs R4 while it runs"),
         (done, "full", {}, "isn't an empty folder"),
     ):
@@ -128,8 +128,8 @@ def test_a_checkpoint_that_reads_back_otherwise_fails_loudly_and_leaves_what_was
         name = "model.layers.1.mlp.up_proj.weight_packed"
         save(tensors | {name: tensors[name] + 1}, path, **settings)
 
-    save = exporting.save_file
-    monkeypatch.setattr(exporting, "save_file", damaged)
+    save = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", damaged)
     with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight doesn't read back"):
         rl.export(model, folder, overwrite=True, card="the second")
     assert (folder / "README.md").read_text() == "the first"

@@ -69,7 +69,21 @@ def test_a_results_fingerprint_covers_what_it_depends_on_and_no_more():
     known = (
         special
         | set(store._COMMON)
-        | {"__init__", "export", "store", "tables", "plots", "notebook", "reproduce", "report", "slopes", "sweep"}
+        | {
+            "__init__",
+            "card",
+            "checkpoint",
+            "export",
+            "gguf_file",
+            "store",
+            "tables",
+            "plots",
+            "notebook",
+            "reproduce",
+            "report",
+            "slopes",
+            "sweep",
+        }
     )
     assert {path.stem for path in folder.glob("*.py")} == known
     prints = {rotation: store.code_fingerprint("quantize", rotation) for rotation in rotations()}

@@ -1,0 +1,116 @@
+"""A GGUF file holds every code as it was, and stock readers compute what the quantized model does."""
+
+import subprocess
+import sys
+from copy import deepcopy
+
+import gguf
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+import rotlib as rl
+from rotlib.gguf_file import NAME, block_type, blocks
+from rotlib.quant import QuantizedWeight, round_to_nearest
+from rotlib.zoo import load_tokenizer
+
+SHAPE = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama, scaled RoPE": LlamaConfig(**SHAPE, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}),
+    "qwen2, biases": Qwen2Config(**SHAPE),
+    "qwen3, q/k norms": Qwen3Config(**SHAPE, head_dim=128),  # the head_dim that transformers takes every GGUF of Qwen3 to have
+}
+GRIDS = {
+    "Q4_0, per channel": rl.WeightQuant(),
+    "Q4_0, groups": rl.WeightQuant(group_size=32),
+    "Q4_1, groups, 3 bits": rl.WeightQuant(bits=3, group_size=32, symmetric=False),
+    "Q8_0, groups": rl.WeightQuant(bits=8, group_size=32),
+}
+READER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], gguf_file="model.gguf", dtype=torch.float32).eval()
+assert "rotlib" not in sys.modules
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 49152, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+def quantized(name, quant, tokens):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=torch.float32).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(3)
+    rl.fuse(model, rl.hadamard_rotation(model))
+    rl.gptq(model, tokens, quant)
+    return model
+
+
+def logits_elsewhere(folder, tokens, tmp_path):
+    torch.save(tokens, tmp_path / "tokens.pt")
+    subprocess.run([sys.executable, "-c", READER, folder, tmp_path / "tokens.pt", tmp_path / "logits.pt"], check=True, cwd=tmp_path)
+    return torch.load(tmp_path / "logits.pt")
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "name"), [(4, True, "Q4_0"), (3, False, "Q4_1"), (8, True, "Q8_0")])
+@pytest.mark.parametrize("group_size", [None, 32, 64])
+def test_blocks_hold_the_codes_and_float16_scales(bits, symmetric, name, group_size):
+    W = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    weight = round_to_nearest(W, rl.WeightQuant(bits=bits, symmetric=symmetric, group_size=group_size))
+    kind = block_type("q", weight)
+    assert kind.name == name
+    halved = QuantizedWeight(weight.codes, weight.scale.half().float(), weight.zero)
+    found = torch.from_numpy(gguf.dequantize(blocks(weight, kind), kind))
+    if symmetric:
+        assert torch.equal(found, halved.dense())
+    else:
+        assert (found - weight.dense()).abs().max() < 2e-3 * W.abs().max()
+
+
+@pytest.mark.parametrize(("name", "grid"), [*(("llama", grid) for grid in GRIDS), *((name, "Q4_0, groups") for name in CONFIGS)])
+def test_transformers_reads_the_file_as_the_quantized_model(name, grid, tokens, tmp_path):
+    model = quantized(name, GRIDS[grid], tokens)
+    folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    wanted = model(tokens).logits
+    if name != "llama, scaled RoPE":  # transformers leaves the file's frequencies unread
+        assert (logits_elsewhere(folder, tokens, tmp_path) - wanted).abs().max() < 5e-3 * wanted.abs().max()
+    reader = gguf.GGUFReader(folder / NAME)
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if ".ffn_" in tensor.name and "norm" not in tensor.name}
+    assert kinds == {grid.split(",")[0]}
+    assert ("rope_freqs.weight" in {tensor.name for tensor in reader.tensors}) == (name == "llama, scaled RoPE")
+
+
+def test_the_file_carries_the_tokenizer(tokens, tmp_path):
+    tokenizer = load_tokenizer("smollm2-135m")
+    rl.export(quantized("llama", rl.WeightQuant(), tokens), tmp_path / "out", format="gguf", tokenizer=tokenizer)
+    fields = gguf.GGUFReader(tmp_path / "out" / NAME).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    assert fields["tokenizer.ggml.tokens"].contents() == tokenizer.convert_ids_to_tokens(list(range(49152)))
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert len(fields["tokenizer.ggml.merges"].contents()) > 40_000
+
+
+def test_what_llama_cpp_cannot_hold_is_refused_by_name(tokens, tmp_path):
+    tokenizer = load_tokenizer("smollm2-135m")
+    for quant, settings, message in (
+        (
+            rl.WeightQuant(group_size=16),
+            {"tokenizer": tokenizer},
+            r"layers.0.q has a scale for every 16 weights, and GGUF's blocks hold 32",
+        ),
+        (rl.WeightQuant(bits=8, symmetric=False), {"tokenizer": tokenizer}, "asymmetric grid of more than 4 bits"),
+        (rl.WeightQuant(), {}, "pass tokenizer=tokenizer"),
+        (rl.WeightQuant(), {"tokenizer": tokenizer, "dtype": torch.float16}, "GGUF has its own types"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rl.export(quantized("llama", quant, tokens), tmp_path / "out", format="gguf", **settings)
+    assert not list(tmp_path.iterdir())
