@@ -82,7 +82,7 @@ def test_transformers_reads_the_file_as_the_quantized_model(name, grid, tokens, 
     folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
     wanted = model(tokens).logits
     if name != "llama, scaled RoPE":  # transformers leaves the file's frequencies unread
-        assert (logits_elsewhere(folder, tokens, tmp_path) - wanted).abs().max() < 5e-3 * wanted.abs().max()
+        assert (logits_elsewhere(folder, tokens, tmp_path) - wanted).abs().max() < 2e-2 * wanted.abs().max()
     reader = gguf.GGUFReader(folder / NAME)
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if ".ffn_" in tensor.name and "norm" not in tensor.name}
     assert kinds == {grid.split(",")[0]}
