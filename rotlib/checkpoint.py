@@ -14,8 +14,7 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
@@ -41,6 +40,8 @@ class Checkpoint:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype, packed: bool):
         self._model, self._tokenizer, self._dtype = model, tokenizer, dtype
         self._packing = _packing(codes_of(model)) if packed else None
+        modules = model.named_modules() if packed else ()
+        self._codes = {f"{path}.weight": module.quantized for path, module in modules if hasattr(module, "quantized")}
         self._tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
         self._parts = self._make_parts()
         shapes = {name: make("meta") for name, make in self._parts.items()}
@@ -70,27 +71,21 @@ class Checkpoint:
         for name, tensor in self._model.state_dict().items():
             if name in self._parts:
                 same = torch.equal(read(name), tensor.to("cpu", self._dtype))
-            elif name not in self._tied:
-                parts = {kind: read(f"{name}_{kind}") for kind in self._packing.kinds}
-                scheme = self._packing.scheme
-                found = PackedQuantizationCompressor.decompress({f"weight_{kind}": part for kind, part in parts.items()}, scheme)["weight"]
-                wanted = tensor.cpu().float()
-                same = (found.float() - wanted).abs().max() <= 2 * torch.finfo(self._dtype).eps * wanted.abs().max()
             else:
-                same = True
+                same = name in self._tied or self._packing.same(
+                    self._codes[name], {kind: read(f"{name}_{kind}") for kind in self._packing.kinds}
+                )
             if not same:
                 return name
         return None
 
     def _make_parts(self) -> dict[str, Callable[[str], Tensor]]:
         """How to make each tensor on a device, "meta" for its shape alone."""
-        modules = dict(self._model.named_modules())
         parts = {}
         for name, tensor in self._model.state_dict().items():
-            path, _, kind = name.rpartition(".")
-            weight = getattr(modules[path], "quantized", None) if self._packing and kind == "weight" else None
-            if weight is not None:
-                parts |= {f"{name}_{kind}": partial(self._packing.make, weight, kind, self._dtype) for kind in self._packing.kinds}
+            if name in self._codes:
+                make = partial(self._packing.make, self._codes[name], self._dtype)
+                parts |= {f"{name}_{kind}": partial(make, kind) for kind in self._packing.kinds}
             elif name not in self._tied:
                 parts[name] = partial(tensor.to, dtype=self._dtype)
         return parts
@@ -150,7 +145,7 @@ class _Packing:
         weights = QuantizationArgs(num_bits=self.bits, type="int", symmetric=self.symmetric, **strategy)
         return QuantizationScheme(targets=["Linear"], weights=weights)
 
-    def make(self, weight: QuantizedWeight, kind: str, dtype: torch.dtype, device: str) -> Tensor:
+    def make(self, weight: QuantizedWeight, dtype: torch.dtype, kind: str, device: str) -> Tensor:
         """One of the tensors. Unsigned codes and their zero points move down together, to the range of a signed type."""
         shift = 0 if self.symmetric else 2 ** (self.bits - 1)
         if kind == "packed":
@@ -158,6 +153,16 @@ class _Packing:
         if kind == "zero_point":
             return self._packed(weight.zero.to(device) - shift, 0)
         return weight.scale.to(device, dtype).contiguous() if kind == "scale" else torch.tensor(weight.codes.shape, device=device)
+
+    def same(self, weight: QuantizedWeight, read: dict[str, Tensor]) -> bool:
+        """Whether these tensors unpack, by compressed-tensors' own code, to exactly this weight's codes, scales and zero points."""
+        shift = 0 if self.symmetric else 2 ** (self.bits - 1)
+        for kind, wanted, dim in (("packed", weight.codes, 1), ("zero_point", weight.zero, 0)):
+            if kind in read:
+                found = unpack_from_int32(read[kind], self.bits, wanted.shape, packed_dim=dim).float() + shift
+                if not torch.equal(found, wanted.cpu().float()):
+                    return False
+        return torch.equal(read["scale"], weight.scale.to("cpu", read["scale"].dtype))
 
     def _packed(self, codes: Tensor, dim: int) -> Tensor:
         if codes.is_meta:  # compressed-tensors' own function needs values
@@ -169,12 +174,9 @@ class _Packing:
 
 def _packing(weights: dict[str, QuantizedWeight]) -> _Packing:
     """Raises ValueError where compressed-tensors can't hold these codes."""
-    grids = {
-        (w.codes.dtype == torch.int8, w.codes.shape[1] // w.scale.shape[1] if w.scale.shape[1] > 1 else None) for w in weights.values()
-    }
-    if len(grids) > 1:
-        raise ValueError(
-            "these weights are on different grids, and compressed-tensors' packed format holds one: quantize all of them alike"
-        )
-    ((symmetric, group_size),) = grids
-    return _Packing(max(bits_for(weight, _CONTAINERS) for weight in weights.values()), symmetric, group_size)
+    symmetric = {weight.codes.dtype == torch.int8 for weight in weights.values()}
+    rows = {weight.codes.shape[1] for weight in weights.values() if weight.scale.shape[1] == 1}
+    groups = {weight.codes.shape[1] // weight.scale.shape[1] for weight in weights.values() if weight.scale.shape[1] > 1}
+    if len(symmetric) > 1 or len(groups) > 1 or (groups and not rows <= groups):  # a row may be a single group
+        raise ValueError("these weights are on different grids, and compressed-tensors' format holds one: quantize all of them alike")
+    return _Packing(max(bits_for(weight, _CONTAINERS) for weight in weights.values()), symmetric.pop(), groups.pop() if groups else None)

@@ -16,13 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rotlib.card import model_card
 from rotlib.checkpoint import Checkpoint
 from rotlib.checks import one_of, yes_or_no
-from rotlib.families import adapt
+from rotlib.families import adapt, check_finite
 from rotlib.fuse import check_not_rounding, is_quantized
-from rotlib.gguf_file import GgufFile
+from rotlib.gguf_file import NAME, GgufFile, check_holds, cut_of
 from rotlib.pipeline import build, run
 from rotlib.recipe import Recipe
+from rotlib.zoo import load_tokenizer
 
 FORMATS = ("compressed-tensors", "gguf", "fused")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -51,23 +53,25 @@ def export(
         raise ValueError("GGUF has its own types: leave dtype out")
     if format == "fused" and is_quantized(model):
         raise ValueError("this model is quantized already: 'fused' writes the rotated model before that, for another quantizer")
-    folder = Path(folder)
-    _check_free(folder, overwrite)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, or None for the model's own, not {dtype!r}")
+    check_finite(model)
+    folder = _checked(folder, overwrite)
     content = GgufFile(model, tokenizer) if format == "gguf" else Checkpoint(model, tokenizer, dtype or model.dtype, format != "fused")
     _check_room(folder, content.size)
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    scratch.mkdir()
     try:
         content.write(scratch)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         if name := content.differing(scratch):
             raise RuntimeError(f"{name} doesn't read back as it is in memory, so nothing was kept: is the disk sound?")
-        if folder.exists():
-            shutil.rmtree(folder)
+        if overwrite and folder.exists():
+            os.rename(folder, old)
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -84,9 +88,12 @@ def export_recipe(
     Kept rotations, weights and results are used again. Raises like `run` and `export`, before the run where the recipe can't be exported.
     """
     one_of("format", format, FORMATS)
-    _check_free(Path(folder), overwrite)
+    folder = _checked(folder, overwrite)
     if recipe.online:
         raise ValueError(f"a plain checkpoint has no {' and '.join(recipe.online)}: leave the online rotations out of the recipe")
+    if format == "gguf":
+        check_holds(recipe.quant)
+        cut_of(load_tokenizer(recipe.model))
     if (format == "fused") != (recipe.rounding == "none"):
         raise ValueError("'fused' goes with the rounding 'none', the packed formats with 'rtn' and 'gptq'")
     result = run(recipe, device)
@@ -94,13 +101,28 @@ def export_recipe(
     return export(model, folder, format, tokenizer, model_card(recipe, result, format), dtype, overwrite)
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise ValueError(f"{folder} isn't an empty folder: name another one, or pass overwrite=True to replace it")
+def _checked(folder: str | Path, overwrite: bool) -> Path:
+    """The folder's full path, known to be free, or to hold a checkpoint that may be replaced, where something can be written."""
+    folder = Path(folder).resolve()
+    if folder.exists():
+        if not folder.is_dir() or (any(folder.iterdir()) and not overwrite):
+            raise ValueError(f"{folder} isn't an empty folder: name another one, or pass overwrite=True to replace a checkpoint")
+        if any(folder.iterdir()) and not any((folder / name).exists() for name in ("config.json", NAME)):
+            raise ValueError(
+                f"{folder} holds something else than a checkpoint, which is all that overwrite=True replaces: name another folder"
+            )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder.parent} can't be made a folder: {error.strerror}") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise ValueError(f"{folder.parent} can't be written to: name another folder")
+    return folder
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    existing = next(parent for parent in folder.resolve().parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(folder.parent).free
     if free < needed:
-        raise ValueError(f"the checkpoint takes {needed / 2**20:.0f} MiB and {existing} has {free / 2**20:.0f} MiB left: make room there")
+        raise ValueError(
+            f"the checkpoint takes {needed / 2**20:.0f} MiB and {folder.parent} has {free / 2**20:.0f} MiB left: make room there"
+        )

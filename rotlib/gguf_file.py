@@ -7,31 +7,38 @@ them) is all that differs. Embedding and head are float16, norms and biases floa
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checkpoint import bits_for, codes_of
-from rotlib.families import adapt
-from rotlib.quant import QuantizedWeight
+from rotlib.families import Family, adapt
+from rotlib.quant import QuantizedWeight, WeightQuant
+from rotlib.rotation import placed_weights
 
 NAME = "model.gguf"
 _BLOCK = 32
-_FLOAT16_ERROR = 2.0**-9  # of a block's largest weight, what rounding d and m may cost
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _FILE_TYPES = {
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
     Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-# how llama.cpp names a tokenizer's way of cutting text before its merges, by what its own description contains
-_CUTS = {r"\\p{N}{1,3}": "llama-bpe", r"\\p{N}": "qwen2", "Digits": "smollm", "ByteLevel": "gpt-2"}
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# how a tokenizer cuts text before its merges, and llama.cpp's name for it
+_CUTS = {
+    ("ByteLevel, by its own rule",): "gpt-2",
+    ("Digits", "ByteLevel, by its own rule"): "smollm",
+    (_WORDS % r"\p{N}{1,3}", "ByteLevel"): "llama-bpe",
+    (_WORDS % r"\p{N}", "ByteLevel"): "qwen2",
+}
 
 
 class GgufFile:
@@ -44,22 +51,24 @@ class GgufFile:
         if tokenizer is None:
             raise ValueError("a GGUF file carries its tokenizer: pass tokenizer=tokenizer")
         self._family, self._tokenizer = adapt(model), tokenizer
-        self._cut = _cut(tokenizer)
-        self._weights = codes_of(model)
-        self._types = {name: block_type(name, weight) for name, weight in self._weights.items()}
+        self._cut = cut_of(tokenizer)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"this tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it belongs to another model"
+            )
+        weights = codes_of(model)
+        self._types = {placed.module: block_type(placed.name, weights[placed.name]) for placed in placed_weights(self._family, True)}
         rope = model.config.rope_parameters
         if rope["rope_type"] not in ("default", "llama3"):
             raise ValueError(
                 f"this model's rotary embeddings are scaled by {rope['rope_type']!r}: export it as 'fused', for llama.cpp's own converter"
             )
-        sizes = (gguf.quant_shape_to_byte_shape(weight.codes.shape, self._types[name]) for name, weight in self._weights.items())
-        others = sum(parameter.numel() for parameter in model.parameters()) - sum(w.codes.numel() for w in self._weights.values())
-        self.size = sum(int(np.prod(shape)) for shape in sizes) + 2 * others
+        self.size = sum(size for _, _, _, size, _ in self._layout())
 
     def write(self, folder: Path) -> None:
         """`NAME`, with the tokenizer inside."""
         config = self._family.config
-        writer = gguf.GGUFWriter(folder / NAME, _ARCHITECTURES[config.model_type], use_temp_file=True)
+        writer = gguf.GGUFWriter(folder / NAME, _ARCHITECTURES[config.model_type])
         writer.add_name(Path(config.name_or_path).name or config.model_type)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
@@ -74,52 +83,67 @@ class GgufFile:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
         writer.add_file_type(_FILE_TYPES[next(iter(self._types.values()))])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self._add_tokenizer(writer)
-        for name, (data, kind) in self._tensors():
-            writer.add_tensor(name, data, raw_dtype=kind)
+        layout = self._layout()
+        for name, shape, dtype, size, kind in layout:
+            writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for _, data in self._tensors():
+            writer.write_tensor_data(data)
         writer.close()
 
     def differing(self, folder: Path) -> str | None:
-        """The first weight that doesn't read back from the file as it is in memory, to float16's rounding of a block's scale."""
+        """The first weight that gguf's own code doesn't read back as it is in memory: to half a step, so that no code is another."""
         found = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / NAME).tensors}
-        for name, tensor, _ in self._named():
+        for name, tensor, weight, _ in self._named():
             read = torch.from_numpy(gguf.dequantize(found[name].data, found[name].tensor_type).copy()).view(tensor.shape)
-            wanted = tensor.cpu().float()
-            if (read - wanted).abs().max() > _FLOAT16_ERROR * wanted.abs().max():
+            if weight is None:
+                same = torch.equal(read, tensor.cpu().to(torch.float32 if tensor.ndim == 1 else torch.float16).float())
+            else:
+                groups = (read - weight.dense().cpu()).abs().unflatten(1, (weight.scale.shape[1], -1))
+                same = bool((groups < weight.scale.cpu().unsqueeze(2) / 2).all())
+            if not same:
                 return name
         return None
 
-    def _named(self):
-        """(llama.cpp's name, the tensor with its rows in llama.cpp's order, its codes in that order or None) of every weight and bias."""
+    def _layout(self) -> list[tuple]:
+        """(name, shape in bytes or floats, type of the array, bytes, type of block) of every tensor, in the file's order."""
+        layout = []
+        for name, tensor, _, kind in self._named():
+            dtype = np.uint8 if kind else np.float32 if tensor.ndim == 1 else np.float16
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind) if kind else tuple(tensor.shape)
+            layout.append((name, shape, dtype, int(np.prod(shape)) * np.dtype(dtype).itemsize, kind))
+        return layout
+
+    def _named(self) -> Iterator[tuple[str, Tensor, QuantizedWeight | None, Type | None]]:
+        """Of all in the file: (llama.cpp's name, the tensor and its codes with rows in llama.cpp's order, their type of block)."""
         family = self._family
         architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == _ARCHITECTURES[family.config.model_type])
         names = gguf.get_tensor_name_map(architecture, len(family.layers))
         modules = dict(family.model.named_modules())
+        if family.config.rope_parameters["rope_type"] == "llama3":
+            yield "rope_freqs.weight", _frequency_factors(family), None, None
         for path, tensor in family.model.state_dict().items():
             if path == "lm_head.weight" and family.config.tie_word_embeddings:
                 continue
-            weight = getattr(modules[path.rpartition(".")[0]], "quantized", None) if path.endswith(".weight") else None
+            module = modules[path.rpartition(".")[0]]
+            kind = self._types.get(module) if path.endswith(".weight") else None
+            weight = module.quantized if kind else None
             if architecture == gguf.MODEL_ARCH.LLAMA and (".q_proj." in path or ".k_proj." in path):
-                rows = _interleaved(len(tensor), family.head_dim).to(tensor.device)
+                rows = _interleaved(len(tensor), family.head_dim)  # on the host: it may index codes there and weights on the device
                 tensor = tensor[rows]
                 weight = weight and QuantizedWeight(*(part[rows] for part in weight))
-            yield names.get_name(path, try_suffixes=(".weight", ".bias")), tensor, weight
+            yield names.get_name(path, try_suffixes=(".weight", ".bias")), tensor, weight, kind
 
-    def _tensors(self):
-        if self._family.config.rope_parameters["rope_type"] == "llama3":
-            frequencies = self._family.decoder.rotary_emb.inv_freq.cpu().double()
-            exponents = torch.arange(0, self._family.head_dim, 2).double() / self._family.head_dim
-            factors = self._family.config.rope_parameters["rope_theta"] ** -exponents / frequencies
-            yield "rope_freqs.weight", (factors.float().numpy(), None)
-        for name, tensor, weight in self._named():
+    def _tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        for name, tensor, weight, kind in self._named():
             if weight is None:
-                yield name, (tensor.cpu().to(torch.float32 if tensor.ndim == 1 else torch.float16).numpy(), None)
+                yield name, tensor.cpu().to(torch.float32 if tensor.ndim == 1 else torch.float16).numpy()
             else:
-                kind = block_type(name, weight)
-                yield name, (blocks(weight, kind), kind)
+                yield name, blocks(weight, kind)
 
     def _add_tokenizer(self, writer: gguf.GGUFWriter) -> None:
         known = {number: token for token, number in self._tokenizer.get_vocab().items()}
@@ -138,6 +162,14 @@ class GgufFile:
         with tempfile.TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder)
             gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+
+
+def check_holds(quant: WeightQuant) -> None:
+    """Raises ValueError for a grid that no type of block holds, whatever the codes."""
+    if quant.group_size and quant.group_size % _BLOCK:
+        raise ValueError(f"GGUF's blocks hold {_BLOCK} weights: choose a group_size that they divide, not {quant.group_size}")
+    if not quant.symmetric and quant.bits > 4:
+        raise ValueError(f"no type of GGUF's holds an asymmetric grid of {quant.bits} bits: choose a symmetric one, or at most 4 bits")
 
 
 def block_type(name: str, weight: QuantizedWeight) -> Type:
@@ -174,13 +206,30 @@ def _interleaved(rows: int, head_dim: int) -> Tensor:
     return torch.arange(rows).view(-1, 2, head_dim // 2).transpose(1, 2).flatten()
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase) -> str:
+def _frequency_factors(family: Family) -> Float[Tensor, " half_head_dim"]:
+    """What Llama 3's scaling divides RoPE's frequencies by."""
+    exponents = torch.arange(0, family.head_dim, 2).double() / family.head_dim
+    plain = family.config.rope_parameters["rope_theta"] ** -exponents
+    return (plain / family.decoder.rotary_emb.inv_freq.cpu().double()).float()
+
+
+def cut_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """llama.cpp's name for the way a tokenizer cuts text before its merges; raises ValueError where it has none that is known here."""
+    refusal = "this tokenizer isn't one that llama.cpp is known to share: export the model as 'fused', for llama.cpp's own converter"
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(refusal)
     description = json.loads(tokenizer.backend_tokenizer.to_str())
-    cut = json.dumps(description["pre_tokenizer"])
-    if description["model"]["type"] == "BPE" and not description["model"].get("byte_fallback"):
-        for mark, name in _CUTS.items():
-            if mark in cut:
-                return name
-    raise ValueError(
-        "this tokenizer isn't one that llama.cpp is known to share: export the model as 'fused', for llama.cpp's own converter"
-    )
+    cut = description["pre_tokenizer"] or {"type": None}
+    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    found = _CUTS.get(tuple(map(_step, steps)))
+    if found is None or description["model"]["type"] != "BPE" or description["model"].get("byte_fallback"):
+        raise ValueError(refusal)
+    return found
+
+
+def _step(step: dict) -> str:
+    if step["type"] == "Split":
+        return step["pattern"].get("Regex", "")
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return "ByteLevel, by its own rule" if step["use_regex"] else "ByteLevel"
+    return "Digits" if step["type"] == "Digits" and step["individual_digits"] else f"{step['type']}, otherwise"

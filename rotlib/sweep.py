@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -155,10 +156,10 @@ def work(recipes: list[dict]) -> list[str | None]:
     """Run one task's recipes; what goes wrong with one is told, and the next ones run."""
     failures = []
     for settings in recipes:
-        recipe = Recipe(**settings)
-        if status(recipe) == "damaged":
-            store.local_path(recipe.spec()).unlink(missing_ok=True)
         try:
+            recipe = Recipe(**settings)
+            if status(recipe) == "damaged":
+                store.local_path(recipe.spec()).unlink(missing_ok=True)
             run_all([recipe])
             failures.append(None)
         except Exception as error:  # whatever it is, other recipes needn't suffer for it
@@ -194,8 +195,11 @@ def ray(tasks: list[list[Recipe]], workers: int, address: str | None = None) -> 
     """A Ray cluster, the one at `address` or one on this machine; a task whose worker dies is tried again elsewhere."""
     import ray as cluster  # an engine of its own, and only needed here
 
-    if not cluster.is_initialized():
-        cluster.init(address=address, num_cpus=None if address else workers, log_to_driver=False, include_dashboard=False)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not cluster.is_initialized():  # workers elsewhere must find the same folders
+        places = {"env_vars": {name: value for name, value in os.environ.items() if name.startswith("ROTLIB_")}}
+        options = {"log_to_driver": False, "include_dashboard": False, "runtime_env": places}
+        cluster.init(address=address, num_cpus=None if address else workers, **options)
     resources = {"num_cpus": 1, "num_gpus": 1 if cluster.cluster_resources().get("GPU") else 0}
     remote = cluster.remote(max_retries=_ATTEMPTS - 1, **resources)(work)
     running = {remote.remote([asdict(recipe) for recipe in task]): number for number, task in enumerate(tasks)}
@@ -245,6 +249,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         whole_number("workers", options.workers, 1)
         recipes = _chosen(read_sweep(options.sweep), options.only)
+        if options.address and options.engine != "ray":
+            raise ValueError("--address is of a Ray cluster: it needs --engine ray")
+        if options.engine == "ray" and find_spec("ray") is None:
+            raise ValueError("the engine 'ray' isn't installed: pip install ray")
     except ValueError as error:
         parser.error(str(error))
     todo, counts = plan(recipes, options.rerun_stale)

@@ -19,6 +19,7 @@ from playwright.sync_api import Page, sync_playwright
 from rotlib.store import ROOT
 
 PICTURES = ROOT / "build" / "lab"
+MINUTES = 30  # that one notebook may take
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _SETTINGS = {  # all cells stay in the page, however far down; no question about news
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -31,8 +32,11 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab on copies of the notebooks."""
     home = tmp_path_factory.mktemp("lab")
     (home / "notebooks").mkdir()
-    for path in NOTEBOOKS:
-        shutil.copy(path, home / "notebooks")
+    for path in NOTEBOOKS:  # without what they show already
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            cell |= {"execution_count": None, "outputs": []} if cell.cell_type == "code" else {}
+        nbformat.write(notebook, home / "notebooks" / path.name)
     for name, settings in _SETTINGS.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,9 @@ def run_from_the_menu(page: Page) -> None:
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     prompts = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell .jp-InputPrompt")
+    deadline = time.monotonic() + MINUTES * 60
     while not all(re.fullmatch(r"\[\d+\]:", text) for text in prompts.all_inner_texts()):
+        assert time.monotonic() < deadline, f"still running after {MINUTES} minutes"
         assert not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count(), errors(page)
         time.sleep(0.5)
 

@@ -52,7 +52,7 @@ def test_stock_transformers_computes_what_the_quantized_model_does(grid, tokens,
     model = quantized(GRIDS[grid], tokens)
     folder = rl.export(model, tmp_path / "out")
     assert (logits_elsewhere(folder, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
-    assert not (tmp_path / ".out.partial").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("qwen") or "bias" in name])
@@ -89,6 +89,21 @@ def test_sixteen_bits_outside_the_codes_stay_within_their_rounding(tokens, tmp_p
     assert (logits_elsewhere(folder, tokens, tmp_path).float() - model(tokens).logits).abs().max() < 0.1 * model(tokens).logits.abs().max()
 
 
+def test_a_sixteen_bit_model_is_exported_by_its_codes(tokens, tmp_path):
+    model = quantized(rl.WeightQuant(group_size=16), tokens).to(torch.bfloat16)
+    for dtype in (None, torch.float32, torch.float16):
+        rl.export(model, tmp_path / str(dtype), dtype=dtype)
+
+
+def test_a_group_as_wide_as_a_row_is_a_group(tokens, tmp_path):
+    model = quantized(rl.WeightQuant(group_size=16), tokens, "llama, head_dim ≠ hidden/heads")
+    narrow = model.model.layers[0].self_attn.k_proj
+    narrow.quantized = narrow.quantized._replace(
+        codes=narrow.quantized.codes[:, :16], scale=narrow.quantized.scale[:, :1], zero=narrow.quantized.zero[:, :1]
+    )
+    assert checkpoint._packing(checkpoint.codes_of(model)).group_size == 16
+
+
 def test_a_big_model_is_written_in_shards(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD", "20KB")
     model = quantized(rl.WeightQuant(group_size=16), tokens)
@@ -109,6 +124,9 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tokens, t
         (done, "out", {"format": "onnx"}, "unknown format 'onnx': choose one of compressed-tensors, gguf, fused"),
         (online, "out", {"format": "fused"}, "needs R4 while it runs"),
         (done, "full", {}, "isn't an empty folder"),
+        (done, "full", {"overwrite": True}, "holds something else than a checkpoint"),
+        (done, "full/notes.txt/out", {}, "can't be made a folder"),
+        (done, "out", {"dtype": torch.int8}, r"dtype must be one of torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             rl.export(model, tmp_path / folder, **settings)
@@ -140,7 +158,8 @@ def test_a_recipe_is_exported_with_a_card_that_says_what_was_measured(folder, to
     recipe = rl.Recipe(model=str(folder / "model"), rotation="hadamard", group_size=16, window=64, calibration_windows=2, test_windows=2)
     out = rl.export_recipe(recipe, tmp_path / "out")
     card = ModelCard.load(out / "README.md")
-    assert card.data.base_model == recipe.model
+    assert card.data.base_model is None  # a folder of this machine means nothing elsewhere
+    assert str(folder) not in card.content
     measured = rl.run(recipe).metrics
     assert f"| {measured['reference_perplexity']:.3f} | {measured['perplexity']:.3f} |" in card.text
     assert yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])["rotation"] == "hadamard"
@@ -156,6 +175,8 @@ def test_a_recipe_that_no_checkpoint_can_hold_is_refused_before_it_runs(tmp_path
         (rl.Recipe(rounding="none"), {}, "goes with the rounding 'none'"),
         (rl.Recipe(), {"format": "fused"}, "goes with the rounding 'none'"),
         (rl.Recipe(), {"folder": tmp_path}, "isn't an empty folder"),
+        (rl.Recipe(group_size=16), {"format": "gguf"}, "GGUF's blocks hold 32 weights"),
+        (rl.Recipe(bits=5, symmetric=False), {"format": "gguf"}, "no type of GGUF's holds an asymmetric grid of 5 bits"),
     ):
         with pytest.raises(ValueError, match=message):
             rl.export_recipe(recipe, **{"folder": tmp_path / "out"} | settings)

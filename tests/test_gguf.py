@@ -7,11 +7,13 @@ from copy import deepcopy
 import gguf
 import pytest
 import torch
+from tokenizers import Regex
+from tokenizers import pre_tokenizers as pre
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import rotlib as rl
-from rotlib.gguf_file import NAME, block_type, blocks
+from rotlib.gguf_file import NAME, GgufFile, block_type, blocks, cut_of
 from rotlib.quant import QuantizedWeight, round_to_nearest
 from rotlib.zoo import load_tokenizer
 
@@ -20,6 +22,7 @@ SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
+    "llama, biases everywhere": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "llama, scaled RoPE": LlamaConfig(**SHAPE, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}),
     "qwen2, biases": Qwen2Config(**SHAPE),
     "qwen3, q/k norms": Qwen3Config(**SHAPE, head_dim=128),  # the head_dim that transformers takes every GGUF of Qwen3 to have
@@ -49,10 +52,15 @@ def quantized(name, quant, tokens):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=torch.float32).eval().requires_grad_(False)
     for parameter in model.parameters():
-        parameter.mul_(3)
+        parameter.copy_(torch.rand_like(parameter) + 0.5) if parameter.ndim == 1 else parameter.mul_(3)
     rl.fuse(model, rl.hadamard_rotation(model))
     rl.gptq(model, tokens, quant)
     return model
+
+
+def tensors_of(folder):
+    tensors = gguf.GGUFReader(folder / NAME).tensors
+    return {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
 
 
 def logits_elsewhere(folder, tokens, tmp_path):
@@ -81,12 +89,72 @@ def test_transformers_reads_the_file_as_the_quantized_model(name, grid, tokens, 
     model = quantized(name, GRIDS[grid], tokens)
     folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
     wanted = model(tokens).logits
-    if name != "llama, scaled RoPE":  # transformers leaves the file's frequencies unread
+    if name not in ("llama, scaled RoPE", "llama, biases everywhere"):  # transformers leaves those unread
         assert (logits_elsewhere(folder, tokens, tmp_path) - wanted).abs().max() < 2e-2 * wanted.abs().max()
     reader = gguf.GGUFReader(folder / NAME)
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if ".ffn_" in tensor.name and "norm" not in tensor.name}
     assert kinds == {grid.split(",")[0]}
-    assert ("rope_freqs.weight" in {tensor.name for tensor in reader.tensors}) == (name == "llama, scaled RoPE")
+
+
+def test_scaled_rotary_embeddings_travel_as_factors(tokens, tmp_path):
+    model = quantized("llama, scaled RoPE", rl.WeightQuant(), tokens)
+    rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    factors = tensors_of(tmp_path / "out")["rope_freqs.weight"]
+    plain = 1e4 ** (-torch.arange(0, 16, 2) / 16)
+    assert torch.allclose(plain / factors, model.model.rotary_emb.inv_freq, rtol=1e-5)
+    assert factors.min() == pytest.approx(1, rel=1e-5)
+    assert factors.max() == pytest.approx(LLAMA3["factor"], rel=1e-5)
+
+
+def test_biases_of_queries_turn_with_their_rows(tokens, tmp_path):
+    model = quantized("llama, biases everywhere", rl.WeightQuant(), tokens)
+    rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    found = tensors_of(tmp_path / "out")
+    q = model.model.layers[1].self_attn.q_proj
+    joined = torch.cat([q.weight, q.bias[:, None]], dim=1)
+    pairs = joined.view(4, 2, 8, 65).transpose(1, 2).reshape(64, 65)  # RoPE's two halves of a head, side by side
+    assert (torch.cat([found["blk.1.attn_q.weight"], found["blk.1.attn_q.bias"][:, None]], dim=1) - pairs).abs().max() < 1e-2
+    assert torch.equal(found["blk.0.ffn_down.bias"], model.model.layers[0].mlp.down_proj.bias)
+
+
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([pre.ByteLevel(add_prefix_space=False)], "gpt-2"),
+        ([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)], "smollm"),
+        ([pre.Split(Regex(SPLIT % r"\p{N}{1,3}"), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)], "llama-bpe"),
+        ([pre.Split(Regex(SPLIT % r"\p{N}"), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)], "qwen2"),
+        ([pre.Split(Regex(r"\p{N}{1,3}|\p{L}+"), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)], None),
+        ([pre.ByteLevel(add_prefix_space=True)], None),
+        ([pre.Whitespace()], None),
+    ],
+)
+def test_a_tokenizers_way_of_cutting_has_a_name_or_is_refused(steps, name):
+    tokenizer = deepcopy(load_tokenizer("smollm2-135m"))
+    tokenizer.backend_tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre.Sequence(steps)
+    if name:
+        assert cut_of(tokenizer) == name
+    else:
+        with pytest.raises(ValueError, match="known to share"):
+            cut_of(tokenizer)
+
+
+@pytest.mark.parametrize("damage", ["blk.1.ffn_up.weight", "token_embd.weight"])
+def test_a_file_that_reads_back_otherwise_is_not_kept(damage, tokens, tmp_path, monkeypatch):
+    def write(self, folder):
+        intact(self, folder)
+        reader = gguf.GGUFReader(folder / NAME, "r+")
+        next(tensor for tensor in reader.tensors if tensor.name == damage).data[0, 4] += 1
+        reader.data.flush()
+
+    intact = GgufFile.write
+    monkeypatch.setattr(GgufFile, "write", write)
+    with pytest.raises(RuntimeError, match=f"{damage} doesn't read back"):
+        rl.export(quantized("llama", rl.WeightQuant(), tokens), tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_carries_the_tokenizer(tokens, tmp_path):
