@@ -1,30 +1,19 @@
 """What is exported is read by stock transformers, in a process that never imports rotlib, as the model it came from."""
 
 import json
-import subprocess
-import sys
 from collections import namedtuple
 from importlib import import_module
 
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, tiny_model
+from conftest import CONFIGS, logits_elsewhere, tiny_model
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 import rotlib as rl
 
 exporting, checkpoint = import_module("rotlib.export"), import_module("rotlib.checkpoint")  # rl.export is the function
-READER = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-tokens = torch.load(sys.argv[2])
-assert "rotlib" not in sys.modules
-with torch.no_grad():
-    torch.save(model(tokens).logits, sys.argv[3])
-"""
 GRIDS = {
     "per channel": rl.WeightQuant(),
     "groups": rl.WeightQuant(group_size=16),
@@ -32,12 +21,6 @@ GRIDS = {
     "per channel, asymmetric, 3 bits": rl.WeightQuant(bits=3, symmetric=False),
     "8 bits": rl.WeightQuant(bits=8, group_size=16),
 }
-
-
-def logits_elsewhere(folder, tokens, tmp_path):
-    torch.save(tokens, tmp_path / "tokens.pt")
-    subprocess.run([sys.executable, "-c", READER, folder, tmp_path / "tokens.pt", tmp_path / "logits.pt"], check=True, cwd=tmp_path)
-    return torch.load(tmp_path / "logits.pt")
 
 
 def quantized(quant, tokens, name="llama", act_order=True):

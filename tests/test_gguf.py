@@ -1,12 +1,11 @@
 """A GGUF file holds every code as it was, and stock readers compute what the quantized model does."""
 
-import subprocess
-import sys
 from copy import deepcopy
 
 import gguf
 import pytest
 import torch
+from conftest import logits_elsewhere
 from tokenizers import Regex
 from tokenizers import pre_tokenizers as pre
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
@@ -33,14 +32,6 @@ GRIDS = {
     "Q4_1, groups, 3 bits": rl.WeightQuant(bits=3, group_size=32, symmetric=False),
     "Q8_0, groups": rl.WeightQuant(bits=8, group_size=32),
 }
-READER = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], gguf_file="model.gguf", dtype=torch.float32).eval()
-assert "rotlib" not in sys.modules
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
 
 
 @pytest.fixture
@@ -61,12 +52,6 @@ def quantized(name, quant, tokens):
 def tensors_of(folder):
     tensors = gguf.GGUFReader(folder / NAME).tensors
     return {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
-
-
-def logits_elsewhere(folder, tokens, tmp_path):
-    torch.save(tokens, tmp_path / "tokens.pt")
-    subprocess.run([sys.executable, "-c", READER, folder, tmp_path / "tokens.pt", tmp_path / "logits.pt"], check=True, cwd=tmp_path)
-    return torch.load(tmp_path / "logits.pt")
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "name"), [(4, True, "Q4_0"), (3, False, "Q4_1"), (8, True, "Q8_0")])
@@ -90,7 +75,7 @@ def test_transformers_reads_the_file_as_the_quantized_model(name, grid, tokens, 
     folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
     wanted = model(tokens).logits
     if name not in ("llama, scaled RoPE", "llama, biases everywhere"):  # transformers leaves those unread
-        assert (logits_elsewhere(folder, tokens, tmp_path) - wanted).abs().max() < 2e-2 * wanted.abs().max()
+        assert (logits_elsewhere(folder, tokens, tmp_path, NAME) - wanted).abs().max() < 2e-2 * wanted.abs().max()
     reader = gguf.GGUFReader(folder / NAME)
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if ".ffn_" in tensor.name and "norm" not in tensor.name}
     assert kinds == {grid.split(",")[0]}
