@@ -67,6 +67,8 @@ def _claims() -> Iterator[Claim]:
         LH, GSR = (replace(arm, block=grid["group_size"]) for arm in (GH, GW))
         yield Claim("GSR", "GSR is better than a global Hadamard rotation", GSR, GH)
         yield Claim("GSR", "sequency helps, on the whole width", GW, GH)
+        with_signs = (replace(arm, signs=True) for arm in (GW, GH))
+        yield Claim("GSR", "sequency helps, on the whole width, with random signs", *with_signs)
         yield Claim("GSR", "sequency helps, within groups", GSR, LH)
         yield Claim("GSR", "grouping helps, without order", LH, GH)
         yield Claim("GSR", "grouping helps, with order", GSR, GW)
