@@ -57,13 +57,15 @@ class GgufFile:
                 f"this tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it belongs to another model"
             )
         weights = codes_of(model)
-        self._types = {placed.module: block_type(placed.name, weights[placed.name]) for placed in placed_weights(self._family, True)}
+        placed_in_layers = placed_weights(self._family, quantized_only=True)
+        self._types = {placed.module: block_type(placed.name, weights[placed.name]) for placed in placed_in_layers}
         rope = model.config.rope_parameters
         if rope["rope_type"] not in ("default", "llama3"):
             raise ValueError(
                 f"this model's rotary embeddings are scaled by {rope['rope_type']!r}: export it as 'fused', for llama.cpp's own converter"
             )
-        self.size = sum(size for _, _, _, size, _ in self._layout())
+        self._layout = self._lay_out()
+        self.size = sum(size for _, _, _, size, _ in self._layout)
 
     def write(self, folder: Path) -> None:
         """`NAME`, with the tokenizer inside."""
@@ -85,14 +87,13 @@ class GgufFile:
         writer.add_file_type(_FILE_TYPES[next(iter(self._types.values()))])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self._add_tokenizer(writer)
-        layout = self._layout()
-        for name, shape, dtype, size, kind in layout:
+        for name, shape, dtype, size, kind in self._layout:
             writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, data in self._tensors():
-            writer.write_tensor_data(data)
+        for _, tensor, weight, kind in self._named():
+            writer.write_tensor_data(_floats(tensor).numpy() if weight is None else blocks(weight, kind))
         writer.close()
 
     def differing(self, folder: Path) -> str | None:
@@ -101,7 +102,7 @@ class GgufFile:
         for name, tensor, weight, _ in self._named():
             read = torch.from_numpy(gguf.dequantize(found[name].data, found[name].tensor_type).copy()).view(tensor.shape)
             if weight is None:
-                same = torch.equal(read, tensor.cpu().to(torch.float32 if tensor.ndim == 1 else torch.float16).float())
+                same = torch.equal(read, _floats(tensor).float())
             else:
                 groups = (read - weight.dense().cpu()).abs().unflatten(1, (weight.scale.shape[1], -1))
                 same = bool((groups < weight.scale.cpu().unsqueeze(2) / 2).all())
@@ -109,11 +110,11 @@ class GgufFile:
                 return name
         return None
 
-    def _layout(self) -> list[tuple]:
+    def _lay_out(self) -> list[tuple]:
         """(name, shape in bytes or floats, type of the array, bytes, type of block) of every tensor, in the file's order."""
         layout = []
         for name, tensor, _, kind in self._named():
-            dtype = np.uint8 if kind else np.float32 if tensor.ndim == 1 else np.float16
+            dtype = np.uint8 if kind else _floats(tensor[:1]).numpy().dtype
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind) if kind else tuple(tensor.shape)
             layout.append((name, shape, dtype, int(np.prod(shape)) * np.dtype(dtype).itemsize, kind))
         return layout
@@ -138,13 +139,6 @@ class GgufFile:
                 weight = weight and QuantizedWeight(*(part[rows] for part in weight))
             yield names.get_name(path, try_suffixes=(".weight", ".bias")), tensor, weight, kind
 
-    def _tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name, tensor, weight, kind in self._named():
-            if weight is None:
-                yield name, tensor.cpu().to(torch.float32 if tensor.ndim == 1 else torch.float16).numpy()
-            else:
-                yield name, blocks(weight, kind)
-
     def _add_tokenizer(self, writer: gguf.GGUFWriter) -> None:
         known = {number: token for token, number in self._tokenizer.get_vocab().items()}
         added = self._tokenizer.added_tokens_decoder
@@ -162,6 +156,11 @@ class GgufFile:
         with tempfile.TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder)
             gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    """What has no codes, as it stands in the file: matrices in float16, norms and biases in float32."""
+    return tensor.to("cpu", torch.float32 if tensor.ndim == 1 else torch.float16)
 
 
 def check_holds(quant: WeightQuant) -> None:
