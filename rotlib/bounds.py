@@ -50,8 +50,8 @@ def _compute(recipe: Recipe, every: int, device: torch.device, record: Record) -
     calibration = calibration_tokens(recipe)
     model, _ = load(recipe.model, str(device))
     check_online(check_quantizable(model, recipe.quant), recipe.online)
-    rotation = (rotation_of(recipe, model, record) or Rotation(None, None)).projected(model.device)
     family = adapt(model)
+    rotation = (rotation_of(recipe, model, record) or Rotation(None, None)).projected(family.device)
     record.metrics["modules"] = []
     with record.stage("bounds"):
         for layer, H in enumerate(hessians(model, calibration)):
@@ -61,7 +61,7 @@ def _compute(recipe: Recipe, every: int, device: torch.device, record: Record) -
             for stage in STAGES:
                 turn = rotation.on_inputs(placed[stage[0]].at, layer)
                 turned = times(times(H[stage[0]].double(), turn).mT, turn)
-                weights = {site: dict(placed[site].rotated(rotation))["weight"].float() for site in stage}
+                weights = {site: dict(placed[site].rotated(rotation, family.device))["weight"].float() for site in stage}
                 record.metrics["modules"] += [line | {"layer": layer} for line in measure_stage(weights, turned, recipe)]
     record.tokens["calibration"] = fingerprint(calibration)
 

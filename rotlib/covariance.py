@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ from rotlib.families import Family, adapt
 DAMPING = 0.01  # of the mean of H's diagonal, which no rotation changes
 _LADDER = (1, 10, 100)  # factors on the damping, tried until the Cholesky factorisation succeeds
 _BLOCK = 384
-_BATCH_TOKENS = 16384  # tokens that go through a layer at a time
+BATCH_TOKENS = 16384  # tokens that go through a layer at a time
 
 
 class Stop(Exception):
@@ -54,7 +55,7 @@ class Hessian:
 
 @torch.no_grad()
 def hessians(model: PreTrainedModel, calibration: Int[Tensor, "windows length"]) -> Iterator[dict[str, Float[Tensor, "n n"]]]:
-    """For each layer in turn, H of what q (k and v), o, gate (and up) and down read, on the model's device.
+    """For each layer in turn, H of what q (k and v), o, gate (and up) and down read, where the model computes.
 
     The model is the original: it runs as it is, and the norms' gains are left out of H as folding leaves them out. Raises
     ValueError for windows that it can't take.
@@ -69,7 +70,7 @@ def hessians(model: PreTrainedModel, calibration: Int[Tensor, "windows length"])
         readers = {"q": norms["attention_norm"], "o": linears["o"], "gate": norms["mlp_norm"], "down": linears["down"]}
         handles = [module.register_forward_pre_hook(_sum_into(sums[site])) for site, module in readers.items()]
         try:
-            batches = [(run_layer(family.layers[layer], *batch), batch[1]) for batch in batches]
+            batches = walk_layer(family, layer, batches)
         finally:
             for handle in handles:
                 handle.remove()
@@ -123,8 +124,12 @@ def pivots_and_slope(H: Float[Tensor, "*batch n n"]) -> tuple[Float[Tensor, "*ba
     return m.square().sum(-1), V.mT @ V
 
 
-def layer_inputs(family: Family, calibration: Int[Tensor, "windows length"]) -> list[tuple[Tensor, dict]]:
-    """What the first decoder layer is called with, batch by batch: hidden states (kept on the host) and keywords."""
+def layer_inputs(family: Family, windows: Int[Tensor, "windows length"], at_a_time: int | None = None) -> list[tuple[Tensor, dict]]:
+    """What the first decoder layer is called with, batch by batch: hidden states (kept on the host) and keywords.
+
+    A batch has `at_a_time` windows, or as many as make up `BATCH_TOKENS`. Raises ValueError like `check_masks`.
+    """
+    check_masks(family.model, windows.shape[1])
     batches = []
 
     def catch(layer, args, kwargs):
@@ -134,7 +139,7 @@ def layer_inputs(family: Family, calibration: Int[Tensor, "windows length"]) -> 
     handle = family.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     device = family.embedding.weight.device
     try:
-        for ids in calibration.split(max(1, _BATCH_TOKENS // calibration.shape[1])):
+        for ids in windows.split(at_a_time or max(1, BATCH_TOKENS // windows.shape[1])):
             with suppress(Stop):
                 family.decoder(input_ids=ids.to(device), use_cache=False)
     finally:
@@ -142,9 +147,16 @@ def layer_inputs(family: Family, calibration: Int[Tensor, "windows length"]) -> 
     return batches
 
 
+def walk_layer(family: Family, layer: int, batches: list[tuple[Tensor, dict]]) -> list[tuple[Tensor, dict]]:
+    """What the next layer is called with."""
+    with family.on_device(family.layers[layer]):
+        return [(run_layer(family.layers[layer], *batch), batch[1]) for batch in batches]
+
+
 def run_layer(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
     """A decoder layer's output hidden states, kept on the host between layers."""
-    out = layer(x.to(next(layer.parameters()).device), **kwargs)
+    device = next(layer.parameters()).device
+    out = layer(x.to(device), **send_to_device(kwargs, device))
     return (out[0] if isinstance(out, tuple) else out).cpu()
 
 
@@ -153,6 +165,6 @@ def check_masks(model: PreTrainedModel, length: int) -> None:
     kinds = set(getattr(model.config, "layer_types", None) or ())
     if len(kinds) > 1 and length > (model.config.sliding_window or length):
         raise ValueError(
-            f"this model mixes {' and '.join(sorted(kinds))} layers: calibrate with windows of at most its "
+            f"this model mixes {' and '.join(sorted(kinds))} layers: use windows of at most its "
             f"{model.config.sliding_window} tokens of sliding window, not {length}"
         )

@@ -47,6 +47,23 @@ class Family:
         self.kv_heads = self.config.num_key_value_heads
         self.head_dim = getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes. One that doesn't fit there is kept on the host (`zoo.load`) and sends a layer at a time."""
+        return getattr(self.model, "rotlib_device", self.embedding.weight.device)
+
+    @contextmanager
+    def on_device(self, *modules: Module) -> Iterator[None]:
+        """These modules where the model computes, while open; then back where its weights are kept."""
+        home = self.embedding.weight.device
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for module in modules:
+                module.to(home)
+
     def linears(self, layer: int) -> dict[str, nn.Linear]:
         """q, k, v, o, gate, up and down of one layer, by those names."""
         return {name: self.layers[layer].get_submodule(path) for name, path in self.linear_paths.items()}

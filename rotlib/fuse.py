@@ -40,9 +40,9 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     check_finite(model)
     model.config.rotlib_rotated = True  # first: an interrupted model is neither the original nor rotated
     family.untie()
-    rotation = rotation.projected(family.embedding.weight.device)
+    rotation = rotation.projected(family.device)
     for placed in placed_weights(family):
-        for name, value in placed.rotated(rotation):
+        for name, value in placed.rotated(rotation, family.device):
             getattr(placed.module, name).copy_(value)
     for layer in range(len(family.layers)):
         for norm, gain in norm_gains(family, rotation, layer):

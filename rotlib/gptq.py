@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import positive, share, token_ids, yes_or_no
-from rotlib.covariance import DAMPING, Hessian, Stop, check_masks, factorise, layer_inputs, run_layer
+from rotlib.covariance import DAMPING, Hessian, Stop, check_masks, factorise, layer_inputs, run_layer, walk_layer
 from rotlib.families import STAGES, Family
 from rotlib.quant import Grid, QuantizedWeight, WeightQuant, check_quantizable, fit_grid, round_to_nearest, set_weight
 
@@ -85,7 +85,8 @@ def gptq(
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
         if unrounded:
             unrounded.walk(layer)
-        batches = _quantize_layer(family, layer, batches, solve, report, unrounded)
+        with family.on_device(family.layers[layer]):
+            batches = _quantize_layer(family, layer, batches, solve, report, unrounded)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -188,14 +189,14 @@ class _Unrounded:
             for stage in STAGES
         ]
         try:
-            self._batches = [(run_layer(self._family.layers[layer], *batch), batch[1]) for batch in self._batches]
+            self._batches = walk_layer(self._family, layer, self._batches)
         finally:
             for handle in handles:
                 handle.remove()
 
     def drift(self, stage: tuple[str, ...], seen: list[Tensor]) -> Float[Tensor, "n n"]:
         """α E[(x̃ − x) xᵀ] of one stage, from what it read of every batch."""
-        device = self._family.embedding.weight.device
+        device = self._family.device
         total, tokens = 0, 0
         for original, x in zip(self._inputs.pop(stage), seen, strict=True):
             original, x = (values.to(device).flatten(0, -2).float() for values in (original, x))
@@ -255,6 +256,5 @@ def _quantize_stage(index: int, linears: dict[str, nn.Linear], H: Tensor, C: Ten
     parts = zip(*(part.split(sizes) for part in Q), strict=True)
     for (site, linear), part, e in zip(linears.items(), parts, error.split(sizes), strict=True):
         name = f"layers.{index}.{site}"
-        report.weights[name] = QuantizedWeight(*part)
-        set_weight(linear, report.weights[name])
+        report.weights[name] = set_weight(linear, QuantizedWeight(*part))
         report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rotlib.checks import whole_number
 from rotlib.families import Family
-from rotlib.objective import Matrix
+from rotlib.objective import Matrix, rotated_values
 from rotlib.quant import WeightQuant
-from rotlib.rotation import Rotation, rotate_weight, times
+from rotlib.rotation import Rotation, times
 from rotlib.sampling import BATCH, RowSampler, pull_back, rows_by_head
 
 
@@ -38,9 +38,7 @@ def group_norms(rotated: Float[Tensor, "*batch m n"], group: int, across: bool) 
 
 def sum_of_group_norms(matrices: list[Matrix], rotation: Rotation, group: int) -> float:
     """The objective, in full."""
-    rotation = rotation.to(matrices[0].values.device, torch.float32)
-    rotated = (rotate_weight(matrix.values.float(), *rotation.at(matrix.site, matrix.layer)) for matrix in matrices)
-    return sum(group_norms(W, group, across=False)[0].item() for W in rotated)
+    return sum(group_norms(rotated_values(matrix, rotation), group, across=False)[0].item() for matrix in matrices)
 
 
 class GroupSampler:

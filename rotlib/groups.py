@@ -43,10 +43,10 @@ def _compute(recipe: Recipe, group_size: int, device: torch.device, record: Reco
     model, _ = load(recipe.model, str(device))
     family = adapt(model)
     check_group(family, group_size)
-    rotation = (rotation_of(recipe, model, record) or Rotation(None, None)).projected(model.device)
+    rotation = (rotation_of(recipe, model, record) or Rotation(None, None)).projected(family.device)
     record.metrics["modules"] = []
     for placed in placed_weights(family, quantized_only=True):
-        W = dict(placed.rotated(rotation))["weight"]
+        W = dict(placed.rotated(rotation, family.device))["weight"]
         record.metrics["modules"].append({"site": placed.site, "layer": placed.layer} | group_spread(W, group_size))
         if (placed.site, placed.layer) == ("q", min(SHOWN_LAYER, len(family.layers) - 1)):
             energy = W.square().sum(0)

@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids, whole_number
-from rotlib.families import adapt
+from rotlib.covariance import layer_inputs, walk_layer
+from rotlib.families import Family, adapt
 from rotlib.text import windows as cut
 
-_CHUNK = 128  # positions whose logits exist at a time
+CHUNK = 128  # positions whose logits exist at a time
 
 
 @dataclass
@@ -53,47 +54,50 @@ class Reference:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "windows length"]):
-        lm_head = adapt(model).lm_head
+        family = adapt(model)
         token_ids("windows", windows, 2, model)
         self.windows = windows
-        self.lm_head = deepcopy(lm_head)  # the model may be rotated or quantized in place later on
-        self.hidden = [_hidden(model, ids) for ids in windows]
+        self.lm_head = deepcopy(family.lm_head)  # the model may be rotated or quantized in place later on
+        self.hidden = _hidden(family, windows)
 
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, windows: Int[Tensor, "windows length"], reference: Reference | None = None) -> Evaluation:
     """Cross-entropy and, where a reference over the same windows is given, KL divergence, window by window."""
-    lm_head = adapt(model).lm_head
+    family = adapt(model)
     token_ids("windows", windows, 2, model)
     if reference is not None and not isinstance(reference, Reference):
         raise ValueError(f"the reference must be a rl.Reference(model, windows), not a {type(reference).__name__}")
     if reference is not None and not torch.equal(reference.windows, windows):
         raise ValueError("the reference was taken over other tokens: build it from the same windows")
     result = Evaluation()
-    for number, ids in enumerate(windows):
-        sums = torch.zeros(3, dtype=torch.float64)
-        next_tokens = ids[1:].to(lm_head.weight.device).split(_CHUNK)
-        hidden = _hidden(model, ids).split(_CHUNK)
-        targets = reference.hidden[number].split(_CHUNK) if reference is not None else [None] * len(hidden)
-        for x, target, labels in zip(hidden, targets, next_tokens, strict=True):
-            logprobs = lm_head(x).float().log_softmax(-1)
-            sums[0] += F.nll_loss(logprobs, labels, reduction="sum").item()
-            if target is not None:
-                truth = reference.lm_head(target).float().log_softmax(-1)
-                sums[1] += F.nll_loss(truth, labels, reduction="sum").item()
-                sums[2] += F.kl_div(logprobs, truth, reduction="sum", log_target=True).item()
-        means = (sums / (len(ids) - 1)).tolist()
-        result.cross_entropy.append(means[0])
-        if reference is not None:
-            result.reference_cross_entropy.append(means[1])
-            result.kl.append(means[2])
+    hidden = _hidden(family, windows)
+    heads = [family.lm_head] if reference is None else [family.lm_head, reference.lm_head]
+    with family.on_device(*heads):
+        for number, ids in enumerate(windows):
+            streams = [x[number].to(family.device).split(CHUNK) for x in (hidden, *([reference.hidden] if reference else []))]
+            sums = torch.zeros(3, dtype=torch.float64)
+            for labels, *read in zip(ids[1:].to(family.device).split(CHUNK), *streams, strict=True):
+                logprobs, *truth = (head(x).float().log_softmax(-1) for head, x in zip(heads, read, strict=True))
+                sums[0] += F.nll_loss(logprobs, labels, reduction="sum").item()
+                for target in truth:
+                    sums[1] += F.nll_loss(target, labels, reduction="sum").item()
+                    sums[2] += F.kl_div(logprobs, target, reduction="sum", log_target=True).item()
+            means = (sums / (len(ids) - 1)).tolist()
+            result.cross_entropy.append(means[0])
+            if reference is not None:
+                result.reference_cross_entropy.append(means[1])
+                result.kl.append(means[2])
     return result
 
 
-def _hidden(model: PreTrainedModel, ids: Int[Tensor, " length"]) -> Float[Tensor, "length-1 d"]:
-    """What lm_head reads at every position that has a next token."""
-    family = adapt(model)
-    return family.decoder(input_ids=ids[None].to(family.embedding.weight.device), use_cache=False).last_hidden_state[0, :-1]
+def _hidden(family: Family, windows: Int[Tensor, "windows length"]) -> list[Float[Tensor, "length-1 d"]]:
+    """What lm_head reads at every position of every window that has a next token; a layer at a time, kept on the host."""
+    batches = layer_inputs(family, windows, at_a_time=1)
+    for layer in range(len(family.layers)):
+        batches = walk_layer(family, layer, batches)
+    with family.on_device(family.final_norm):
+        return [family.final_norm(x.to(family.device))[0, :-1].cpu() for x, _ in batches]
 
 
 def perplexity(model: PreTrainedModel, tokens: Int[Tensor, " n"], window: int = 1024) -> float:

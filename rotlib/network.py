@@ -58,6 +58,11 @@ class Student:
 
     def __init__(self, model: PreTrainedModel, quant: WeightQuant | None, online: list[str], checkpointing: bool):
         self._original = adapt(model)
+        if self._original.device != model.device:
+            raise ValueError(
+                f"learning through the network needs the whole model on {self._original.device}, where it doesn't fit: take a bigger "
+                "device, or a rotation learned without it, such as rl.optrot(model)"
+            )
         shared = [module.weight for module in (self._original.embedding, self._original.lm_head)]
         self.model = deepcopy(model, {id(weight): weight for weight in shared})
         for parameter in self.model.parameters():

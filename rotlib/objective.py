@@ -41,11 +41,12 @@ class Matrix:
 
     def rows(self, name: str, rotation: Rotation, index: Tensor | slice = slice(None)) -> Float[Tensor, "m n"]:
         """The matrix with every rotation but `name` applied, laid out so that `name` acts on its rows."""
+        device = getattr(rotation, name).device  # a model kept on the host sends one matrix, or the rows asked for, at a time
         others = [None if R is None else R.float() for R in replace(rotation, **{name: None}).at(self.site, self.layer)]
         values = self.values
         if any(R is not None for R in others):
-            values = rotate_weight(values.float(), *others)
-        return (values if self.site.reads == name else values.mT)[index].float()
+            values = rotate_weight(values.to(device).float(), *others)
+        return (values if self.site.reads == name else values.mT)[index].to(device).float()
 
     def touched_by(self, name: str) -> bool:
         return name in (self.site.reads, self.site.writes)
@@ -116,8 +117,14 @@ def sum_of_fourth_powers(matrices: list[Matrix], rotation: Rotation) -> float:
 
 def fourth_powers(matrix: Matrix, rotation: Rotation) -> float:
     """‖rotated matrix‖₄⁴, whatever its factor."""
-    rotated = rotate_weight(matrix.values.float(), *rotation.to(matrix.values.device, torch.float32).at(matrix.site, matrix.layer))
-    return rotated.square_().square_().sum().item()
+    return rotated_values(matrix, rotation).square_().square_().sum().item()
+
+
+def rotated_values(matrix: Matrix, rotation: Rotation) -> Float[Tensor, "m n"]:
+    """The matrix under the whole rotation, in float32, where the rotation is."""
+    device = next((R.device for R in rotation.tensors()), matrix.values.device)
+    values = matrix.values.to(device).float()
+    return rotate_weight(values, *rotation.to(values.device, torch.float32).at(matrix.site, matrix.layer))
 
 
 def _weight(placed: PlacedWeight, scale: Callable[[Tensor], Tensor | float], R4: bool) -> Matrix:

@@ -176,7 +176,7 @@ def starting_point(
     check_rotation(family, start)
     if start.online and (start.R3, start.R4) != (R3, R4):
         raise ValueError(f"the start has {' and '.join(start.online)} on: learn with R3={start.R3} and R4={start.R4}, or start without")
-    device, R1 = family.embedding.weight.device, (as_blocks if local else as_matrix)(start.R1)
+    device, R1 = family.device, (as_blocks if local else as_matrix)(start.R1)
     R1, R2 = (R.to(device, torch.float32, copy=True) for R in (R1, start.R2))  # learning may move them in place
     return family, Rotation(R1, R2, R3, R4)
 

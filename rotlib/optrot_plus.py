@@ -85,7 +85,7 @@ def _collect(model: PreTrainedModel, family: Family, calibration: Tensor, R4: bo
     R1, R2, down, energies = [], [], [], []
     for layer, H in enumerate(hessians(model, calibration)):
         reads = {site: H[stage[0]] for stage in STAGES for site in stage}
-        folded = {weight.site: weight.folded(torch.float32) for weight in placed_in_layer(family, layer)}
+        folded = {weight.site: weight.folded(torch.float32, family.device) for weight in placed_in_layer(family, layer)}
         energies += [(W @ reads[site] * W).sum().item() for site, W in folded.items()]
         safe = {site: damped(matrix, f"layers.{layer}.{site}") for site, matrix in H.items()}
         R1 += [safe["q"], safe["gate"]]

@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotlib import store
+from rotlib import memory, store
 from rotlib.activations import ActivationQuant, check_activations, quantized_activations
+from rotlib.families import adapt
 from rotlib.fixed import DRAWN, gsr_rotation
 from rotlib.fuse import fuse
 from rotlib.gptq import gptq
@@ -42,7 +43,7 @@ from rotlib.zoo import load, load_tokenizer, pick_device, resolve
 def run(recipe: Recipe, device: str = "auto") -> Result:
     """The recipe's result: read where it is finished, computed and saved where it isn't.
 
-    Raises ValueError for an unknown model or too short a text before any long work.
+    Raises ValueError for an unknown model, one that needs more memory than there is, or too short a text, before any long work.
     """
     return run_all([recipe], device)[0]
 
@@ -58,6 +59,9 @@ def run_all(recipes: Iterable[Recipe], device: str = "auto") -> list[Result]:
     picked = pick_device(device)
     for name in {recipe.model for recipe in recipes}:
         resolve(name)
+    for recipe in recipes:
+        if store.find(recipe.spec()) is None:
+            memory.check_fits(recipe, picked)
     latest = _Latest(picked)
     return [
         store.once(recipe.spec(), picked, lambda record, recipe=recipe: _compute(recipe, latest, record))
@@ -71,7 +75,7 @@ def build(recipe: Recipe, device: str = "auto") -> tuple[PreTrainedModel, PreTra
     Kept rotations and weights are used again. Activations are rounded where it runs inside
     `quantized_activations(model, recipe.activations)`. Raises like `run`.
     """
-    resolve(recipe.model)
+    memory.check_fits(recipe, pick_device(device))
     calibration = calibration_tokens(recipe)
     model, tokenizer = load(recipe.model, str(pick_device(device)))
     _check(recipe, model)
@@ -153,7 +157,7 @@ def _quantize(recipe: Recipe, model: PreTrainedModel, rotation: Rotation | None,
         weights = {name: tuple(weight) for name, weight in report.weights.items()}
         return {"weights": weights, "fallbacks": report.fallbacks, "seconds": report.seconds}
 
-    kept, fresh = _kept(recipe.sharing_weights().spec() | {"task": "weights"}, model.device, compute, _identity(rotation))
+    kept, fresh = _kept(recipe.sharing_weights().spec() | {"task": "weights"}, adapt(model).device, compute, _identity(rotation))
     if not fresh:
         restore(model, {name: QuantizedWeight(*parts) for name, parts in kept["weights"].items()})
     record.metrics["fallbacks"] = kept["fallbacks"]
@@ -215,11 +219,11 @@ def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation
         return {
             "rotation": _parts(rotation),
             "seconds": time.perf_counter() - start,
-            "memory_mb": store.peak_memory_mb(model.device),
+            "memory_mb": store.peak_memory_mb(adapt(model).device),
             "tokens": tokens,
         }
 
-    kept, _ = _kept(spec, model.device, compute)
+    kept, _ = _kept(spec, adapt(model).device, compute)
     rotation = Rotation(**kept["rotation"], R3=recipe.R3, R4=recipe.R4)
     record.seconds["rotate"] = round(kept["seconds"], 2)
     record.metrics |= {

@@ -115,10 +115,11 @@ def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> Quantize
     return QuantizedWeight(grid.codes(grouped).view_as(W).to(quant.storage), scale, zero)
 
 
-def set_weight(linear: nn.Linear, weight: QuantizedWeight) -> None:
-    """Give a linear the weight that its codes stand for, and the codes themselves, which an export writes."""
+def set_weight(linear: nn.Linear, weight: QuantizedWeight) -> QuantizedWeight:
+    """Give a linear the weight that its codes stand for, and on the host the codes themselves, which an export writes."""
     linear.weight.copy_(weight.dense())
-    linear.quantized = weight
+    linear.quantized = QuantizedWeight(*(part.cpu() for part in weight))
+    return linear.quantized
 
 
 @torch.no_grad()
@@ -131,8 +132,8 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
     model.config.rotlib_quantized = True  # first: an interrupted model is neither the original nor quantized
     weights = {}
     for placed in tqdm(list(placed_weights(family, quantized_only=True)), desc="RTN", unit="weight"):
-        weights[placed.name] = round_to_nearest(placed.module.weight.float(), quant)
-        set_weight(placed.module, weights[placed.name])
+        weight = placed.module.weight.to(family.device).float()
+        weights[placed.name] = set_weight(placed.module, round_to_nearest(weight, quant))
     return weights
 
 

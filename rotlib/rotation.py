@@ -146,20 +146,20 @@ class PlacedWeight(NamedTuple):
         """Such as "layers.0.q"."""
         return self.site if self.layer is None else f"layers.{self.layer}.{self.site}"
 
-    def folded(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "out in"]:
-        """The weight with the norm's gain folded in; the embedding is turned so that its rows are outputs."""
-        weight = self.module.weight.detach().to(dtype)
+    def folded(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Float[Tensor, "out in"]:
+        """The weight with the norm's gain folded in, where it is or on a device; the embedding is turned so that its rows are outputs."""
+        weight = self.module.weight.detach().to(device, dtype)
         if self.site == "embedding":
             weight = weight.mT
-        return weight if self.gain is None else weight * self.gain.detach().to(dtype)
+        return weight if self.gain is None else weight * self.gain.detach().to(weight)
 
-    def rotated(self, rotation: Rotation) -> Iterator[tuple[str, Tensor]]:
-        """("weight", its value as the rotation leaves it), and ("bias", …) where there is one; in the rotation's dtype."""
+    def rotated(self, rotation: Rotation, device: torch.device | None = None) -> Iterator[tuple[str, Tensor]]:
+        """("weight", its value as the rotation on that device leaves it), and ("bias", …) where there is one; in the rotation's dtype."""
         reads, writes = rotation.at(self.at, self.layer)
-        rotated = rotate_weight(self.folded(rotation.dtype), reads, writes)
+        rotated = rotate_weight(self.folded(rotation.dtype, device), reads, writes)
         yield "weight", rotated.mT if self.site == "embedding" else rotated
         if getattr(self.module, "bias", None) is not None:
-            yield "bias", times(self.module.bias.detach().to(rotation.dtype), writes)
+            yield "bias", times(self.module.bias.detach().to(device, rotation.dtype), writes)
 
 
 def placed_weights(family: Family, quantized_only: bool = False) -> Iterator[PlacedWeight]:

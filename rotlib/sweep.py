@@ -31,10 +31,10 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from rotlib import store
+from rotlib import memory, store
 from rotlib.checks import whole_number
 from rotlib.pipeline import run_all
-from rotlib.recipe import LEARNED, Recipe
+from rotlib.recipe import LEARNED, THROUGH_NETWORK, Recipe
 
 _PARTS = ("base", "grid", "arms")
 _FIELDS = {field.name for field in fields(Recipe)}
@@ -43,10 +43,10 @@ Outcome = tuple[int, list[str | None]]  # a task's number, and for each of its r
 
 
 class Estimate(NamedTuple):
-    """What a recipe should take, judged by the finished run that is most like it."""
+    """What a recipe should take: seconds judged by the finished run that is most like it, memory by the model's config."""
 
-    seconds: float
-    memory_mb: float
+    seconds: float | None
+    memory_gb: float
 
 
 def read_sweep(path: Path) -> list[Recipe]:
@@ -128,8 +128,12 @@ def tasks_of(recipes: list[Recipe]) -> list[list[Recipe]]:
     return list(groups.values())
 
 
-def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate | None:
-    """By the finished run of the same model with most settings in common, its time scaled by the tokens; None where there is none."""
+def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
+    """Of the finished run of the same model with most settings in common the time, scaled by the tokens; None where there is none.
+
+    What learns through the network takes at least the memory that the run did.
+    """
+    memory_gb = memory.estimate(recipe).host / memory.GB
     wanted = asdict(recipe)
     defaults = asdict(Recipe())
     best, found = -1, None
@@ -141,15 +145,17 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate | None:
         if common > best:
             best, found = common, (settings, result)
     if found is None:
-        return None
+        return Estimate(None, memory_gb)
     settings, result = found
+    if recipe.rotation in THROUGH_NETWORK:
+        memory_gb = max(memory_gb, result.peak_memory_mb * 2**20 / memory.GB)
     tokens = {"quantize": "calibration_windows", "evaluate": "test_windows", "rotate": "learning_windows"}
     scale = {
         stage: recipe.window * wanted[name] / (settings["window"] * settings[name])
         for stage, name in tokens.items()
         if stage != "rotate" or "learning_windows" in LEARNED.get(recipe.rotation, ())
     }
-    return Estimate(sum(seconds * scale.get(stage, 1.0) for stage, seconds in result.seconds.items()), result.peak_memory_mb)
+    return Estimate(sum(seconds * scale.get(stage, 1.0) for stage, seconds in result.seconds.items()), memory_gb)
 
 
 def work(recipes: list[dict]) -> list[str | None]:
@@ -202,7 +208,15 @@ def ray(tasks: list[list[Recipe]], workers: int, address: str | None = None) -> 
         cluster.init(address=address, num_cpus=None if address else workers, **options)
     resources = {"num_cpus": 1, "num_gpus": 1 if cluster.cluster_resources().get("GPU") else 0}
     remote = cluster.remote(max_retries=_ATTEMPTS - 1, **resources)(work)
-    running = {remote.remote([asdict(recipe) for recipe in task]): number for number, task in enumerate(tasks)}
+    biggest = max(node["Resources"].get("memory", 0) for node in cluster.nodes() if node["Alive"])
+    running = {}
+    for number, task in enumerate(tasks):
+        needed = max(memory.estimate(recipe).host for recipe in task)
+        if needed > biggest:  # Ray would wait for such a machine for ever
+            failure = f"needs about {needed / memory.GB:.1f} GB, and the cluster's biggest machine has {biggest / memory.GB:.1f} GB for it"
+            yield number, [failure] * len(task)
+        else:
+            running[remote.options(memory=int(needed)).remote([asdict(recipe) for recipe in task])] = number
     while running:
         (ready, *_), _ = cluster.wait(list(running))
         number = running.pop(ready)
@@ -224,16 +238,16 @@ def plan(recipes: list[Recipe], rerun_stale: bool) -> tuple[dict[Recipe, str], d
 
 def forecast(todo: list[Recipe], workers: int) -> str:
     """A line of what is to come: runs, hours, memory."""
+    if not todo:
+        return "nothing to run"
     finished = []
     with suppress(ValueError):  # a damaged result, this sweep's or another's, takes no more than the estimates
         finished = store.load_results()
     estimates = [estimate(recipe, finished) for recipe in todo]
-    known = [found for found in estimates if found]
-    line = f"{len(todo)} to run in {len(tasks_of(todo))} tasks"
-    if known:
-        minutes = sum(found.seconds for found in known) / 60 / workers
-        line += f", about {minutes:.0f} minutes, up to {max(found.memory_mb for found in known) / 1024:.1f} GB a worker"
-    return line + (f"; nothing is known of {len(todo) - len(known)}" if len(known) < len(todo) else "")
+    known = [found.seconds for found in estimates if found.seconds is not None]
+    line = f"{len(todo)} to run in {len(tasks_of(todo))} tasks, up to {max(found.memory_gb for found in estimates):.1f} GB a worker"
+    line += f", about {sum(known) / 60 / workers:.0f} minutes" if known else ""
+    return line + (f"; the time of {len(todo) - len(known)} is unknown" if len(known) < len(todo) else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

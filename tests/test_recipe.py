@@ -75,6 +75,7 @@ def test_a_results_fingerprint_covers_what_it_depends_on_and_no_more():
             "checkpoint",
             "export",
             "gguf_file",
+            "memory",
             "store",
             "tables",
             "plots",

@@ -1,0 +1,104 @@
+"""How much memory a recipe takes, from its model's config alone: what `--dry-run` says, and what decides where a model is kept.
+
+A run holds the model in float32, the reference's hidden states with a copy of its head, and one stage's working set: OptRot's folded
+weights and drawn rows, the embedding in float64 while fusing, a layer's inputs, Hessian and factors in GPTQ, a chunk of logits while
+evaluating. The largest sum is the peak. A device with memory of its own need not hold the model: where it doesn't fit, the model stays on
+the host and goes there a layer at a time.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rotlib.covariance import BATCH_TOKENS
+from rotlib.families import Family, adapt
+from rotlib.measure import CHUNK
+from rotlib.recipe import LEARNED, THROUGH_NETWORK, Recipe
+from rotlib.sampling import BATCH, DRAW
+from rotlib.zoo import resolve
+
+GB = 1e9
+_FLOAT, _DOUBLE = 4, 8
+_PROCESS = 0.5 * GB  # Python, torch and transformers before any model
+_SURE = 0.8  # of an estimate: what it may be too high by is no reason to refuse
+# how many copies of its largest operand a stage holds at its peak, counted in the code and checked against measured peaks
+_ROWS, _LOGITS, _WIDE, _HESSIANS, _WEIGHTS = 2, 6, 3, 7, 6
+
+
+class Memory(NamedTuple):
+    """Peaks in bytes: of a process on the CPU, and of a device: the weights it holds with what works on them, or a layer at a time."""
+
+    host: float
+    weights: float
+    working: float
+    streamed: float
+
+    @property
+    def device(self) -> float:
+        """Of a device that holds the whole model."""
+        return self.weights + self.working
+
+
+@lru_cache
+def outline(model: str) -> Family:
+    """The model without its weights; raises like `load`."""
+    config = AutoConfig.from_pretrained(resolve(model))
+    with torch.device("meta"):
+        return adapt(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def estimate(recipe: Recipe) -> Memory:
+    """The peaks of a recipe, untied head included; raises like `load` for a model that isn't to be had."""
+    family = outline(recipe.model)
+    layers, d = len(family.layers), family.width
+    sizes = {name: linear.weight.numel() for name, linear in family.linears(0).items()}
+    wide = family.linears(0)["down"].in_features
+    head = family.lm_head.weight.numel()
+    linears = layers * sum(sizes.values())
+    weights = _FLOAT * (linears + 2 * head)
+    reference = _FLOAT * (recipe.test_windows * recipe.window * d + head)
+
+    def layer_run(tokens: int) -> float:
+        return _FLOAT * tokens * (3 * d + _WIDE * wide)
+
+    stages = {"evaluate": layer_run(recipe.window) + _FLOAT * _LOGITS * min(CHUNK, recipe.window) * head / d}
+    host = {"evaluate": 2 * _FLOAT * recipe.test_windows * recipe.window * d}
+    if recipe.rotation != "none":
+        stages["fuse"] = _DOUBLE * 3 * head
+    if recipe.rotation in LEARNED and recipe.rotation not in THROUGH_NETWORK:
+        rows = min(DRAW * BATCH, DRAW * linears // d) * d
+        heads = layers * (sizes["o"] + sizes["v"])
+        stages["rotate"] = _FLOAT * (_ROWS * rows + 4 * heads)
+        host["rotate"] = _FLOAT * layers * sum(sizes[name] for name in ("q", "k", "v", "gate", "up"))
+    if recipe.rounding == "gptq":
+        tokens = recipe.calibration_windows * recipe.window
+        solve = max(_HESSIANS * wide**2 + _WEIGHTS * sizes["down"], _HESSIANS * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]))
+        stages["quantize"] = layer_run(min(tokens, BATCH_TOKENS)) + _FLOAT * solve
+        host["quantize"] = _FLOAT * 2 * tokens * d
+    codes = linears if recipe.rounding != "none" else 0
+    beside = {stage: stages[stage] + host.get(stage, 0) for stage in stages}
+    return Memory(
+        host=_PROCESS + weights + reference + codes + max(beside.values()),
+        weights=weights + reference,
+        working=max(stages.values()),
+        streamed=max(_FLOAT * sum(sizes.values()), _FLOAT * 2 * head) + max(stages.values()),
+    )
+
+
+def check_fits(recipe: Recipe, device: torch.device) -> None:
+    """Raises ValueError naming what a recipe needs where this machine or the device surely has less."""
+    needed = estimate(recipe)
+    _check(recipe, needed.host, psutil.virtual_memory().available, "of memory")
+    if device.type == "cuda":
+        _check(recipe, min(needed.streamed, needed.device), torch.cuda.mem_get_info(device)[0], f"on {device}")
+
+
+def _check(recipe: Recipe, needed: float, free: float, where: str) -> None:
+    if _SURE * needed > free:
+        raise ValueError(
+            f"{recipe.model} needs about {needed / GB:.1f} GB {where} for this recipe, and {free / GB:.1f} GB are free: take a bigger "
+            "machine, a smaller model, or fewer and shorter windows"
+        )

@@ -1,0 +1,108 @@
+"""Models that don't fit: what a recipe needs is known before it runs, and a device is sent a layer at a time."""
+
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import torch
+from conftest import tiny_model
+
+import rotlib as rl
+from rotlib import memory, zoo
+from rotlib.covariance import hessians
+from rotlib.families import Family, adapt
+from rotlib.network import Student
+from rotlib.recipe import Recipe
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def test_a_model_that_does_not_fit_stays_on_the_host_and_one_that_does_goes_to_the_device(monkeypatch):
+    model = tiny_model(dtype=torch.float32)
+    moved = []
+    monkeypatch.setattr(type(model), "to", lambda self, device: moved.append(device) or self)
+    for free, goes in ((3 * size(model), True), (2 * size(model), False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        placed = zoo._placed(model, torch.device("cuda"))
+        assert bool(moved) == goes
+        moved.clear()
+    assert adapt(placed).device == torch.device("cuda") != placed.device
+
+
+def test_a_streamed_run_holds_a_layer_at_a_time_and_gives_the_same_numbers(tokens, monkeypatch):
+    """The device is the CPU here: what would be there is what stands between on_device's two ends, and what goes there by `to`."""
+
+    def numbers(model):
+        reference = rl.Reference(model, tokens)
+        rl.fuse(model, rl.optrot(model, seed=0, steps=20))
+        rl.gptq(model, tokens, rl.WeightQuant(bits=4), asymmetry=0.25)
+        return rl.evaluate(model, tokens, reference)
+
+    expected = numbers(tiny_model(dtype=torch.float32))
+    there, peak = [], 0
+
+    @contextmanager
+    def watched(self, *modules):
+        nonlocal peak
+        there.extend(modules)
+        peak = max(peak, sum(map(size, there)))
+        yield
+        del there[-len(modules) :]
+
+    monkeypatch.setattr(Family, "on_device", watched)
+    model = tiny_model(dtype=torch.float32)
+    model.rotlib_device = torch.device("cpu")
+    assert numbers(model) == expected
+    family = adapt(model)
+    assert max(size(family.layers[0]), 2 * size(family.lm_head)) >= peak > 0
+
+
+def test_every_walk_through_the_layers_sends_them_to_the_device(tokens, monkeypatch):
+    for walk in (
+        lambda model: list(hessians(model, tokens)),
+        lambda model: rl.gptq(model, tokens, rl.WeightQuant(bits=4)),
+        lambda model: rl.Reference(model, tokens),
+    ):
+        model = tiny_model(dtype=torch.float32)
+        seen = []
+        monkeypatch.setattr(Family, "on_device", _recorded(seen))
+        walk(model)
+        assert [layer for layer in adapt(model).layers if layer not in seen] == []
+
+
+def _recorded(seen: list):
+    @contextmanager
+    def on_device(self, *modules):
+        seen.extend(modules)
+        yield
+
+    return on_device
+
+
+def test_learning_through_the_network_refuses_a_model_that_does_not_fit(tokens):
+    model = tiny_model(dtype=torch.float32)
+    model.rotlib_device = torch.device("meta")
+    with pytest.raises(ValueError, match=r"needs the whole model on meta, where it doesn't fit: .* rl\.optrot"):
+        Student(model, None, [], checkpointing=False)
+
+
+def test_a_recipe_that_does_not_fit_says_how_much_it_needs_before_anything_is_loaded(monkeypatch):
+    recipe = Recipe(rotation="optrot", calibration_windows=1, test_windows=1)
+    needed = memory.estimate(recipe).host
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Free", (), {"available": 0.5 * needed})())
+    monkeypatch.setattr("rotlib.pipeline.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rotlib.store.find", lambda _: None)
+    with pytest.raises(ValueError, match=r"smollm2-135m needs about \d\.\d GB of memory for this recipe, and \d\.\d GB are free"):
+        rl.run(recipe)
+
+
+def test_the_estimate_grows_with_what_a_recipe_holds():
+    recipe = Recipe(rotation="optrot")
+    base = memory.estimate(recipe)
+    longer = memory.estimate(Recipe(rotation="optrot", test_windows=16))
+    assert longer.host > base.host
+    assert longer.weights > base.weights
+    assert memory.estimate(Recipe(rotation="none", rounding="none")).host < base.host
+    assert base.streamed < base.device < base.host + base.working
