@@ -14,7 +14,7 @@ from hashlib import sha256
 import pandas
 
 from rotlib import store
-from rotlib.plots import figures_folder
+from rotlib.figures import figures_folder
 from rotlib.recipe import Recipe
 from rotlib.store import write_atomically
 from rotlib.tables import Arm, judge, stored
