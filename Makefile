@@ -31,7 +31,7 @@ reproduce: model
 quick: model
 	$(BIN)/python -m rotlib.reproduce laptop --only 00_quickstart
 
-# the report from results/ alone: no model is loaded
+# every figure and the report from results/ alone: no model is loaded
 figures: $(READY)
 	$(BIN)/python -m rotlib.reproduce laptop --only 90_report
 

@@ -14,7 +14,7 @@ from hashlib import sha256
 import pandas
 
 from rotlib import store
-from rotlib.plots import figures_folder
+from rotlib.figures import figures_folder
 from rotlib.recipe import Recipe
 from rotlib.store import write_atomically
 from rotlib.tables import Arm, judge, stored
@@ -131,11 +131,16 @@ def save_table(frame: pandas.DataFrame, name: str) -> None:
         write_atomically(figures_folder() / f"{name}.{kind}", lambda scratch, text=text: scratch.write_text(text, encoding="utf-8"))
 
 
-def save_manifest(made_from: dict[str, Iterable[Arm]]) -> None:
-    """figures/manifest.json: of every file named, the results that it was made from, its own sha256, and the commit."""
+def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[str]]) -> None:
+    """figures/manifest.json: of every file named, the results that it was made from, its own sha256, and the commit.
+
+    `redrawn` names those results already, as `figures.redraw` does.
+    """
+    named = {
+        name: sorted({store.local_path(result.spec).name for arm in arms for result in arm.results}) for name, arms in made_from.items()
+    }
     files = {}
-    for name, arms in made_from.items():
-        names = sorted({store.local_path(result.spec).name for arm in arms for result in arm.results})
+    for name, names in (redrawn | named).items():
         for path in sorted(figures_folder().glob(f"{name}.*")):
             files[path.name] = {"results": names, "sha256": sha256(path.read_bytes()).hexdigest()}
     manifest = {"commit": store.commit(), "files": files}

@@ -1,8 +1,8 @@
 """Run the notebooks in order at one scale: ``python -m rotlib.reproduce laptop [--only 03_optrot_w4] [--in-place]``.
 
 A scale is configs/<scale>.yaml: for each notebook the parameters that differ from its own defaults, which are the smoke
-scale. Executed copies go to results/local/notebooks, figures to figures/. Finished runs are read from the store, so the
-same command after an interruption goes on where it stopped.
+scale. Executed copies go to results/local/notebooks, figures to figures/, what they are drawn from to results/local/figures.
+Finished runs are read from the store, so the same command after an interruption goes on where it stopped.
 """
 
 import argparse
@@ -107,13 +107,13 @@ def table() -> str:
 
 
 def _show_kernel_progress() -> None:
-    """papermill logs what a kernel prints; the progress bars among it go to the terminal."""
+    """papermill logs what a kernel prints; the progress bars among it, and what rotlib itself has to say, go to the terminal."""
     logger = logging.getLogger("papermill")
     if logger.handlers:
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.terminator = ""
-    handler.addFilter(lambda record: "\r" in record.getMessage())
+    handler.addFilter(lambda record: "\r" in record.getMessage() or record.getMessage().startswith("rotlib: "))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -110,8 +110,21 @@ def find(spec: dict) -> Result | None:
 
 def load_results() -> list[Result]:
     """Every result, sorted by file name: this machine's, and the committed ones it hasn't recomputed."""
-    paths = {path.name: path for folder in ("study", "local") for path in sorted((results_folder() / folder).glob("*.json"))}
-    return [result for _, path in sorted(paths.items()) if (result := _read(path)) is not None]
+    return [result for path in saved("*.json") if (result := _read(path)) is not None]
+
+
+def load_result(name: str) -> Result:
+    """The result in the file of this name, this machine's before the committed one; raises FileNotFoundError where there is neither."""
+    for path in saved(name):
+        if result := _read(path):
+            return result
+    raise FileNotFoundError(f"the result {name} is neither in results/local nor in results/study")
+
+
+def saved(pattern: str) -> list[Path]:
+    """The files that match in results/study/ and results/local/, sorted by name; where both have one, this machine's."""
+    paths = {path.name: path for folder in ("study", "local") for path in (results_folder() / folder).glob(pattern)}
+    return [path for _, path in sorted(paths.items())]
 
 
 def local_path(spec: dict, suffix: str = ".json") -> Path:

@@ -1,6 +1,7 @@
 """Every notebook in JupyterLab, in a real Chromium: opened, run from the menu, looked at. `make test-lab`, outside CI.
 
-Needs Debian's `chromium`. Copies run, so that notebooks/ and figures/ stay as they are; finished runs are read from the store.
+Needs Debian's `chromium`. Copies run, and figures go to figures/draft, so that notebooks/ and figures/ stay as they are;
+finished runs are read from the store.
 Pictures of every notebook, run, go to build/lab.
 """
 
@@ -44,7 +45,6 @@ def lab(tmp_path_factory):
     environment = {
         "JUPYTERLAB_SETTINGS_DIR": home / "settings",
         "JUPYTER_RUNTIME_DIR": home / "runtime",
-        "ROTLIB_FIGURES": home / "figures",
     }
     options = ["--no-browser", "--allow-root", "--port=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={home / 'notebooks'}"]
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=os.environ | {k: str(v) for k, v in environment.items()})

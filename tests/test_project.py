@@ -1,7 +1,6 @@
-"""What holds the project together: one list of pins, notebooks that keep their contract, figures that keep their bytes."""
+"""What holds the project together: one list of pins, notebooks that keep their contract, modules that stay small."""
 
 import ast
-import hashlib
 import re
 import runpy
 import subprocess
@@ -83,7 +82,7 @@ def test_a_notebook_keeps_its_contract(path):
     assert set(papermill.inspect_notebook(str(path))) <= set(shared.PARAMETERS)
     assert "check_parameters()" in code[1].source
     assert "print(" in code[-1].source
-    assert "plots.save(" in code[-1].source
+    assert "figures.save(" in code[-1].source
 
     for cell in code:
         assert cell.execution_count, "stored outputs need their counts: nbval compares nothing without them"
@@ -158,21 +157,6 @@ def test_a_mistyped_notebook_parameter_is_one_sentence(parameters, message):
 def test_a_notebooks_own_variables_do_not_disturb_a_second_check():
     namespace = {"model": "smollm2-135m", "text": "wikipedia-mini", "seeds": [0], "check_parameters": shared.check_parameters}
     exec("check_parameters(); best = 0.1; check_parameters()", namespace)
-
-
-def test_figures_are_the_same_bytes_every_time(tmp_path, monkeypatch):
-    from matplotlib import pyplot as plt
-
-    from rotlib import plots
-
-    digests = []
-    for run in ("a", "b"):
-        monkeypatch.setenv("ROTLIB_FIGURES", str(tmp_path / run))
-        figure, axis = plt.subplots()
-        axis.plot([1, 2], [3, 4], label="line")
-        plots.save(figure, "figure")
-        digests.append([hashlib.sha256((tmp_path / run / f"figure.{kind}").read_bytes()).hexdigest() for kind in ("pdf", "png")])
-    assert digests[0] == digests[1]
 
 
 def test_no_module_outgrows_a_room():

@@ -74,6 +74,7 @@ def test_a_results_fingerprint_covers_what_it_depends_on_and_no_more():
             "card",
             "checkpoint",
             "export",
+            "figures",
             "gguf_file",
             "memory",
             "store",

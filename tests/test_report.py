@@ -64,14 +64,15 @@ def test_tables_come_in_three_forms_and_the_manifest_names_what_they_were_made_f
     digests = []
     for _ in range(2):
         report.save_table(found, "claims")
-        report.save_manifest({"claims": used})
         folder = results / "figures"
+        (folder / "other.png").write_text("redrawn")
+        report.save_manifest({"claims": used}, {"other": ["figures/other.json", "quantize-1.json"]})
         digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()})
     assert digests[0] == digests[1]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"claims.md", "claims.csv", "claims.tex"}
+    assert set(manifest["files"]) == {"claims.md", "claims.csv", "claims.tex", "other.png"}
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == digests[0][name]
-        assert len(entry["results"]) == 6
+        assert len(entry["results"]) == (2 if name == "other.png" else 6)
     assert len(pandas.read_csv(folder / "claims.csv")) == len(found)
     assert (folder / "claims.tex").read_text().startswith("\\begin{tabular}")
