@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -53,6 +54,20 @@ class Report:
         """How many weights could not be factorised and were rounded to nearest instead."""
         return sum(module.fallback for module in self.modules)
 
+    def add(self, other: "Report") -> None:
+        """Append what was done elsewhere."""
+        self.modules += other.modules
+        self.weights |= other.weights
+        self.seconds += other.seconds
+
+
+class Layers(Protocol):
+    """Keeps the reports of finished layers, so that an interrupted run goes on from the last of them."""
+
+    def get(self, layer: int) -> Report | None: ...
+
+    def put(self, layer: int, report: Report) -> None: ...
+
 
 @torch.no_grad()
 def gptq(
@@ -62,13 +77,14 @@ def gptq(
     act_order: bool = False,
     damping: float = DAMPING,
     asymmetry: float = 0.0,
+    kept: Layers | None = None,
 ) -> Report:
     """Quantize every linear of every decoder layer in place.
 
     `damping` is a fraction of the mean of H's diagonal. With `act_order` columns are visited by falling H_jj and groups
     keep the scales of the original weights. `asymmetry` is GPTAQ's α (0.25 in its paper, 0 for GPTQ); it costs a second pass
-    through every layer, and one layer's inputs of the whole calibration text on the host. Raises ValueError before any work
-    for unsuitable models, grids or tokens.
+    through every layer, and one layer's inputs of the whole calibration text on the host. Layers that `kept` holds are put back instead
+    of quantized, and the others are handed to it. Raises ValueError before any work for unsuitable models, grids or tokens.
     """
     family = check_quantizable(model, quant)
     token_ids("calibration", calibration, 2, model)
@@ -77,17 +93,26 @@ def gptq(
     share("asymmetry", asymmetry)
     check_masks(model, calibration.shape[1])
     model.config.rotlib_quantized = True  # first: an interrupted model is neither the original nor quantized
-    start = time.perf_counter()
-    report = Report()
     solve = Solver(quant, act_order, damping)
     batches = layer_inputs(family, calibration)
     unrounded = _Unrounded(family, batches, asymmetry) if asymmetry else None
+    report = Report()
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
+        start = time.perf_counter()
         if unrounded:
             unrounded.walk(layer)
-        with family.on_device(family.layers[layer]):
-            batches = _quantize_layer(family, layer, batches, solve, report, unrounded)
-    report.seconds = time.perf_counter() - start
+        if done := kept and kept.get(layer):
+            for site, linear in family.linears(layer).items():
+                set_weight(linear, done.weights[f"layers.{layer}.{site}"])
+            batches = walk_layer(family, layer, batches)
+        else:
+            done = Report()
+            with family.on_device(family.layers[layer]):
+                batches = _quantize_layer(family, layer, batches, solve, done, unrounded)
+            done.seconds = time.perf_counter() - start
+            if kept:
+                kept.put(layer, done)
+        report.add(done)
     return report
 
 

@@ -9,9 +9,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -24,7 +25,7 @@ from rotlib.activations import ActivationQuant, check_activations, quantized_act
 from rotlib.families import adapt
 from rotlib.fixed import DRAWN, gsr_rotation
 from rotlib.fuse import fuse
-from rotlib.gptq import gptq
+from rotlib.gptq import ModuleReport, Report, gptq
 from rotlib.measure import Reference, evaluate
 from rotlib.network import LearningFailed
 from rotlib.online import check_online
@@ -150,14 +151,18 @@ def _quantize(recipe: Recipe, model: PreTrainedModel, rotation: Rotation | None,
             rtn(model, recipe.quant)
         return
 
+    spec, device, made_for = recipe.sharing_weights().spec() | {"task": "weights"}, adapt(model).device, _identity(rotation)
+    layers = _Layers(spec, _maker(device, made_for))
+
     def compute() -> dict:
         seen = recipe.activations if recipe.order == "activations-first" else ActivationQuant()
         with quantized_activations(model, seen):
-            report = gptq(model, calibration, recipe.quant, recipe.act_order, recipe.damping, recipe.asymmetry)
+            report = gptq(model, calibration, recipe.quant, recipe.act_order, recipe.damping, recipe.asymmetry, layers)
         weights = {name: tuple(weight) for name, weight in report.weights.items()}
         return {"weights": weights, "fallbacks": report.fallbacks, "seconds": report.seconds}
 
-    kept, fresh = _kept(recipe.sharing_weights().spec() | {"task": "weights"}, adapt(model).device, compute, _identity(rotation))
+    kept, fresh = _kept(spec, device, compute, made_for)
+    layers.clear()
     if not fresh:
         restore(model, {name: QuantizedWeight(*parts) for name, parts in kept["weights"].items()})
     record.metrics["fallbacks"] = kept["fallbacks"]
@@ -272,15 +277,53 @@ def _identity(rotation: Rotation | None) -> str:
 
 def _kept(spec: dict, device: torch.device, compute: Callable[[], dict], made_for: str = "") -> tuple[dict, bool]:
     """(what `compute` returned, computed just now?), kept in a file beside the results while code, torch, device and `made_for` stay."""
-    path = store.local_path(spec, ".pt")
-    maker = f"{store.code_fingerprint()} torch {torch.__version__} {device.type} {made_for}".strip()
+    path, maker = store.local_path(spec, ".pt"), _maker(device, made_for)
+    if kept := _read(path, maker):
+        return kept, False
+    kept = compute()
+    _write(path, maker, kept)
+    return kept, True
+
+
+def _maker(device: torch.device, made_for: str) -> str:
+    return f"{store.code_fingerprint()} torch {torch.__version__} {device.type} {made_for}".strip()
+
+
+def _read(path: Path, maker: str) -> dict | None:
     with suppress(Exception):  # no file, or a damaged one: compute anew
         kept = torch.load(path, map_location="cpu")
         if kept["maker"] == maker:
-            return kept, False
-    kept = compute() | {"maker": maker}
+            return kept
+
+
+def _write(path: Path, maker: str, kept: dict) -> None:
     try:
-        store.write_atomically(path, lambda scratch: torch.save(kept, scratch))
+        store.write_atomically(path, lambda scratch: torch.save(kept | {"maker": maker}, scratch))
     except OSError as error:  # a full disk, say: the run goes on, the next one computes this again
         warnings.warn(f"{path} couldn't be written, so it won't be reused ({error})", stacklevel=2)
-    return kept, True
+
+
+class _Layers:
+    """The layers that an interrupted GPTQ has finished, a file each until all of them are kept as one."""
+
+    def __init__(self, spec: dict, maker: str):
+        self._spec, self._maker = spec, maker
+
+    def get(self, layer: int) -> Report | None:
+        if kept := _read(self._path(layer), self._maker):
+            weights = {name: QuantizedWeight(*parts) for name, parts in kept["weights"].items()}
+            return Report([ModuleReport(*module) for module in kept["modules"]], weights, kept["seconds"])
+        return None
+
+    def put(self, layer: int, report: Report) -> None:
+        weights = {name: tuple(weight) for name, weight in report.weights.items()}
+        kept = {"weights": weights, "modules": [astuple(module) for module in report.modules], "seconds": report.seconds}
+        _write(self._path(layer), self._maker, kept)
+
+    def clear(self) -> None:
+        folder, pattern = self._path(0).parent, self._path(0).name.replace(".layer-0.", ".layer-*.")
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+    def _path(self, layer: int) -> Path:
+        return store.local_path(self._spec, f".layer-{layer}.pt")

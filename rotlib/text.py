@@ -108,7 +108,7 @@ def _wikitext2(split: str) -> str:
         with raw.open(encoding="utf-8", newline="\n") as file:
             lines = list(file)  # str.splitlines would also split at form feeds and their like
         return "\n\n".join(line if line.strip() else "" for line in lines)
-    rows = _from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
+    rows = _from_hub(f"wikitext2/wiki.{part}.raw", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
     return "\n\n".join(row["text"] for row in rows)
 
 
@@ -118,7 +118,7 @@ def _c4(split: str) -> str:
             return "\n\n".join(json.loads(line)["text"] for line in islice(lines, _C4_DOCUMENTS))
     part = "train" if split == "calibration" else "validation"
     files = {part: f"en/{_C4_FILES[split]}"}
-    rows = _from_hub("allenai/c4", data_files=files, split=part, streaming=True)
+    rows = _from_hub(f"c4/{_C4_FILES[split]}", "allenai/c4", data_files=files, split=part, streaming=True)
     return "\n\n".join(row["text"] for row in islice(rows, _C4_DOCUMENTS))
 
 
@@ -134,11 +134,12 @@ def _local(corpus: str, file: str) -> Path | None:
     return path
 
 
-def _from_hub(dataset: str, *args, **kwargs):
+def _from_hub(file: str, dataset: str, *args, **kwargs):
+    """A dataset, or one sentence that names the file to supply in its place."""
     if not on_hub(dataset, repo_type="dataset"):
         raise ValueError(
-            f"the dataset {dataset} can't be reached: connect to the Hugging Face Hub, put its raw files into a folder "
-            "named by ROTLIB_DATA, or use the text 'wikipedia-mini', which needs no network"
+            f"the dataset {dataset} can't be reached: connect to the Hugging Face Hub, put the file {file} into a folder named by "
+            "ROTLIB_DATA, or use the text 'wikipedia-mini', which needs no network"
         )
     from datasets import load_dataset  # slow to import, and only needed here
 

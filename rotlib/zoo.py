@@ -123,7 +123,8 @@ def resolve(name: str) -> str:
     if hint or not on_hub(name):
         raise ValueError(
             f"unknown model {name!r}{hint}: it is no packaged alias ({', '.join(PACKAGED)}), no local folder, "
-            "and the Hugging Face Hub doesn't have it or can't be reached from here"
+            "and the Hugging Face Hub doesn't have it or can't be reached from here; offline, name a folder with its config.json, "
+            f"tokenizer and *.safetensors, such as `hf download {name} --local-dir FOLDER` makes elsewhere"
         )
     return name
 

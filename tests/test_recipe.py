@@ -258,6 +258,30 @@ def test_kept_weights_are_the_quantized_ones_to_the_last_bit(recipe, monkeypatch
     assert again == first
 
 
+@pytest.mark.parametrize("asymmetry", [0.0, 0.25])
+def test_an_interrupted_gptq_goes_on_from_the_last_finished_layer(recipe, monkeypatch, asymmetry):
+    run = replace(recipe, rotation="optrot", steps=5, group_size=8, asymmetry=asymmetry)
+    undisturbed = rl.run(run).metrics
+    for path in (*store.results_folder().glob("local/weights-*.pt"), store.local_path(run.spec())):
+        path.unlink()
+    gptq = importlib.import_module("rotlib.gptq")
+    quantize, layers = gptq._quantize_layer, []
+
+    def interrupted(family, layer, *rest):
+        layers.append(layer)
+        if layers == [0, 1]:
+            raise KeyboardInterrupt
+        return quantize(family, layer, *rest)
+
+    monkeypatch.setattr(gptq, "_quantize_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rl.run(run)
+    assert len(list(store.results_folder().glob("local/*.layer-*.pt"))) == 1
+    assert rl.run(run).metrics == undisturbed
+    assert layers == [0, 1, 1]
+    assert not list(store.results_folder().glob("local/*.layer-*.pt"))
+
+
 def test_kept_weights_are_not_put_under_another_rotation(recipe):
     run = replace(recipe, rotation="optrot", steps=5)
     rl.run(run)

@@ -106,13 +106,16 @@ def test_a_local_folder_loads_like_a_hub_id(tmp_path, tokenizer):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_an_unreachable_hub_is_a_name_that_leads_nowhere(monkeypatch):
+def test_an_unreachable_hub_says_what_is_missing_and_how_to_supply_it(monkeypatch, tokenizer):
     def fail(*_, **__):
         raise ConnectionError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr("rotlib.zoo.HfApi.repo_exists", fail)
-    with pytest.raises(ValueError, match="can't be reached from here"):
+    with pytest.raises(ValueError, match=r"can't be reached from here; offline, name a folder .* `hf download Qwen/Qwen3-0\.6B"):
         rl.load("Qwen/Qwen3-0.6B")
+    for text, file in (("wikitext2", r"wikitext2/wiki\.test\.raw"), ("c4", r"c4/c4-validation\.\S*json\.gz")):
+        with pytest.raises(ValueError, match=f"can't be reached: .* put the file {file} into a folder named by ROTLIB_DATA"):
+            rl.load_tokens(text, tokenizer, split="test")
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, tokenizer):
