@@ -19,7 +19,8 @@ from rotlib.recipe import Recipe
 from rotlib.store import write_atomically
 from rotlib.tables import Arm, judge, stored
 
-_RIVAL = {"steps": 32}  # the study's laptop presets, by name
+_RIVAL = {"steps": 32}  # the study's laptop preset
+_SHORT = {"steps": 16, "learning_windows": 16}  # and what it could afford below four bits
 _BELOW_FOUR = {"symmetric": False, "act_order": True, "calibration_windows": 8, "test_windows": 4}
 _GSR_GRIDS = ({"bits": 2, "group_size": 32}, {"bits": 3, "group_size": 64})
 
@@ -72,8 +73,9 @@ def _claims() -> Iterator[Claim]:
         yield Claim("GSR", "sequency helps, within groups", GSR, LH)
         yield Claim("GSR", "grouping helps, without order", LH, GH)
         yield Claim("GSR", "grouping helps, with order", GSR, GW)
-    optrot = Recipe(rotation="optrot", **_BELOW_FOUR, **_GSR_GRIDS[1])
-    yield Claim("GSR", "GSR improves learned rotations: OptRot that starts there", replace(optrot, start="gsr", block=64), optrot)
+    for name, settings in {"OptRot": {}, "SpinQuant": _SHORT, "OSTQuant": _SHORT}.items():
+        learned = Recipe(rotation=name.lower(), **settings, **_BELOW_FOUR, **_GSR_GRIDS[1])
+        yield Claim("GSR", f"GSR improves learned rotations: {name} that starts there", replace(learned, start="gsr", block=64), learned)
 
 
 def verdicts(model: str) -> tuple[pandas.DataFrame, list[Arm]]:
