@@ -18,7 +18,7 @@ from rotlib.families import Family, adapt
 from rotlib.measure import CHUNK
 from rotlib.recipe import LEARNED, THROUGH_NETWORK, Recipe
 from rotlib.sampling import BATCH, DRAW
-from rotlib.zoo import resolve
+from rotlib.zoo import one_sentence, resolve
 
 GB = 1e9
 _FLOAT, _DOUBLE = 4, 8
@@ -45,9 +45,9 @@ class Memory(NamedTuple):
 @lru_cache
 def outline(model: str) -> Family:
     """The model without its weights; raises like `load`."""
-    config = AutoConfig.from_pretrained(resolve(model))
-    with torch.device("meta"):
-        return adapt(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    with one_sentence(model), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)), dtype=torch.float32)
+    return adapt(empty)
 
 
 def estimate(recipe: Recipe) -> Memory:

@@ -48,7 +48,7 @@ def load(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) ->
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}")
     tokenizer = load_tokenizer(name)
-    with _one_sentence(name), _bars_for_downloads_only(source):
+    with one_sentence(name), _bars_for_downloads_only(source):
         model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{name!r} lacks the weight {missing[0]}: its files and its config.json don't belong together")
@@ -70,7 +70,7 @@ def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; raises like `load`."""
-    with _one_sentence(name, "tokenizer"):
+    with one_sentence(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(resolve(name))
 
 
@@ -86,7 +86,7 @@ def _bars_for_downloads_only(source: str):
 
 
 @contextmanager
-def _one_sentence(name: str, what: str = "causal language model"):
+def one_sentence(name: str, what: str = "causal language model"):
     """Turn whatever transformers raises into one sentence."""
     try:
         yield

@@ -98,6 +98,12 @@ def test_a_recipe_that_does_not_fit_says_how_much_it_needs_before_anything_is_lo
         rl.run(recipe)
 
 
+def test_a_damaged_config_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ValueError, match=r"can't be loaded as a causal language model: .* is not a valid JSON file"):
+        rl.run(Recipe(model=str(tmp_path)))
+
+
 def test_the_estimate_grows_with_what_a_recipe_holds():
     recipe = Recipe(rotation="optrot")
     base = memory.estimate(recipe)

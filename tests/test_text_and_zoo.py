@@ -74,7 +74,7 @@ def test_too_few_tokens_name_what_there_is():
     [
         (lambda t: rl.load_tokens("wiki", t), "unknown text 'wiki': choose one of wikipedia-mini, wikitext2, c4"),
         (lambda t: rl.load_tokens("wikipedia-mini", t, "train"), "unknown split 'train': choose one of calibration, test"),
-        (lambda t: rl.load_tokens("wikitext2", t), "put its raw files into a folder"),
+        (lambda t: rl.load_tokens("wikitext2", t), "put the file \S+ into a folder"),
         (lambda t: rl.load("smolm2-135m"), "did you mean 'smollm2-135m'"),
         (lambda t: rl.load("nobody/nothing"), "no packaged alias .*, no local folder"),
         (lambda t: rl.load(3), "named by a string"),
