@@ -23,6 +23,10 @@ PARAMETERS = {
     "every": int,
     "block": int,
     "items": int,
+    "bits": int,
+    "group_size": int | None,
+    "compare": bool,
+    "folder": str | None,
     "window": int,
     "calibration_windows": int,
     "learning_windows": int,
@@ -30,6 +34,7 @@ PARAMETERS = {
 }
 _LEARNING = ("steps", "learning_windows")  # of the rotations learned on data alone: the notebook gives them to those
 _COUNTS = ("every", "block", "items")  # what a notebook hands on itself: not every recipe reads it
+_OTHERS = ("compare", "folder")  # no recipe reads them
 _LISTS = {"shares": "a share", "budgets": "a budget"}  # the other lists hold seeds
 
 
@@ -47,8 +52,9 @@ def check_parameters() -> Recipe:
             raise ValueError(f"unknown parameter {strangers[0]}{hint}: the notebooks know {', '.join(PARAMETERS)}")
     for name, value in given.items():
         kind = PARAMETERS[name]
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise ValueError(f"the parameter {name} must be of type {kind.__name__}, not {type(value).__name__} ({value!r})")
+        if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise ValueError(f"the parameter {name} must be of type {wanted}, not {type(value).__name__} ({value!r})")
         if kind is list:
             for entry in value:
                 if name == "shares":
@@ -62,7 +68,9 @@ def check_parameters() -> Recipe:
     Recipe(rotation="spinquant", **{name: value for name, value in given.items() if name in _LEARNING})
     for name in _COUNTS:
         whole_number(name, given.get(name, 2), 1 + (name == "items"))  # a single item has no standard error
-    settings = {name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, *_COUNTS)}
+    settings = {
+        name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, *_COUNTS, *_OTHERS)
+    }
     recipe = Recipe(**settings, seed=given.get("seeds", [0])[0])
     resolve(recipe.model)
     namespace["_parameters_checked"] = True

@@ -1,7 +1,7 @@
 """Figures, drawn from saved results: one function a figure, colour-blind-safe, the same bytes on every run.
 
-A function takes arms and results rather than numbers made of them (rotation matrices apart, of which there is no result), and its
-figure remembers them, so that `figures.py` can draw it again without the notebook that called it.
+A function takes arms and results rather than numbers made of them (but for rotation matrices and files' sizes, which no result holds),
+and its figure remembers them, so that `figures.py` can draw it again without the notebook that called it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from itertools import cycle
 from statistics import fmean
 
 import matplotlib.pyplot as plt
+import pandas
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
@@ -103,8 +104,7 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
         axis.set_axis_off()
     figure.supxlabel("layer")
     figure.supylabel(ylabel)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     return figure
 
 
@@ -180,12 +180,11 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
 def weights_against_inputs(results: dict[str, Result], quantity: str = "input_kurtosis") -> Figure:
     """Kurtosis of what a module reads (all tokens, or "sink_kurtosis") against that of its weight: a point a layer."""
     sites = ("q", "o", "gate", "down")
-    axes_of_a_point = ("kurtosis", quantity)
     figure, axes = plt.subplots(1, len(sites), figsize=(WIDTH, 2.5), layout="constrained", sharex=True, sharey=True)
     for axis, site in zip(axes, sites, strict=True):
         for rotation, result in results.items():
             modules = [module for module in result.metrics["modules"] if module["site"] == site]
-            at = [[module[quantity] for module in modules] for quantity in axes_of_a_point]
+            at = [[module[side] for module in modules] for side in ("kurtosis", quantity)]
             axis.plot(*at, ls="", ms=3, alpha=0.7, label=rotation, **_style(rotation))
         axis.axhline(3, color="0.8", lw=0.8, zorder=0)
         axis.axvline(3, color="0.8", lw=0.8, zorder=0)
@@ -195,8 +194,7 @@ def weights_against_inputs(results: dict[str, Result], quantity: str = "input_ku
     _plain_log_ticks(axes[0].yaxis, (1, 3))
     figure.supxlabel("kurtosis of the weights", fontsize=9)
     figure.supylabel({"input_kurtosis": "kurtosis of the inputs", "sink_kurtosis": "kurtosis of the first token"}[quantity], fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     return figure
 
 
@@ -233,8 +231,7 @@ def bounds_against_errors(results: dict[str, Result]) -> Figure:
         axis.set(xscale="log", yscale="log", title=title)
     figure.supxlabel("bound on the error", fontsize=9)
     figure.supylabel("error tr(ΔW H ΔWᵀ)", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     return figure
 
 
@@ -253,8 +250,7 @@ def pivots_by_layer(results: dict[str, Result]) -> Figure:
     axes[0].set_ylim(0, 1)
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel("tr(D) / tr(H)", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     return figure
 
 
@@ -338,6 +334,17 @@ def claims(labels: Sequence[str], effects: Sequence[float], errors: Sequence[flo
 
 
 @_drawn
+def checkpoint_sizes(predicted: dict[str, dict[str, float]], on_disk: dict[str, float]) -> Figure:
+    """Megabytes that the bits predict, by kind, a bar a checkpoint; the black marks are the files."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 2.4), layout="constrained")
+    pandas.DataFrame(predicted).T[::-1].plot.barh(stacked=True, color=["#999999", "#009E73", "#E69F00"], width=0.6, ax=axis, legend=False)
+    axis.plot(list(on_disk.values())[::-1], range(len(on_disk)), "k|", ms=14, label="on disk")
+    axis.set_xlabel("megabytes")
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
+@_drawn
 def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
     """KL against the seconds that the rotation was learned for: a line a method, a point a number of steps."""
     figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2), layout="constrained")
@@ -389,7 +396,5 @@ def matrices(named: dict[str, object]) -> Figure:
     for axis, (name, R) in zip(axes[0], named.items(), strict=True):
         limit = R.abs().max().item()
         axis.imshow(R, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
-        axis.set_title(f"{name}\nlargest entry {limit:.2f}")
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(title=f"{name}\nlargest entry {limit:.2f}", xticks=[], yticks=[])
     return figure

@@ -1,8 +1,6 @@
 """Tiny random models of every family, in float64, and nothing from the network."""
 
 import os
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -65,25 +63,6 @@ def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Logits with every operation in the model's dtype."""
     with norms_in_model_dtype(model):
         return model(tokens).logits
-
-
-READER = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-folder, tokens, logits, gguf_file = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, **({"gguf_file": gguf_file, "dtype": torch.float32} if gguf_file else {})).eval()
-assert "rotlib" not in sys.modules
-with torch.no_grad():
-    torch.save(model(torch.load(tokens)).logits, logits)
-"""
-
-
-def logits_elsewhere(folder: Path, tokens: torch.Tensor, tmp_path: Path, gguf_file: str = "") -> torch.Tensor:
-    """The logits that stock transformers computes from a folder, in a process that never imports rotlib."""
-    torch.save(tokens, tmp_path / "tokens.pt")
-    command = [sys.executable, "-c", READER, folder, tmp_path / "tokens.pt", tmp_path / "logits.pt", gguf_file]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    return torch.load(tmp_path / "logits.pt")
 
 
 @pytest.fixture

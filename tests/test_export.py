@@ -1,17 +1,21 @@
 """What is exported is read by stock transformers, in a process that never imports rotlib, as the model it came from."""
 
 import json
+import subprocess
+import sys
 from collections import namedtuple
 from importlib import import_module
 
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, logits_elsewhere, tiny_model
+from conftest import CONFIGS, tiny_model
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 import rotlib as rl
+from rotlib import stock
+from rotlib.stock import read_by_transformers
 
 exporting, checkpoint = import_module("rotlib.export"), import_module("rotlib.checkpoint")  # rl.export is the function
 GRIDS = {
@@ -34,7 +38,7 @@ def quantized(quant, tokens, name="llama", act_order=True):
 def test_stock_transformers_computes_what_the_quantized_model_does(grid, tokens, tmp_path):
     model = quantized(GRIDS[grid], tokens)
     folder = rl.export(model, tmp_path / "out")
-    assert (logits_elsewhere(folder, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
+    assert (read_by_transformers(folder, tokens).logits - model(tokens).logits).abs().max() < 1e-4
     assert not list(tmp_path.glob(".*"))
 
 
@@ -42,7 +46,7 @@ def test_stock_transformers_computes_what_the_quantized_model_does(grid, tokens,
 def test_biases_and_other_families_survive(name, tokens, tmp_path):
     model = quantized(rl.WeightQuant(group_size=8), tokens, name)
     folder = rl.export(model, tmp_path / "out")
-    assert (logits_elsewhere(folder, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
+    assert (read_by_transformers(folder, tokens).logits - model(tokens).logits).abs().max() < 1e-4
 
 
 def test_the_files_have_the_size_that_the_bits_predict(tokens, tmp_path):
@@ -62,14 +66,14 @@ def test_a_fused_model_is_a_plain_folder_with_an_untied_head(tokens, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert "quantization_config" not in config
-    assert (logits_elsewhere(folder, tokens, tmp_path) - before).abs().max() < 1e-3
+    assert (read_by_transformers(folder, tokens).logits - before).abs().max() < 1e-3
 
 
 def test_sixteen_bits_outside_the_codes_stay_within_their_rounding(tokens, tmp_path):
     model = quantized(rl.WeightQuant(group_size=16), tokens)
     folder = rl.export(model, tmp_path / "out", dtype=torch.bfloat16)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    assert (logits_elsewhere(folder, tokens, tmp_path).float() - model(tokens).logits).abs().max() < 0.1 * model(tokens).logits.abs().max()
+    assert (read_by_transformers(folder, tokens).logits.float() - model(tokens).logits).abs().max() < 0.1 * model(tokens).logits.abs().max()
 
 
 def test_a_sixteen_bit_model_is_exported_by_its_codes(tokens, tmp_path):
@@ -92,7 +96,19 @@ def test_a_big_model_is_written_in_shards(tokens, tmp_path, monkeypatch):
     model = quantized(rl.WeightQuant(group_size=16), tokens)
     folder = rl.export(model, tmp_path / "out")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    assert (logits_elsewhere(folder, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
+    assert (read_by_transformers(folder, tokens).logits - model(tokens).logits).abs().max() < 1e-4
+
+
+def test_a_folder_that_stock_software_cannot_read_is_one_sentence(tmp_path):
+    with pytest.raises(RuntimeError, match=r"transformers can't read .*: .*config\.json"):
+        read_by_transformers(tmp_path)
+
+
+def test_the_stock_process_knows_nothing_of_rotlib(tmp_path):
+    script = f"import runpy; main = runpy.run_path({stock.__file__!r})['_main']; import sys, rotlib\n"
+    script += "try: main('nowhere', '')\nexcept FileNotFoundError: pass\nimport rotlib"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "import of rotlib halted" in done.stderr
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tokens, tmp_path, monkeypatch):
@@ -147,7 +163,7 @@ def test_a_recipe_is_exported_with_a_card_that_says_what_was_measured(folder, to
     assert f"| {measured['reference_perplexity']:.3f} | {measured['perplexity']:.3f} |" in card.text
     assert yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])["rotation"] == "hadamard"
     model, tokenizer = rl.build(recipe)
-    assert (logits_elsewhere(out, tokens, tmp_path) - model(tokens).logits).abs().max() < 1e-4
+    assert (read_by_transformers(out, tokens).logits - model(tokens).logits).abs().max() < 1e-4
     assert AutoTokenizer.from_pretrained(out).encode("one two") == tokenizer.encode("one two")
 
 

@@ -72,6 +72,11 @@ def example(name):
         return (["first", "second"], [0.1, float("nan")], [0.02, float("nan")], ["reproduced", "not run"])
     if name == "budget_curves":
         return ({"spinquant": [arm("spinquant", steps=steps) for steps in (8, 16)], "optrot": [arm("optrot")]},)
+    if name == "checkpoint_sizes":
+        return (
+            {"OptRot, gguf": {"codes": 60.5, "scales": 3}, "OptRot, fused": {"codes": 480, "scales": 0}},
+            {"OptRot, gguf": 64, "OptRot, fused": 481.5},
+        )
     if name == "matrices":
         return ({"hadamard": torch.tensor([[1, 1], [1, -1]]) / 2**0.5, "identity": torch.eye(3, dtype=torch.float64)},)
     results = {name: modules("bounds", name) for name in ("none", "hadamard", "optrot")}

@@ -5,7 +5,6 @@ from copy import deepcopy
 import gguf
 import pytest
 import torch
-from conftest import logits_elsewhere
 from tokenizers import Regex
 from tokenizers import pre_tokenizers as pre
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
@@ -14,6 +13,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import rotlib as rl
 from rotlib.gguf_file import NAME, GgufFile, block_type, blocks, cut_of
 from rotlib.quant import QuantizedWeight, round_to_nearest
+from rotlib.stock import has_llama_cpp, read_by_llama_cpp, read_by_transformers
 from rotlib.zoo import load_tokenizer
 
 SHAPE = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -75,10 +75,19 @@ def test_transformers_reads_the_file_as_the_quantized_model(name, grid, tokens, 
     folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
     wanted = model(tokens).logits
     if name not in ("llama, scaled RoPE", "llama, biases everywhere"):  # transformers leaves those unread
-        assert (logits_elsewhere(folder, tokens, tmp_path, NAME) - wanted).abs().max() < 2e-2 * wanted.abs().max()
+        assert (read_by_transformers(folder, tokens, NAME).logits - wanted).abs().max() < 2e-2 * wanted.abs().max()
     reader = gguf.GGUFReader(folder / NAME)
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if ".ffn_" in tensor.name and tensor.n_elements > 96}
     assert kinds == {grid.split(",")[0]}
+
+
+@pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp isn't installed")
+@pytest.mark.parametrize(("name", "grid"), [*(("llama", grid) for grid in GRIDS), *((name, "Q4_0, groups") for name in CONFIGS)])
+def test_llama_cpp_computes_what_the_quantized_model_does(name, grid, tokens, tmp_path):
+    model = quantized(name, GRIDS[grid], tokens)
+    folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    wanted = model(tokens).logits
+    assert (read_by_llama_cpp(folder / NAME, tokens).logits - wanted).square().mean() < 1e-3 * wanted.square().mean()
 
 
 def test_scaled_rotary_embeddings_travel_as_factors(tokens, tmp_path):

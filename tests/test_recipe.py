@@ -84,6 +84,7 @@ def test_a_results_fingerprint_covers_what_it_depends_on_and_no_more():
             "reproduce",
             "report",
             "slopes",
+            "stock",
             "sweep",
         }
     )
