@@ -22,7 +22,7 @@ from rotlib.zoo import one_sentence, resolve
 
 GB = 1e9
 _FLOAT, _DOUBLE = 4, 8
-_PROCESS = 0.5 * GB  # Python, torch and transformers before any model
+_PROCESS = 0.72 * GB  # Python, torch, transformers and a text before any model
 _SURE = 0.8  # of an estimate: what it may be too high by is no reason to refuse
 # how many copies of its largest operand a stage holds at its peak, counted in the code and checked against measured peaks
 _ROWS, _LOGITS, _WIDE, _HESSIANS, _WEIGHTS = 2, 6, 3, 7, 6
@@ -65,7 +65,8 @@ def estimate(recipe: Recipe) -> Memory:
         return _FLOAT * tokens * (3 * d + _WIDE * wide)
 
     stages = {"evaluate": layer_run(recipe.window) + _FLOAT * _LOGITS * min(CHUNK, recipe.window) * head / d}
-    host = {"evaluate": 2 * _FLOAT * recipe.test_windows * recipe.window * d}
+    codes = linears if recipe.rounding != "none" else 0
+    host = {"evaluate": 2 * _FLOAT * recipe.test_windows * recipe.window * d + codes, "load": (linears + head) * _on_disk(family)}
     if recipe.rotation != "none":
         stages["fuse"] = _DOUBLE * 3 * head
     if recipe.rotation in LEARNED and recipe.rotation not in THROUGH_NETWORK:
@@ -77,15 +78,20 @@ def estimate(recipe: Recipe) -> Memory:
         tokens = recipe.calibration_windows * recipe.window
         solve = max(_HESSIANS * wide**2 + _WEIGHTS * sizes["down"], _HESSIANS * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]))
         stages["quantize"] = layer_run(min(tokens, BATCH_TOKENS)) + _FLOAT * solve
-        host["quantize"] = _FLOAT * 2 * tokens * d
-    codes = linears if recipe.rounding != "none" else 0
-    beside = {stage: stages[stage] + host.get(stage, 0) for stage in stages}
+        host["quantize"] = _FLOAT * 2 * tokens * d + codes
+    beside = (stages.get(stage, 0) + host.get(stage, 0) for stage in stages | host)
     return Memory(
-        host=_PROCESS + weights + reference + codes + max(beside.values()),
+        host=_PROCESS + weights + reference + max(beside),
         weights=weights + reference,
         working=max(stages.values()),
         streamed=max(_FLOAT * sum(sizes.values()), _FLOAT * 2 * head) + max(stages.values()),
     )
+
+
+def _on_disk(family: Family) -> int:
+    """Bytes a weight in the checkpoint, whose pages are resident until its weights are float32; those of float32 are the weights."""
+    dtype = family.config.dtype or torch.float32
+    return 0 if dtype == torch.float32 else dtype.itemsize
 
 
 def check_fits(recipe: Recipe, device: torch.device) -> None:
