@@ -165,7 +165,7 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
             axis.set_xscale("log")
             _plain_log_ticks(axis.xaxis, (1, 2, 5))
         else:
-            axis.set_xlim(left=0)
+            axis.set_xlim(0, 1.08 * axis.get_xlim()[1])
             axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_title(grid + ("" if rounding == "none" else f", {rounding}"))
         axis.grid(axis="x", color="0.9", lw=0.6)
