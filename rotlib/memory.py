@@ -1,4 +1,4 @@
-"""How much memory a recipe takes, from its model's config alone: what `--dry-run` says, and what decides where a model is kept.
+"""How much memory a recipe takes, from its model's config alone: what `--dry-run` says, and what a run is refused by.
 
 A run holds the model in float32, the reference's hidden states with a copy of its head, and one stage's working set: OptRot's folded
 weights and drawn rows, the embedding in float64 while fusing, a layer's inputs, Hessian and factors in GPTQ, a chunk of logits while
@@ -18,7 +18,7 @@ from rotlib.families import Family, adapt
 from rotlib.measure import CHUNK
 from rotlib.recipe import LEARNED, THROUGH_NETWORK, Recipe
 from rotlib.sampling import BATCH, DRAW
-from rotlib.zoo import one_sentence, resolve
+from rotlib.zoo import free_memory, one_sentence, resolve
 
 GB = 1e9
 _FLOAT, _DOUBLE = 4, 8
@@ -29,9 +29,11 @@ _ROWS, _LOGITS, _WIDE, _HESSIANS, _WEIGHTS = 2, 6, 3, 7, 6
 
 
 class Memory(NamedTuple):
-    """Peaks in bytes: of a process on the CPU, and of a device: the weights it holds with what works on them, or a layer at a time."""
+    """Peaks in bytes: of a process on the CPU, or of one that computes on a device; of the device: the weights it holds with what works
+    on them, or a layer at a time."""
 
     host: float
+    beside: float
     weights: float
     working: float
     streamed: float
@@ -43,16 +45,20 @@ class Memory(NamedTuple):
 
 
 @lru_cache
-def outline(model: str) -> Family:
-    """The model without its weights; raises like `load`."""
+def outline(model: str) -> tuple[Family, torch.dtype]:
+    """(the model without its weights, the dtype of its checkpoint); raises like `load`."""
     with one_sentence(model), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)), dtype=torch.float32)
-    return adapt(empty)
+        config = AutoConfig.from_pretrained(resolve(model))
+        dtype = config.dtype or torch.float32
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if online := getattr(config, "rotlib_online", None):  # `load` would apply them
+        empty.rotlib_online = online
+    return adapt(empty), dtype
 
 
 def estimate(recipe: Recipe) -> Memory:
     """The peaks of a recipe, untied head included; raises like `load` for a model that isn't to be had."""
-    family = outline(recipe.model)
+    family, dtype = outline(recipe.model)
     layers, d = len(family.layers), family.width
     sizes = {name: linear.weight.numel() for name, linear in family.linears(0).items()}
     wide = family.linears(0)["down"].in_features
@@ -66,10 +72,12 @@ def estimate(recipe: Recipe) -> Memory:
 
     stages = {"evaluate": layer_run(recipe.window) + _FLOAT * _LOGITS * min(CHUNK, recipe.window) * head / d}
     codes = linears if recipe.rounding != "none" else 0
-    host = {"evaluate": 2 * _FLOAT * recipe.test_windows * recipe.window * d + codes, "load": (linears + head) * _on_disk(family)}
+    host = {"evaluate": 2 * _FLOAT * recipe.test_windows * recipe.window * d + codes, "load": (linears + head) * _on_disk(dtype)}
     if recipe.rotation != "none":
         stages["fuse"] = _DOUBLE * 3 * head
-    if recipe.rotation in LEARNED and recipe.rotation not in THROUGH_NETWORK:
+    if recipe.rotation in THROUGH_NETWORK:
+        stages["rotate"] = _FLOAT * 2 * linears  # a copy and its gradients; what the layers keep for going back comes on top
+    elif recipe.rotation in LEARNED:
         rows = min(DRAW * BATCH, DRAW * linears // d) * d
         heads = layers * (sizes["o"] + sizes["v"])
         stages["rotate"] = _FLOAT * (_ROWS * rows + 4 * heads)
@@ -79,27 +87,29 @@ def estimate(recipe: Recipe) -> Memory:
         solve = max(_HESSIANS * wide**2 + _WEIGHTS * sizes["down"], _HESSIANS * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]))
         stages["quantize"] = layer_run(min(tokens, BATCH_TOKENS)) + _FLOAT * solve
         host["quantize"] = _FLOAT * 2 * tokens * d + codes
-    beside = (stages.get(stage, 0) + host.get(stage, 0) for stage in stages | host)
+    held = _PROCESS + weights + reference
     return Memory(
-        host=_PROCESS + weights + reference + max(beside),
+        host=held + max(stages.get(stage, 0) + host.get(stage, 0) for stage in stages | host),
+        beside=held + max(host.values()),
         weights=weights + reference,
         working=max(stages.values()),
         streamed=max(_FLOAT * sum(sizes.values()), _FLOAT * 2 * head) + max(stages.values()),
     )
 
 
-def _on_disk(family: Family) -> int:
+def _on_disk(dtype: torch.dtype) -> int:
     """Bytes a weight in the checkpoint, whose pages are resident until its weights are float32; those of float32 are the weights."""
-    dtype = family.config.dtype or torch.float32
     return 0 if dtype == torch.float32 else dtype.itemsize
 
 
 def check_fits(recipe: Recipe, device: torch.device) -> None:
     """Raises ValueError naming what a recipe needs where this machine or the device surely has less."""
     needed = estimate(recipe)
-    _check(recipe, needed.host, psutil.virtual_memory().available, "of memory")
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss  # an earlier model makes room
+    _check(recipe, needed.host if device.type == "cpu" else needed.beside, free, "of memory")
     if device.type == "cuda":
-        _check(recipe, min(needed.streamed, needed.device), torch.cuda.mem_get_info(device)[0], f"on {device}")
+        whole = recipe.rotation in THROUGH_NETWORK
+        _check(recipe, needed.device if whole else min(needed.streamed, needed.device), free_memory(device), f"on {device}")
 
 
 def _check(recipe: Recipe, needed: float, free: float, where: str) -> None:

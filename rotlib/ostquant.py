@@ -68,7 +68,7 @@ def ostquant(
 
     def loss(logits: Tensor, number: int) -> Tensor:
         with torch.no_grad():
-            truth = teacher.lm_head(teacher.hidden[number])
+            truth = teacher.lm_head(teacher.hidden[number].to(logits.device))
         return kl_top_loss(logits, truth, kl_top)
 
     return learn_through(student, _RiemannianAdam(rotation, settings.lr), calibration, activations, loss, settings, seed)

@@ -162,7 +162,8 @@ def _quantize(recipe: Recipe, model: PreTrainedModel, rotation: Rotation | None,
         return {"weights": weights, "fallbacks": report.fallbacks, "seconds": report.seconds}
 
     kept, fresh = _kept(spec, device, compute, made_for)
-    layers.clear()
+    if not fresh or _read(store.local_path(spec, ".pt"), _maker(device, made_for)):
+        layers.clear()
     if not fresh:
         restore(model, {name: QuantizedWeight(*parts) for name, parts in kept["weights"].items()})
     record.metrics["fallbacks"] = kept["fallbacks"]

@@ -189,7 +189,7 @@ def norm_gains(family: Family, rotation: Rotation, layer: int) -> Iterator[tuple
         yield norm, torch.ones_like(norm.weight) if scale is None else scale
     for norm, power in zip(family.query_key_norms(layer), (1, -1), strict=False):
         if (scale := rotation.scale(("query_key", power), layer)) is not None:
-            yield norm, norm.weight.detach() * scale.squeeze(0)
+            yield norm, norm.weight.detach() * scale.squeeze(0).to(norm.weight.device)
 
 
 def scale_shapes(family: Family) -> dict[str, tuple[int, ...]]:

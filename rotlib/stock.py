@@ -45,18 +45,23 @@ def read_by_transformers(
 
     `keep` is how many positions' logits are returned of each window (None: all). Raises RuntimeError where it can't read the folder.
     """
-    asked = {"folder": str(folder), "gguf_file": gguf_file, "prompt": prompt, "new_tokens": new_tokens}
+    asked = {"folder": _absolute(folder), "gguf_file": gguf_file, "prompt": prompt, "new_tokens": new_tokens}
     return _elsewhere("transformers", asked, windows, keep)
 
 
 def read_by_llama_cpp(file: str | Path, windows: Tensor, keep: int | None = None) -> Reading:
     """What llama.cpp computes from a GGUF file; raises like `read_by_transformers`."""
-    return _elsewhere("llama.cpp", {"file": str(file)}, windows, keep)
+    return _elsewhere("llama.cpp", {"file": _absolute(file)}, windows, keep)
 
 
 def has_llama_cpp() -> bool:
     """Whether llama.cpp is installed, with its bindings for Python."""
     return find_spec("llama_cpp") is not None
+
+
+def _absolute(place: str | Path) -> str:
+    """A folder's or file's place as the other process sees it; a Hugging Face id stays as it is."""
+    return str(Path(place).resolve() if Path(place).exists() else place)
 
 
 def _elsewhere(software: str, asked: dict, windows: Tensor | None, keep: int | None) -> Reading:
@@ -90,7 +95,8 @@ def _transformers(asked: dict, windows: Tensor) -> tuple[str, Callable[[Tensor],
 
     how = {"gguf_file": asked["gguf_file"]} if asked["gguf_file"] else {}
     model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float32, **how).eval().requires_grad_(False)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    fits = torch.cuda.is_available() and 1.3 * sum(p.nbytes for p in model.parameters()) < torch.cuda.mem_get_info()[0]
+    model.to("cuda" if fits else "cpu")
     text = ""
     if asked["prompt"]:
         tokenizer = AutoTokenizer.from_pretrained(asked["folder"], **how)

@@ -46,7 +46,7 @@ class Estimate(NamedTuple):
     """What a recipe should take: seconds judged by the finished run that is most like it, memory by the model's config."""
 
     seconds: float | None
-    memory_gb: float
+    memory_gb: float | None
 
 
 def read_sweep(path: Path) -> list[Recipe]:
@@ -131,9 +131,11 @@ def tasks_of(recipes: list[Recipe]) -> list[list[Recipe]]:
 def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
     """Of the finished run of the same model with most settings in common the time, scaled by the tokens; None where there is none.
 
-    What learns through the network takes at least the memory that the run did.
+    What learns through the network takes at least the memory that the run did; None where the model isn't to be had here.
     """
-    memory_gb = memory.estimate(recipe).host / memory.GB
+    memory_gb = None
+    with suppress(ValueError, ImportError):  # the run itself will tell
+        memory_gb = memory.estimate(recipe).host / memory.GB
     wanted = asdict(recipe)
     defaults = asdict(Recipe())
     best, found = -1, None
@@ -148,7 +150,7 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
         return Estimate(None, memory_gb)
     settings, result = found
     if recipe.rotation in THROUGH_NETWORK:
-        memory_gb = max(memory_gb, result.peak_memory_mb * 2**20 / memory.GB)
+        memory_gb = max(memory_gb or 0, result.peak_memory_mb * 2**20 / memory.GB)
     tokens = {"quantize": "calibration_windows", "evaluate": "test_windows", "rotate": "learning_windows"}
     scale = {
         stage: recipe.window * wanted[name] / (settings["window"] * settings[name])
@@ -208,15 +210,12 @@ def ray(tasks: list[list[Recipe]], workers: int, address: str | None = None) -> 
         cluster.init(address=address, num_cpus=None if address else workers, **options)
     resources = {"num_cpus": 1, "num_gpus": 1 if cluster.cluster_resources().get("GPU") else 0}
     remote = cluster.remote(max_retries=_ATTEMPTS - 1, **resources)(work)
-    biggest = max(node["Resources"].get("memory", 0) for node in cluster.nodes() if node["Alive"])
+    fitting = [node["Resources"] for node in cluster.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= resources["num_gpus"]]
+    biggest = max((node.get("memory", 0) for node in fitting), default=0)
     running = {}
-    for number, task in enumerate(tasks):
-        needed = max(memory.estimate(recipe).host for recipe in task)
-        if needed > biggest:  # Ray would wait for such a machine for ever
-            failure = f"needs about {needed / memory.GB:.1f} GB, and the cluster's biggest machine has {biggest / memory.GB:.1f} GB for it"
-            yield number, [failure] * len(task)
-        else:
-            running[remote.options(memory=int(needed)).remote([asdict(recipe) for recipe in task])] = number
+    for number, task in enumerate(tasks):  # Ray would wait for ever for a machine that it hasn't: the biggest one's worker refuses then
+        needed = min(biggest, max((estimate(recipe, []).memory_gb or 0) for recipe in task) * memory.GB)
+        running[remote.options(memory=int(needed)).remote([asdict(recipe) for recipe in task])] = number
     while running:
         (ready, *_), _ = cluster.wait(list(running))
         number = running.pop(ready)
@@ -245,7 +244,9 @@ def forecast(todo: list[Recipe], workers: int) -> str:
         finished = store.load_results()
     estimates = [estimate(recipe, finished) for recipe in todo]
     known = [found.seconds for found in estimates if found.seconds is not None]
-    line = f"{len(todo)} to run in {len(tasks_of(todo))} tasks, up to {max(found.memory_gb for found in estimates):.1f} GB a worker"
+    line = f"{len(todo)} to run in {len(tasks_of(todo))} tasks"
+    if sizes := [found.memory_gb for found in estimates if found.memory_gb]:
+        line += f", up to {max(sizes):.1f} GB a worker"
     line += f", about {sum(known) / 60 / workers:.0f} minutes" if known else ""
     return line + (f"; the time of {len(todo) - len(known)} is unknown" if len(known) < len(todo) else "")
 

@@ -5,6 +5,7 @@ is dequantized once through transformers and cached as safetensors. Its weights 
 them: "full precision" below means these dequantized weights.
 """
 
+import gc
 import os
 import re
 import shutil
@@ -62,10 +63,17 @@ def load(name: str, device: str = "auto", dtype: torch.dtype = torch.float32) ->
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """On the device where it fits there, else on the host with the device to send its layers to."""
     size = sum(parameter.nbytes for parameter in model.parameters())
-    if device.type == "cuda" and _COPIES * size > torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and _COPIES * size > free_memory(device):
         model.rotlib_device = device
         return model
     return model.to(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a CUDA device, once torch has handed back what earlier models took there."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -24,7 +24,7 @@ def test_a_model_that_does_not_fit_stays_on_the_host_and_one_that_does_goes_to_t
     moved = []
     monkeypatch.setattr(type(model), "to", lambda self, device: moved.append(device) or self)
     for free, goes in ((3 * size(model), True), (2 * size(model), False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        monkeypatch.setattr(zoo, "free_memory", lambda device, free=free: free)
         placed = zoo._placed(model, torch.device("cuda"))
         assert bool(moved) == goes
         moved.clear()
@@ -92,6 +92,7 @@ def test_a_recipe_that_does_not_fit_says_how_much_it_needs_before_anything_is_lo
     recipe = Recipe(rotation="optrot", calibration_windows=1, test_windows=1)
     needed = memory.estimate(recipe).host
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Free", (), {"available": 0.5 * needed})())
+    monkeypatch.setattr(psutil, "Process", lambda: type("Self", (), {"memory_info": lambda _: type("Info", (), {"rss": 0})})())
     monkeypatch.setattr("rotlib.pipeline.load", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr("rotlib.store.find", lambda _: None)
     with pytest.raises(ValueError, match=r"smollm2-135m needs about \d\.\d GB of memory for this recipe, and \d\.\d GB are free"):
@@ -112,3 +113,4 @@ def test_the_estimate_grows_with_what_a_recipe_holds():
     assert longer.weights > base.weights
     assert memory.estimate(Recipe(rotation="none", rounding="none")).host < base.host
     assert base.streamed < base.device < base.host + base.working
+    assert base.beside < base.host
