@@ -55,19 +55,19 @@ def test_half_precision_adds_no_gain(dtype):
         assert apply_hadamard(x).float().norm() / x.float().norm() == pytest.approx(1, abs=2e-4)
 
 
-def test_the_online_hadamard_costs_less_than_half_of_the_dense_product():
+def test_the_online_hadamard_costs_less_than_a_quarter_of_the_dense_product():
     x, H = torch.randn(2048, 1536), hadamard(1536).float()
 
     def seconds(act):
         act()
         times = []
-        for _ in range(7):
+        for _ in range(25):
             start = time.perf_counter()
             act()
             times.append(time.perf_counter() - start)
         return min(times)
 
-    assert seconds(lambda: apply_hadamard(x)) < seconds(lambda: x @ H) / 2  # undisturbed about a seventh; tests run side by side
+    assert seconds(lambda: apply_hadamard(x)) < seconds(lambda: x @ H) / 4
 
 
 def test_an_impossible_order_names_its_neighbours_and_the_block_alternative():
