@@ -62,7 +62,6 @@ def hessians(model: PreTrainedModel, calibration: Int[Tensor, "windows length"])
     """
     family = adapt(model)
     token_ids("calibration", calibration, 2, model)
-    check_masks(model, calibration.shape[1])
     batches = layer_inputs(family, calibration)
     for layer in range(len(family.layers)):
         sums = {site: Hessian() for site in ("q", "o", "gate", "down")}
@@ -127,9 +126,10 @@ def pivots_and_slope(H: Float[Tensor, "*batch n n"]) -> tuple[Float[Tensor, "*ba
 def layer_inputs(family: Family, windows: Int[Tensor, "windows length"], at_a_time: int | None = None) -> list[tuple[Tensor, dict]]:
     """What the first decoder layer is called with, batch by batch: hidden states (kept on the host) and keywords.
 
-    A batch has `at_a_time` windows, or as many as make up `BATCH_TOKENS`. Raises ValueError like `check_masks`.
+    A batch has `at_a_time` windows, or as many as make up `BATCH_TOKENS`. Raises ValueError for windows
+    that need more than one attention mask.
     """
-    check_masks(family.model, windows.shape[1])
+    _check_masks(family.model, windows.shape[1])
     batches = []
 
     def catch(layer, args, kwargs):
@@ -160,7 +160,7 @@ def run_layer(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).cpu()
 
 
-def check_masks(model: PreTrainedModel, length: int) -> None:
+def _check_masks(model: PreTrainedModel, length: int) -> None:
     """Every layer is run with the first one's attention mask, so all must share it."""
     kinds = set(getattr(model.config, "layer_types", None) or ())
     if len(kinds) > 1 and length > (model.config.sliding_window or length):

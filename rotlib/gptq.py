@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import positive, share, token_ids, yes_or_no
-from rotlib.covariance import DAMPING, Hessian, Stop, check_masks, factorise, layer_inputs, run_layer, walk_layer
+from rotlib.covariance import DAMPING, Hessian, Stop, factorise, layer_inputs, run_layer, walk_layer
 from rotlib.families import STAGES, Family
 from rotlib.quant import Grid, QuantizedWeight, WeightQuant, check_quantizable, fit_grid, round_to_nearest, set_weight
 
@@ -91,10 +91,9 @@ def gptq(
     positive("damping", damping)
     yes_or_no("act_order", act_order)
     share("asymmetry", asymmetry)
-    check_masks(model, calibration.shape[1])
-    model.config.rotlib_quantized = True  # first: an interrupted model is neither the original nor quantized
     solve = Solver(quant, act_order, damping)
     batches = layer_inputs(family, calibration)
+    model.config.rotlib_quantized = True  # already: an interrupted model is neither the original nor quantized
     unrounded = _Unrounded(family, batches, asymmetry) if asymmetry else None
     report = Report()
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, token_ids, whole_number
-from rotlib.covariance import check_masks, damped, hessians, pivots, pivots_and_slope
+from rotlib.covariance import damped, hessians, pivots, pivots_and_slope
 from rotlib.families import STAGES, Family
 from rotlib.hadamard import apply_hadamard
 from rotlib.objective import Matrix, fourth_powers, weight_matrices
@@ -54,7 +54,6 @@ def optrot_plus(
     steps = whole_number("steps", _STEPS if steps is None else steps, 1)
     token_ids("calibration", calibration, 2, model)
     family, rotation = starting_point(model, seed, R3, R4)
-    check_masks(model, calibration.shape[1])
     widest = max(family.width, family.linears(0)["o"].in_features)
     if calibration.numel() < _TOKENS_PER_INPUT * widest:
         raise ValueError(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rotlib.activations import ActivationQuant
 from rotlib.checks import one_of
-from rotlib.covariance import check_masks, hessians
+from rotlib.covariance import hessians
 from rotlib.families import adapt
 from rotlib.measure import Reference
 from rotlib.network import Preset, Student, learn_through, prepare
@@ -58,7 +58,6 @@ def ostquant(
     settings = settings._replace(steps=settings.steps if steps is None else steps, lr=settings.lr if lr is None else lr)
     activations = activations or ActivationQuant()
     rotation = prepare(model, calibration, quant, activations, settings, seed, R3, R4, start, local)
-    check_masks(model, calibration.shape[1])
     with coarse_products():
         block = rotation.R1.shape[-1]
         KLT, teacher = eigenvectors(model, calibration, block), Reference(model, calibration)

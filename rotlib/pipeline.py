@@ -6,13 +6,10 @@ activations. The last model stays in memory for the next recipe with the same we
 """
 
 import time
-import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import astuple, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -25,14 +22,15 @@ from rotlib.activations import ActivationQuant, check_activations, quantized_act
 from rotlib.families import adapt
 from rotlib.fixed import DRAWN, gsr_rotation
 from rotlib.fuse import fuse
-from rotlib.gptq import ModuleReport, Report, gptq
+from rotlib.gptq import gptq
+from rotlib.kept import Kept, KeptLayers, packed, unpacked
 from rotlib.measure import Reference, evaluate
 from rotlib.network import LearningFailed
 from rotlib.online import check_online
 from rotlib.optrot import kurtail, mixed, optrot
 from rotlib.optrot_plus import optrot_plus
 from rotlib.ostquant import ostquant
-from rotlib.quant import QuantizedWeight, check_quantizable, restore, rtn
+from rotlib.quant import check_quantizable, restore, rtn
 from rotlib.recipe import LEARNED, Recipe
 from rotlib.rotation import Rotation
 from rotlib.spinquant import spinquant
@@ -151,23 +149,20 @@ def _quantize(recipe: Recipe, model: PreTrainedModel, rotation: Rotation | None,
             rtn(model, recipe.quant)
         return
 
-    spec, device, made_for = recipe.sharing_weights().spec() | {"task": "weights"}, adapt(model).device, _identity(rotation)
-    layers = _Layers(spec, _maker(device, made_for))
-
-    def compute() -> dict:
+    how = recipe.sharing_weights().spec() | {"task": "weights"}, adapt(model).device, _identity(rotation)
+    whole, layers = Kept(*how), KeptLayers(*how)
+    if done := whole.read():
+        restore(model, unpacked(done["weights"]))
+        layers.clear()
+    else:
         seen = recipe.activations if recipe.order == "activations-first" else ActivationQuant()
         with quantized_activations(model, seen):
             report = gptq(model, calibration, recipe.quant, recipe.act_order, recipe.damping, recipe.asymmetry, layers)
-        weights = {name: tuple(weight) for name, weight in report.weights.items()}
-        return {"weights": weights, "fallbacks": report.fallbacks, "seconds": report.seconds}
-
-    kept, fresh = _kept(spec, device, compute, made_for)
-    if not fresh or _read(store.local_path(spec, ".pt"), _maker(device, made_for)):
-        layers.clear()
-    if not fresh:
-        restore(model, {name: QuantizedWeight(*parts) for name, parts in kept["weights"].items()})
-    record.metrics["fallbacks"] = kept["fallbacks"]
-    record.seconds["quantize"] = round(kept["seconds"], 2)
+        done = {"weights": packed(report.weights), "fallbacks": report.fallbacks, "seconds": report.seconds}
+        if whole.write(done):
+            layers.clear()
+    record.metrics["fallbacks"] = done["fallbacks"]
+    record.seconds["quantize"] = round(done["seconds"], 2)
 
 
 def calibration_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
@@ -210,33 +205,28 @@ def _drawn(name: str, recipe: Recipe, model: PreTrainedModel) -> Rotation:
 
 
 def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation:
-    spec = {"task": "rotation"} | recipe.rotation_reads
-
-    def compute() -> dict:
+    kept = Kept({"task": "rotation"} | recipe.rotation_reads, adapt(model).device)
+    done = kept.read()
+    if done is None:
         start = time.perf_counter()
         try:
             rotation, tokens = _learn(recipe, model)
         except LearningFailed as error:
             if error.rotation is not None:
-                path = store.local_path(spec, ".last-good.pt")
+                path = kept.path.with_suffix(".last-good.pt")
                 store.write_atomically(path, lambda scratch: torch.save(_parts(error.rotation), scratch))
                 error.add_note(f"the last good rotation is kept in {path}")
             raise
-        return {
-            "rotation": _parts(rotation),
-            "seconds": time.perf_counter() - start,
-            "memory_mb": store.peak_memory_mb(adapt(model).device),
-            "tokens": tokens,
-        }
-
-    kept, _ = _kept(spec, adapt(model).device, compute)
-    rotation = Rotation(**kept["rotation"], R3=recipe.R3, R4=recipe.R4)
-    record.seconds["rotate"] = round(kept["seconds"], 2)
+        seconds, memory_mb = time.perf_counter() - start, store.peak_memory_mb(adapt(model).device)
+        done = {"rotation": _parts(rotation), "seconds": seconds, "memory_mb": memory_mb, "tokens": tokens}
+        kept.write(done)
+    rotation = Rotation(**done["rotation"], R3=recipe.R3, R4=recipe.R4)
+    record.seconds["rotate"] = round(done["seconds"], 2)
     record.metrics |= {
         "objective": rotation.history[-1],
         "objective_history": [float(f"{value:.6g}") for value in rotation.history[:-1]],
-        "learning_memory_mb": kept["memory_mb"],
-        "learning_tokens": kept["tokens"],
+        "learning_memory_mb": done["memory_mb"],
+        "learning_tokens": done["tokens"],
     }
     return rotation
 
@@ -274,57 +264,3 @@ def _identity(rotation: Rotation | None) -> str:
     if rotation is None:
         return ""
     return sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in rotation.tensors())).hexdigest()[:12]
-
-
-def _kept(spec: dict, device: torch.device, compute: Callable[[], dict], made_for: str = "") -> tuple[dict, bool]:
-    """(what `compute` returned, computed just now?), kept in a file beside the results while code, torch, device and `made_for` stay."""
-    path, maker = store.local_path(spec, ".pt"), _maker(device, made_for)
-    if kept := _read(path, maker):
-        return kept, False
-    kept = compute()
-    _write(path, maker, kept)
-    return kept, True
-
-
-def _maker(device: torch.device, made_for: str) -> str:
-    return f"{store.code_fingerprint()} torch {torch.__version__} {device.type} {made_for}".strip()
-
-
-def _read(path: Path, maker: str) -> dict | None:
-    with suppress(Exception):  # no file, or a damaged one: compute anew
-        kept = torch.load(path, map_location="cpu")
-        if kept["maker"] == maker:
-            return kept
-
-
-def _write(path: Path, maker: str, kept: dict) -> None:
-    try:
-        store.write_atomically(path, lambda scratch: torch.save(kept | {"maker": maker}, scratch))
-    except OSError as error:  # a full disk, say: the run goes on, the next one computes this again
-        warnings.warn(f"{path} couldn't be written, so it won't be reused ({error})", stacklevel=2)
-
-
-class _Layers:
-    """The layers that an interrupted GPTQ has finished, a file each until all of them are kept as one."""
-
-    def __init__(self, spec: dict, maker: str):
-        self._spec, self._maker = spec, maker
-
-    def get(self, layer: int) -> Report | None:
-        if kept := _read(self._path(layer), self._maker):
-            weights = {name: QuantizedWeight(*parts) for name, parts in kept["weights"].items()}
-            return Report([ModuleReport(*module) for module in kept["modules"]], weights, kept["seconds"])
-        return None
-
-    def put(self, layer: int, report: Report) -> None:
-        weights = {name: tuple(weight) for name, weight in report.weights.items()}
-        kept = {"weights": weights, "modules": [astuple(module) for module in report.modules], "seconds": report.seconds}
-        _write(self._path(layer), self._maker, kept)
-
-    def clear(self) -> None:
-        folder, pattern = self._path(0).parent, self._path(0).name.replace(".layer-0.", ".layer-*.")
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-
-    def _path(self, layer: int) -> Path:
-        return store.local_path(self._spec, f".layer-{layer}.pt")

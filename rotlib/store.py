@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # the modules that numbers depend on: all of them, and what only some results read
 _COMMON = (
-    "activations", "checks", "covariance", "families", "fixed", "fuse", "gptq", "hadamard", "measure", "online", "pipeline", "quant",
-    "recipe", "rotation", "text", "zoo",
+    "activations", "checks", "covariance", "families", "fixed", "fuse", "gptq", "hadamard", "kept", "measure", "online", "pipeline",
+    "quant", "recipe", "rotation", "text", "zoo",
 )  # fmt: skip
 _OF_TASK = {"outliers": ("outliers",), "bounds": ("bounds",), "groups": ("groups",), "zero-shot": ("zeroshot",)}
 _OF_OPTROT = ("grouped", "manifold", "objective", "optrot", "sampling")

@@ -43,9 +43,9 @@ Outcome = tuple[int, list[str | None]]  # a task's number, and for each of its r
 
 
 class Estimate(NamedTuple):
-    """What a recipe should take: seconds judged by the finished run that is most like it, memory by the model's config."""
+    """What a recipe should take: seconds a stage, judged by the finished run that is most like it, and memory by the model's config."""
 
-    seconds: float | None
+    seconds: dict[str, float] | None
     memory_gb: float | None
 
 
@@ -157,7 +157,7 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
         for stage, name in tokens.items()
         if stage != "rotate" or "learning_windows" in LEARNED.get(recipe.rotation, ())
     }
-    return Estimate(sum(seconds * scale.get(stage, 1.0) for stage, seconds in result.seconds.items()), memory_gb)
+    return Estimate({stage: seconds * scale.get(stage, 1.0) for stage, seconds in result.seconds.items()}, memory_gb)
 
 
 def work(recipes: list[dict]) -> list[str | None]:
@@ -236,19 +236,24 @@ def plan(recipes: list[Recipe], rerun_stale: bool) -> tuple[dict[Recipe, str], d
 
 
 def forecast(todo: list[Recipe], workers: int) -> str:
-    """A line of what is to come: runs, hours, memory."""
+    """A line of what is to come: runs, time, memory; what several runs share counts once."""
     if not todo:
         return "nothing to run"
     finished = []
     with suppress(ValueError):  # a damaged result, this sweep's or another's, takes no more than the estimates
         finished = store.load_results()
-    estimates = [estimate(recipe, finished) for recipe in todo]
-    known = [found.seconds for found in estimates if found.seconds is not None]
+    estimates = {recipe: estimate(recipe, finished) for recipe in todo}
+    stages: dict[tuple, float] = {}
+    for recipe, (seconds, _) in estimates.items():
+        shared = {"rotate": tuple(recipe.rotation_reads.items()), "quantize": recipe.sharing_weights()}
+        for stage, taken in (seconds or {}).items():
+            stages[stage, shared.get(stage, recipe)] = taken
     line = f"{len(todo)} to run in {len(tasks_of(todo))} tasks"
-    if sizes := [found.memory_gb for found in estimates if found.memory_gb]:
+    if sizes := [found.memory_gb for found in estimates.values() if found.memory_gb]:
         line += f", up to {max(sizes):.1f} GB a worker"
-    line += f", about {sum(known) / 60 / workers:.0f} minutes" if known else ""
-    return line + (f"; the time of {len(todo) - len(known)} is unknown" if len(known) < len(todo) else "")
+    line += f", about {sum(stages.values()) / 60 / workers:.0f} minutes" if stages else ""
+    unknown = sum(found.seconds is None for found in estimates.values())
+    return line + (f"; the time of {unknown} is unknown" if unknown else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

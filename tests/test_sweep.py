@@ -89,6 +89,13 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(folder, capsys):
     assert not (folder / "results").exists()
 
 
+def test_what_several_recipes_share_is_forecast_once(monkeypatch):
+    seconds = {"rotate": 60.0, "quantize": 120.0, "evaluate": 60.0}
+    monkeypatch.setattr(sweep, "estimate", lambda recipe, finished: sweep.Estimate(seconds, None))
+    learned = [rl.Recipe(rotation="optrot", bits=bits, activation_bits=activations) for bits in (3, 4) for activations in (16, 8)]
+    assert sweep.forecast(learned, workers=1).endswith("about 9 minutes")  # one rotation, two sets of weights, four evaluations
+
+
 def test_a_sweep_runs_what_is_missing_and_damaged_and_leaves_what_is_stale(folder, capsys):
     path = folder / "sweep.yaml"
     assert sweep.main([str(path), "--only", "rotation=hadamard"]) == 0
