@@ -27,12 +27,12 @@ def hadamard_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R
 
     Raises ValueError where the width or head_dim has no Hadamard matrix.
     """
-    return replace(_draw(model, seed, random_hadamard, _signed_hadamard), R3=R3, R4=R4)
+    return replace(draw(model, seed, random_hadamard, _signed_hadamard), R3=R3, R4=R4)
 
 
 def random_rotation(model: PreTrainedModel, seed: int = 0, R3: bool = False, R4: bool = False) -> Rotation:
     """R1 and R2 drawn uniformly from the orthogonal group."""
-    return replace(_draw(model, seed, random_orthogonal, random_orthogonal), R3=R3, R4=R4)
+    return replace(draw(model, seed, random_orthogonal, random_orthogonal), R3=R3, R4=R4)
 
 
 def gsr_rotation(
@@ -62,15 +62,15 @@ def gsr_rotation(
     columns = walsh_order(block or n) if order == "walsh" else None
 
     def turn(width: int, generator: torch.Generator) -> BlockHadamard:
-        return BlockHadamard(width, block or width, _signs(width, generator) if signs else None, columns)
+        return BlockHadamard(width, block or width, random_signs(width, generator) if signs else None, columns)
 
     def head(width: int, generator: torch.Generator) -> Tensor:
         return random_hadamard(width, generator) if signs else BlockHadamard(width, width).dense()
 
-    return replace(_draw(model, seed, head, turn), R3=R3, R4=R4)
+    return replace(draw(model, seed, head, turn), R3=R3, R4=R4)
 
 
-# what a recipe names besides "gsr": a rotation added here can be run, swept and compared like these
+# what a recipe names besides "gsr": a rotation that `own.py` adds can be run, swept and compared like these
 DRAWN: dict[str, Callable[..., Rotation]] = {"random": random_rotation, "hadamard": hadamard_rotation}
 
 
@@ -86,14 +86,16 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"
 
 
 def _signed_hadamard(n: int, generator: torch.Generator) -> BlockHadamard:
-    return BlockHadamard(n, n, _signs(n, generator))
+    return BlockHadamard(n, n, random_signs(n, generator))
 
 
-def _signs(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
+def random_signs(n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
+    """±1, evenly."""
     return torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) * 2 - 1
 
 
-def _draw(model: PreTrainedModel, seed: int, sample: Callable, sample_R1: Callable) -> Rotation:
+def draw(model: PreTrainedModel, seed: int, sample: Callable, sample_R1: Callable) -> Rotation:
+    """R1 and every head's R2, each drawn by a function of its size and a generator that starts from the seed."""
     family = adapt(model)
     whole_number("seed", seed, 0)
     generator = torch.Generator().manual_seed(seed)

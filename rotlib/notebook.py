@@ -5,6 +5,7 @@ one sentence in a notebook's first code cell, before any work.
 """
 
 import inspect
+from dataclasses import fields, replace
 from difflib import get_close_matches
 
 from rotlib.checks import inner_share, whole_number
@@ -26,6 +27,7 @@ PARAMETERS = {
     "bits": int,
     "group_size": int | None,
     "compare": bool,
+    "settings": dict,
     "folder": str | None,
     "window": int,
     "calibration_windows": int,
@@ -34,12 +36,15 @@ PARAMETERS = {
 }
 _LEARNING = ("steps", "learning_windows")  # of the rotations learned on data alone: the notebook gives them to those
 _COUNTS = ("every", "block", "items")  # what a notebook hands on itself: not every recipe reads it
-_OTHERS = ("compare", "folder")  # no recipe reads them
+_OTHERS = ("compare", "folder", "settings")  # no recipe reads them
+_FIELDS = {field.name for field in fields(Recipe)}
 _LISTS = {"shares": "a share", "budgets": "a budget"}  # the other lists hold seeds
 
 
 def check_parameters() -> Recipe:
     """Check the calling notebook's parameters; returns the recipe that they describe, with the first of the seeds.
+
+    A notebook without a text reads results alone: there the model's name isn't looked up.
 
     Raises ValueError for a name that no notebook has, a wrong type, a value that a recipe refuses, or an unknown model.
     """
@@ -72,7 +77,12 @@ def check_parameters() -> Recipe:
         name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, *_COUNTS, *_OTHERS)
     }
     recipe = Recipe(**settings, seed=given.get("seeds", [0])[0])
-    resolve(recipe.model)
+    for name in (settings := given.get("settings", {})):
+        if name not in _FIELDS:
+            raise ValueError(f"the parameter settings names {name!r}, which no recipe has: it takes {', '.join(sorted(_FIELDS))}")
+    replace(recipe, **settings)
+    if "text" in given:
+        resolve(recipe.model)
     namespace["_parameters_checked"] = True
     return recipe
 

@@ -6,6 +6,7 @@ is stored. `pipeline.py` computes it. Recipes that differ in their activations a
 
 from dataclasses import asdict, dataclass, fields, replace
 
+import rotlib.own  # noqa: F401 - what it adds to DRAWN
 from rotlib.activations import FULL, PROTOCOLS, ActivationQuant
 from rotlib.checks import inner_share, one_of, positive, share, whole_number, yes_or_no
 from rotlib.covariance import DAMPING

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 
 import pandas
 
@@ -23,12 +24,15 @@ _RIVAL = {"steps": 32}  # the study's laptop preset
 _SHORT = {"steps": 16, "learning_windows": 16}  # and what it could afford below four bits
 _BELOW_FOUR = {"symmetric": False, "act_order": True, "calibration_windows": 8, "test_windows": 4}
 _GSR_GRIDS = ({"bits": 2, "group_size": 32}, {"bits": 3, "group_size": 64})
+_W4A4KV4 = {"activation_bits": 4, "kv_bits": 4, "R3": True, "R4": True}
+_W2A4 = {"activation_bits": 4, "R4": True, **_GSR_GRIDS[0]}
 
 # (paper, measure, of which model, setting) -> {arm: what its authors print}; method.md's list, none of them ours. OptRot's own tables were
 # not available when this was written
 PUBLISHED = {
     ("SpinQuant", "WikiText-2 perplexity", "Llama-3-8B", "W4A16 GPTQ"): {"none": 7.2, "hadamard": 6.4, "spinquant": 6.4},
     ("SpinQuant", "WikiText-2 perplexity", "Llama-3-8B", "W4A4KV4 GPTQ"): {"hadamard": 8.0, "spinquant": 7.3},
+    ("OSTQuant", "WikiText-2 perplexity", "Llama-3-8B", "W4A4KV4 GPTQ"): {"spinquant": 7.35, "ostquant": 7.29},
     ("GSR", "WikiText-2 perplexity", "Llama-2-7B", "W2A16 g128 GPTQ"): {"GH": 20.29, "GW": 15.38, "LH": 12.11, "GSR": 11.59},
     ("GSR", "WikiText-2 perplexity", "Llama-2-7B", "W2A4 g128 GPTQ"): {"GH": 31.33, "GSR": 15.23},
 }
@@ -44,9 +48,10 @@ class Claim:
     worse: Recipe
 
 
-def claims(model: str) -> list[Claim]:
-    """Every claim of both papers that the study decides, on one model."""
-    return [replace(claim, better=replace(claim.better, model=model), worse=replace(claim.worse, model=model)) for claim in _claims()]
+def claims(model: str, settings: dict | None = None) -> list[Claim]:
+    """Every claim of both papers that the study decides, on one model; `settings` replace the study's: a text, say, or windows."""
+    how = {"model": model} | (settings or {})
+    return [replace(claim, better=replace(claim.better, **how), worse=replace(claim.worse, **how)) for claim in _claims()]
 
 
 def _claims() -> Iterator[Claim]:
@@ -61,6 +66,8 @@ def _claims() -> Iterator[Claim]:
     yield Claim("OptRot", "OptRot helps 8-bit activations too", optrot, hadamard)
     hadamard, optrot = (rotated(name, activation_bits=4, R4=True) for name in ("hadamard", "optrot"))
     yield Claim("OptRot", "OptRot is worse than Hadamard with 4-bit activations", hadamard, optrot)
+    hadamard, optrot = (rotated(name, **_W4A4KV4) for name in ("hadamard", "optrot"))
+    yield Claim("OptRot", "OptRot is worse than Hadamard with a 4-bit cache too", hadamard, optrot)
     spinquant, optrot = (rotated(name, rounding="rtn") for name in ("spinquant", "optrot"))
     yield Claim("OptRot", "rounded to nearest, SpinQuant is better than OptRot", spinquant, optrot)
     for grid in _GSR_GRIDS:
@@ -73,19 +80,21 @@ def _claims() -> Iterator[Claim]:
         yield Claim("GSR", "sequency helps, within groups", GSR, LH)
         yield Claim("GSR", "grouping helps, without order", LH, GH)
         yield Claim("GSR", "grouping helps, with order", GSR, GW)
+    GH = Recipe(rotation="gsr", R1_order="hadamard", **_BELOW_FOUR, **_W2A4)
+    yield Claim("GSR", "GSR is better than a global Hadamard rotation", replace(GH, R1_order="walsh", block=GH.group_size), GH)
     for name, settings in {"OptRot": {}, "SpinQuant": _SHORT, "OSTQuant": _SHORT}.items():
         learned = Recipe(rotation=name.lower(), **settings, **_BELOW_FOUR, **_GSR_GRIDS[1])
         yield Claim("GSR", f"GSR improves learned rotations: {name} that starts there", replace(learned, start="gsr", block=64), learned)
 
 
-def verdicts(model: str) -> tuple[pandas.DataFrame, list[Arm]]:
-    """(a row a claim, the arms that they were judged on); a claim whose arms haven't been run is "not run"."""
+def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame, list[Arm]]:
+    """(a row a claim, the arms that they were judged on); a claim whose arms haven't been run, or on no seed in common, is "not run"."""
     rows, used = [], []
-    for claim in claims(model):
+    for claim in claims(model, settings):
         arms = stored([claim.better, claim.worse])
         used += arms
         row = {"paper": claim.paper, "claim": claim.text, "model": model, "setting": _setting(Arm(claim.better, ()))}
-        if len(arms) == 2:
+        if len(arms) == 2 and arms[0].values("kl").keys() & arms[1].values("kl").keys():
             found = judge(*arms)
             row |= {"effect, nats": found.effect, "standard error": found.standard_error, "seeds": found.seeds, "verdict": found.verdict}
         else:
@@ -94,12 +103,12 @@ def verdicts(model: str) -> tuple[pandas.DataFrame, list[Arm]]:
     return pandas.DataFrame(rows), used
 
 
-def compared(model: str, paper: str) -> tuple[pandas.DataFrame, list[Arm]]:
+def compared(model: str, paper: str, settings: dict | None = None) -> tuple[pandas.DataFrame, list[Arm]]:
     """(a paper's table: an arm a row, what is published and what was measured side by side, the arms measured).
 
     Measured is KL divergence in nats, mean ± standard error, with perplexity in brackets.
     """
-    used = [arm for claim in claims(model) if claim.paper == paper for arm in stored([claim.better, claim.worse])]
+    used = [arm for claim in claims(model, settings) if claim.paper == paper for arm in stored([claim.better, claim.worse])]
     table: dict[str, dict[str, str]] = {}
     for (source, measure, of, setting), figures in PUBLISHED.items():
         if (source == "GSR") == (paper == "GSR"):
@@ -134,7 +143,7 @@ def save_table(frame: pandas.DataFrame, name: str) -> None:
 
 
 def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[str]]) -> None:
-    """figures/manifest.json: of every file named, the results that it was made from, its own sha256, and the commit.
+    """figures/manifest.json: of every file named, the results that it was made from with their sha256, its own, and the commit.
 
     `redrawn` names those results already, as `figures.redraw` does.
     """
@@ -144,7 +153,12 @@ def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[s
     files = {}
     for name, names in (redrawn | named).items():
         for path in sorted(figures_folder().glob(f"{name}.*")):
-            files[path.name] = {"results": names, "sha256": sha256(path.read_bytes()).hexdigest()}
+            results = {used: _digest(found[-1]) for used in names if (found := store.saved(used))}
+            files[path.name] = {"results": results, "sha256": _digest(path)}
     manifest = {"commit": store.commit(), "files": files}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     write_atomically(figures_folder() / "manifest.json", lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()

@@ -20,6 +20,7 @@ from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
@@ -31,6 +32,7 @@ _COMMON = (
 )  # fmt: skip
 _OF_TASK = {"outliers": ("outliers",), "bounds": ("bounds",), "groups": ("groups",), "zero-shot": ("zeroshot",)}
 _OF_OPTROT = ("grouped", "manifold", "objective", "optrot", "sampling")
+SHIPPED = (None, "none", "random", "hadamard", "gsr")  # which need no more than those; other names are of `own.py`
 _OF_ROTATION = {
     "optrot": _OF_OPTROT,
     "kurtail": _OF_OPTROT,
@@ -135,7 +137,7 @@ def local_path(spec: dict, suffix: str = ".json") -> Path:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a scratch file beside `path`, then rename it: a killed run leaves no half file to read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    scratch = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # on a shared folder processes of two machines may have one number
     try:
         write(scratch)
         os.replace(scratch, path)
@@ -167,7 +169,7 @@ def code_fingerprint(task: str | None = None, rotation: str | None = None) -> st
 
     Comments and docstrings don't count.
     """
-    special = (*_OF_TASK.get(task, ()), *_OF_ROTATION.get(rotation, ()))
+    special = (*_OF_TASK.get(task, ()), *_OF_ROTATION.get(rotation, () if rotation in SHIPPED else ("own",)))
     if task is None:
         special = sorted({module for modules in (*_OF_TASK.values(), *_OF_ROTATION.values()) for module in modules})
     sources = ((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in (*_COMMON, *special))

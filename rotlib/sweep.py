@@ -12,13 +12,9 @@ it stopped, and the workers need nothing but the folder they share.
 """
 
 import argparse
-import multiprocessing
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from difflib import get_close_matches
@@ -27,19 +23,18 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 import yaml
 from tqdm import tqdm
 
 from rotlib import memory, store
 from rotlib.checks import whole_number
-from rotlib.pipeline import run_all
+from rotlib.engines import ENGINES
 from rotlib.recipe import LEARNED, THROUGH_NETWORK, Recipe
 
 _PARTS = ("base", "grid", "arms")
 _FIELDS = {field.name for field in fields(Recipe)}
-_ATTEMPTS = 3  # at a task whose worker dies
-Outcome = tuple[int, list[str | None]]  # a task's number, and for each of its recipes what went wrong
 
 
 class Estimate(NamedTuple):
@@ -62,6 +57,7 @@ def read_sweep(path: Path) -> list[Recipe]:
         raise ValueError(f"{path.name} isn't valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path.name} must map {', '.join(_PARTS)} to what they hold")
+    _refuse_twins(path, root)
     at = {key.value: (key, node) for key, node in root.value}
     for name, (key, _) in at.items():
         if name not in _PARTS:
@@ -71,7 +67,7 @@ def read_sweep(path: Path) -> list[Recipe]:
     if "arms" in at and not (isinstance(at["arms"][1], yaml.SequenceNode) and at["arms"][1].value):
         raise ValueError(f"{_place(path, at['arms'][0])}: arms must be a list, each entry a mapping of what it changes")
     arms = [(_entries(path, node), node) for node in at["arms"][1].value] if "arms" in at else [({}, root)]
-    for part, only_lists in ((grid, True), *((arm, False) for arm, _ in arms)):
+    for part, only_lists in ((base, False), (grid, True), *((arm, False) for arm, _ in arms)):
         for values, key in part.values():
             if values == [] or (only_lists and not isinstance(values, list)):
                 raise ValueError(f"{_place(path, key)}: {key.value} must be a list of values, such as [0, 1, 2], not {values!r}")
@@ -98,8 +94,21 @@ def _entries(path: Path, node: yaml.Node) -> dict[str, tuple[object, yaml.Node]]
         if key.value not in _FIELDS:
             hint = f", did you mean {match[0]}?" if (match := get_close_matches(key.value, _FIELDS)) else ""
             raise ValueError(f"{_place(path, key)}: a recipe has no field {key.value!r}{hint}")
-    values = yaml.safe_load(yaml.serialize(node))
+    _refuse_twins(path, node)
+    try:
+        values = yaml.safe_load(yaml.serialize(node))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{_place(path, node)}: {' '.join(str(error).split())}") from error
     return {key.value: (values[key.value], key) for key, _ in node.value}
+
+
+def _refuse_twins(path: Path, node: yaml.MappingNode) -> None:
+    """YAML would take the last of two entries with one name."""
+    seen = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise ValueError(f"{_place(path, key)}: {key.value} stands there a second time")
+        seen.add(key.value)
 
 
 def _place(path: Path, node: yaml.Node) -> str:
@@ -160,74 +169,6 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
     return Estimate({stage: seconds * scale.get(stage, 1.0) for stage, seconds in result.seconds.items()}, memory_gb)
 
 
-def work(recipes: list[dict]) -> list[str | None]:
-    """Run one task's recipes; what goes wrong with one is told, and the next ones run."""
-    failures = []
-    for settings in recipes:
-        try:
-            recipe = Recipe(**settings)
-            if status(recipe) == "damaged":
-                store.local_path(recipe.spec()).unlink(missing_ok=True)
-            run_all([recipe])
-            failures.append(None)
-        except Exception as error:  # whatever it is, other recipes needn't suffer for it
-            failures.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return failures
-
-
-def local(tasks: list[list[Recipe]], workers: int) -> Iterator[Outcome]:
-    """Processes of this machine. A worker that dies takes the pool with it: what wasn't finished is handed to a new one."""
-    left, broken = dict(enumerate(tasks)), 0
-    while left and broken < _ATTEMPTS:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _share_cores, (workers,)) as pool, suppress(BrokenProcessPool):
-            running = {pool.submit(work, [asdict(recipe) for recipe in task]): number for number, task in left.items()}
-            for future in as_completed(running):
-                outcome = running[future], future.result()
-                del left[outcome[0]]
-                broken = 0
-                yield outcome
-            return
-        broken += 1
-        waiting = list(left.items())
-        left = dict(waiting[workers:] + waiting[:workers])  # the first ones were at work: others go before them now
-    for number, task in left.items():
-        yield number, [f"its worker died {_ATTEMPTS} times"] * len(task)
-
-
-def _share_cores(workers: int) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-
-
-def ray(tasks: list[list[Recipe]], workers: int, address: str | None = None) -> Iterator[Outcome]:
-    """A Ray cluster, the one at `address` or one on this machine; a task whose worker dies is tried again elsewhere."""
-    import ray as cluster  # an engine of its own, and only needed here
-
-    address = address or os.environ.get("RAY_ADDRESS")
-    if not cluster.is_initialized():  # workers elsewhere must find the same folders
-        places = {"env_vars": {name: value for name, value in os.environ.items() if name.startswith("ROTLIB_")}}
-        options = {"log_to_driver": False, "include_dashboard": False, "runtime_env": places}
-        cluster.init(address=address, num_cpus=None if address else workers, **options)
-    resources = {"num_cpus": 1, "num_gpus": 1 if cluster.cluster_resources().get("GPU") else 0}
-    remote = cluster.remote(max_retries=_ATTEMPTS - 1, **resources)(work)
-    fitting = [node["Resources"] for node in cluster.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= resources["num_gpus"]]
-    biggest = max((node.get("memory", 0) for node in fitting), default=0)
-    running = {}
-    for number, task in enumerate(tasks):  # Ray would wait for ever for a machine that it hasn't: the biggest one's worker refuses then
-        needed = min(biggest, max((estimate(recipe, []).memory_gb or 0) for recipe in task) * memory.GB)
-        running[remote.options(memory=int(needed)).remote([asdict(recipe) for recipe in task])] = number
-    while running:
-        (ready, *_), _ = cluster.wait(list(running))
-        number = running.pop(ready)
-        try:
-            yield number, cluster.get(ready)
-        except cluster.exceptions.RayError as error:
-            yield number, [f"{type(error).__name__}: {str(error).splitlines()[0]}"] * len(tasks[number])
-
-
-ENGINES: dict[str, Callable[..., Iterator[Outcome]]] = {"local": local, "ray": ray}
-
-
 def plan(recipes: list[Recipe], rerun_stale: bool) -> tuple[dict[Recipe, str], dict[str, int]]:
     """(what has to run and its status, how many recipes have which status)"""
     states = {recipe: status(recipe) for recipe in recipes}
@@ -235,25 +176,33 @@ def plan(recipes: list[Recipe], rerun_stale: bool) -> tuple[dict[Recipe, str], d
     return {recipe: state for recipe, state in states.items() if state in wanted}, Counter(states.values())
 
 
-def forecast(todo: list[Recipe], workers: int) -> str:
-    """A line of what is to come: runs, time, memory; what several runs share counts once."""
-    if not todo:
-        return "nothing to run"
+def estimates_of(todo: list[Recipe]) -> dict[Recipe, Estimate]:
+    """Every recipe's estimate, by the results that there are."""
     finished = []
     with suppress(ValueError):  # a damaged result, this sweep's or another's, takes no more than the estimates
         finished = store.load_results()
-    estimates = {recipe: estimate(recipe, finished) for recipe in todo}
+    return {recipe: estimate(recipe, finished) for recipe in todo}
+
+
+def forecast(estimates: dict[Recipe, Estimate], workers: int) -> str:
+    """A line of what is to come: runs, time, memory; what several runs share counts once."""
+    if not estimates:
+        return "nothing to run"
     stages: dict[tuple, float] = {}
     for recipe, (seconds, _) in estimates.items():
         shared = {"rotate": tuple(recipe.rotation_reads.items()), "quantize": recipe.sharing_weights()}
         for stage, taken in (seconds or {}).items():
             stages[stage, shared.get(stage, recipe)] = taken
-    line = f"{len(todo)} to run in {len(tasks_of(todo))} tasks"
-    if sizes := [found.memory_gb for found in estimates.values() if found.memory_gb]:
-        line += f", up to {max(sizes):.1f} GB a worker"
+    line = f"{len(estimates)} to run in {len(tasks_of(list(estimates)))} tasks"
+    if most := _most_memory(estimates.values()):
+        line += f", up to {most:.1f} GB a worker"
     line += f", about {sum(stages.values()) / 60 / workers:.0f} minutes" if stages else ""
     unknown = sum(found.seconds is None for found in estimates.values())
     return line + (f"; the time of {unknown} is unknown" if unknown else "")
+
+
+def _most_memory(estimates: Iterable[Estimate]) -> float:
+    return max((found.memory_gb or 0 for found in estimates), default=0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -276,34 +225,64 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     todo, counts = plan(recipes, options.rerun_stale)
-    print(
-        f"{len(recipes)} recipes: {', '.join(f'{count} {name}' for name, count in counts.items())}; {forecast(list(todo), options.workers)}"
-    )
+    estimates = estimates_of(list(todo))
+    found = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"{len(recipes)} recipes: {found}; {forecast(estimates, options.workers)}")
+    study = store.results_folder() / "study"
+    if committed := sum((study / store.local_path(recipe.spec()).name).exists() for recipe in todo):
+        print(f"of these, results/study holds {committed}: to go on from them, copy its files to results/local; this sweep measures here")
     if options.dry_run:
         for recipe, state in todo.items():
             print(f"{state:8} {recipe.spec()}")
         return 0
+    needed, free = options.workers * _most_memory(estimates.values()), psutil.virtual_memory().available / memory.GB
+    if options.engine == "local" and options.workers > 1 and needed > free:
+        parser.error(f"{options.workers} workers may need {needed:.1f} GB at a time, and {free:.1f} GB are free: take fewer")
     tasks = tasks_of(list(todo))
-    engine = ENGINES[options.engine](tasks, options.workers, *([options.address] if options.engine == "ray" else []))
-    failed = []
+    place = {}
+    if options.engine == "ray":
+        memory_gb = [_most_memory(estimates[recipe] for recipe in task) for task in tasks]
+        place = {"address": options.address, "memory_gb": memory_gb}
+    failed = 0
     with tqdm(total=len(todo), desc="sweep", unit="run", disable=False) as bar:
-        for number, failures in engine:
-            bar.update(len(tasks[number]))
-            failed += [(recipe, failure) for recipe, failure in zip(tasks[number], failures, strict=True) if failure]
-    for recipe, failure in failed:
-        print(f"failed: {recipe.spec()}: {failure}", file=sys.stderr)
+        try:
+            for number, failures in ENGINES[options.engine](tasks, options.workers, **place):
+                bar.update(len(tasks[number]))
+                for recipe, failure in zip(tasks[number], failures, strict=True):
+                    if failure:
+                        failed += 1
+                        bar.write(f"failed: {recipe.spec()}: {failure}", file=sys.stderr)
+        except KeyboardInterrupt:
+            bar.write("interrupted: the same command goes on from here", file=sys.stderr)
+            return 130
+        except ConnectionError as error:
+            parser.error(f"there is no Ray cluster at {options.address or 'RAY_ADDRESS'}: {' '.join(str(error).split())}")
     return 1 if failed else 0
 
 
 def _chosen(recipes: list[Recipe], only: list[str]) -> list[Recipe]:
-    for wanted in only:
-        name, _, value = wanted.partition("=")
+    """Those with one of the values given for each field."""
+    wanted: dict[str, list] = {}
+    for entry in only:
+        name, _, value = entry.partition("=")
         if name not in _FIELDS or not value:
-            raise ValueError(f"--only takes a recipe's fields, such as rotation=optrot, not {wanted!r}")
-        recipes = [recipe for recipe in recipes if str(getattr(recipe, name)) == str(yaml.safe_load(value))]
-    if not recipes:
-        raise ValueError(f"no recipe of this sweep has {' and '.join(only)}")
-    return recipes
+            raise ValueError(f"--only takes a recipe's fields, such as rotation=optrot, not {entry!r}")
+        wanted.setdefault(name, []).append(_read_value(value))
+    chosen = [recipe for recipe in recipes if all(getattr(recipe, name) in values for name, values in wanted.items())]
+    if not chosen:
+        raise ValueError(f"no recipe of this sweep has {' and '.join(only)}" if only else "this sweep holds no recipes")
+    return chosen
+
+
+def _read_value(text: str) -> object:
+    """As YAML has it, which takes 1e-2 for a word."""
+    value: object = text
+    with suppress(yaml.YAMLError):
+        value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 if __name__ == "__main__":

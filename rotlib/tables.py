@@ -6,13 +6,14 @@ two, and *undecided* otherwise, with fewer than three seeds, or where an arm has
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import fmean, stdev
 
 from rotlib.checks import positive
+from rotlib.fixed import DRAWN
 from rotlib.recipe import Recipe
-from rotlib.store import Result, load_results, local_path
+from rotlib.store import SHIPPED, Result, load_results, local_path
 
 _HEADER = "| rotation | precision | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | settings |"
 DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
@@ -124,10 +125,19 @@ def arms(results: Iterable[Result]) -> list[Arm]:
 
 
 def stored(recipes: Iterable[Recipe]) -> list[Arm]:
-    """The arms of these recipes, in their order, with every seed that this machine has computed or that is committed."""
+    """The arms of these recipes, in their order, with every seed that this machine has computed or that is committed.
+
+    Beside an arm with a random Hadamard rotation stand those of `own.py`'s rotations, with all else the same.
+    """
     found = {_but_for_the_seed(arm.recipe.spec()): arm for arm in arms(load_results())}
-    asked = dict.fromkeys(_but_for_the_seed(recipe.spec()) for recipe in recipes)
+    every = (one for recipe in recipes for one in (recipe, *_with_own_rotations(recipe)))
+    asked = dict.fromkeys(_but_for_the_seed(recipe.spec()) for recipe in every)
     return [found[key] for key in asked if key in found]
+
+
+def _with_own_rotations(recipe: Recipe) -> list[Recipe]:
+    own = [name for name in DRAWN if name not in SHIPPED] if recipe.rotation == "hadamard" else []
+    return [replace(recipe, rotation=name) for name in own]
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:

@@ -127,7 +127,8 @@ def resolve(name: str) -> str:
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"the folder {name!r} holds no config.json, so it isn't a Hugging Face model")
         return name
-    hint = f" (did you mean {match[0]!r}?)" if (match := get_close_matches(name, PACKAGED, cutoff=0.6)) else ""
+    match = [] if "/" in name else get_close_matches(name, PACKAGED, cutoff=0.6)
+    hint = f" (did you mean {match[0]!r}?)" if match else ""
     if hint or not on_hub(name):
         raise ValueError(
             f"unknown model {name!r}{hint}: it is no packaged alias ({', '.join(PACKAGED)}), no local folder, "

@@ -1,6 +1,7 @@
 """What a sweep survives. Afterwards every result is there exactly once, and equal to an undisturbed run's."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,20 @@ def test_a_killed_worker_of_the_pool_costs_nothing_but_time(folder):
     assert_as_undisturbed(folder)
 
 
+@pytest.mark.parametrize("how", ["interrupted", "killed"])
+def test_a_local_sweep_that_is_stopped_leaves_nobody_behind_and_goes_on_later(folder, how):
+    run = start(folder, "local")
+    wait_for_a_result(folder, run)
+    workers = [process for process in psutil.Process(run.pid).children(recursive=True) if "spawn_main" in " ".join(process.cmdline())]
+    run.send_signal(signal.SIGINT if how == "interrupted" else signal.SIGKILL)
+    assert run.wait(timeout=60) == (130 if how == "interrupted" else -signal.SIGKILL)
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    assert len(list(results_in(folder))) < 8
+    assert start(folder, "local").wait(timeout=300) == 0
+    assert_as_undisturbed(folder)
+
+
 def test_a_killed_worker_of_ray_costs_nothing_but_time_and_a_killed_driver_and_a_torn_result_one_more_command(folder):
     run = start(folder, "ray")
     torn = wait_for_a_result(folder, run)
@@ -63,7 +78,8 @@ def test_a_killed_worker_of_ray_costs_nothing_but_time_and_a_killed_driver_and_a
         time.sleep(0.02)
     run.kill()
     run.wait()
-    psutil.wait_procs(workers, timeout=60)  # they notice, and end
+    _, alive = psutil.wait_procs(workers, timeout=60)  # they notice, and end
+    assert not alive
     torn.write_text(torn.read_text()[:100])
     assert start(folder, "ray").wait(timeout=300) == 0
     assert_as_undisturbed(folder)

@@ -1,14 +1,16 @@
 """Models that don't fit: what a recipe needs is known before it runs, and a device is sent a layer at a time."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 from conftest import tiny_model
+from transformers import LlamaConfig, Qwen3Config
 
 import rotlib as rl
-from rotlib import memory, zoo
+from rotlib import memory, store, sweep, zoo
 from rotlib.covariance import hessians
 from rotlib.families import Family, adapt
 from rotlib.network import Student
@@ -114,3 +116,19 @@ def test_the_estimate_grows_with_what_a_recipe_holds():
     assert memory.estimate(Recipe(rotation="none", rounding="none")).host < base.host
     assert base.streamed < base.device < base.host + base.working
     assert base.beside < base.host
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8, vocab_size=128256),
+        Qwen3Config(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8, vocab_size=151936),
+    ],
+    ids=["Llama-3.1-8B", "Qwen3-8B"],
+)
+def test_the_paper_scale_of_an_8B_model_fits_on_a_device_of_24_GB(config, tmp_path):
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    for recipe in sweep.read_sweep(store.ROOT / "configs" / "sweeps" / "paper.yaml"):
+        if recipe.model == "meta-llama/Llama-3.1-8B":
+            assert memory.estimate(replace(recipe, model=str(tmp_path))).streamed < 24e9, recipe.spec()

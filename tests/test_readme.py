@@ -1,5 +1,8 @@
 """What README.md tells a reader to type."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from conftest import exact_logits, save_tiny_model, tiny_model
 
@@ -8,14 +11,14 @@ from rotlib import fixed, store, tables
 
 
 @pytest.fixture
-def new_rotation(monkeypatch):
-    """The example of "Add a rotation", as it would stand in rotlib/fixed.py."""
+def new_rotation():
+    """The example of "Add a rotation", as it would stand in rotlib/own.py."""
     section = (store.ROOT / "README.md").read_text().split("### Add a rotation")[1]
-    namespace = vars(fixed) | {"DRAWN": {}}
-    exec(section.split("```python")[1].split("```")[0], namespace)
-    ((name, rotation),) = namespace["DRAWN"].items()
-    monkeypatch.setitem(fixed.DRAWN, name, rotation)
-    return name
+    shipped = dict(fixed.DRAWN)
+    exec(section.split("```python")[1].split("```")[0], {})
+    (name,) = fixed.DRAWN.keys() - shipped.keys()
+    yield name
+    del fixed.DRAWN[name]
 
 
 def test_the_new_rotation_changes_nothing_that_the_model_computes(new_rotation, tokens):
@@ -29,4 +32,16 @@ def test_the_new_rotation_runs_and_stands_in_the_tables(new_rotation, tmp_path, 
     save_tiny_model(tmp_path / "model")
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     recipe = rl.Recipe(model=str(tmp_path / "model"), rotation=new_rotation, window=64, calibration_windows=2, test_windows=2)
-    assert f"| {new_rotation} |" in tables.markdown(tables.arms([rl.run(recipe)]))
+    rl.run_all([recipe, replace(recipe, rotation="hadamard")])
+    shown = tables.stored([replace(recipe, rotation="hadamard")])  # what the notebooks ask for
+    assert [arm.rotation for arm in shown] == ["hadamard", new_rotation]
+
+
+def test_the_new_rotation_makes_no_other_rotations_results_stale(new_rotation, monkeypatch):
+    before = {name: store.code_fingerprint("quantize", name) for name in ("none", "hadamard", "optrot", new_rotation)}
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read(path, **how) + "x = 1" * (path.name == "own.py"))
+    store.code_fingerprint.cache_clear()
+    after = {name: store.code_fingerprint("quantize", name) for name in before}
+    store.code_fingerprint.cache_clear()
+    assert [name for name in before if before[name] != after[name]] == [new_rotation]

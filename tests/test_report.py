@@ -37,6 +37,15 @@ def test_every_claim_has_a_verdict_or_says_that_it_was_not_run(results):
     assert {arm.rotation for arm in used} == {"hadamard", "optrot"}
 
 
+def test_arms_without_a_seed_in_common_leave_their_claim_undecided(results):
+    for path in store.results_folder().glob("local/*.json"):
+        if json.loads(path.read_text())["spec"] != Recipe(rotation="optrot", seed=2).spec() and "optrot" in path.read_text():
+            path.unlink()
+    store.local_path(Recipe(rotation="hadamard", seed=2).spec()).unlink()
+    found, _ = report.verdicts("smollm2-135m")
+    assert set(found["verdict"]) == {"not run"}
+
+
 def test_the_claims_are_about_arms_that_differ_in_what_is_claimed_alone():
     for claim in report.claims("smollm2-135m"):
         better, worse = claim.better.spec(), claim.worse.spec()
@@ -46,6 +55,8 @@ def test_the_claims_are_about_arms_that_differ_in_what_is_claimed_alone():
 
 def test_a_claim_takes_its_model():
     assert {claim.better.model for claim in report.claims("org/model")} == {"org/model"}
+    theirs = {"text": "wikitext2", "window": 2048, "calibration_windows": 128}
+    assert {(claim.worse.text, claim.worse.calibration_windows) for claim in report.claims("org/model", theirs)} == {("wikitext2", 128)}
     assert isinstance(report.claims("org/model")[0], Claim)
 
 
@@ -73,6 +84,8 @@ def test_tables_come_in_three_forms_and_the_manifest_names_what_they_were_made_f
     assert set(manifest["files"]) == {"claims.md", "claims.csv", "claims.tex", "other.png"}
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == digests[0][name]
-        assert len(entry["results"]) == (2 if name == "other.png" else 6)
+        assert len(entry["results"]) == (0 if name == "other.png" else 6)  # those of the other one aren't in this store
+        for result, digest in entry["results"].items():
+            assert hashlib.sha256((store.results_folder() / "local" / result).read_bytes()).hexdigest() == digest
     assert len(pandas.read_csv(folder / "claims.csv")) == len(found)
     assert (folder / "claims.tex").read_text().startswith("\\begin{tabular}")

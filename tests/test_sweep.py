@@ -49,6 +49,10 @@ def test_the_sweeps_of_this_project_can_be_read(path):
         ("grid: {seed: 3}\n", r"line 1: seed must be a list"),
         ("grid: {seed: []}\n", r"line 1: seed must be a list"),
         ("arms:\n  - {bits: 3}\n  - {seed: []}\n", r"line 3: seed must be a list"),
+        ("base: {seed: []}\n", r"line 1: seed must be a list"),
+        ("arms:\n  - {bits: 3, bits: 4}\n", r"line 2: bits stands there a second time"),
+        ("base: {bits: 3}\nbase: {bits: 4}\n", r"line 2: base stands there a second time"),
+        ("base: {bits: !x 3}\n", r"line 1: could not determine a constructor"),
         ("base: [1]\n", r"line 1: this must map a recipe's fields to values"),
         ("arms: {bits: 3}\n", r"line 1: arms must be a list"),
         ("bits\n", r"must map base, grid, arms"),
@@ -67,12 +71,19 @@ def test_a_missing_file_and_a_filter_that_fits_nothing_are_one_sentence(tmp_path
         ([str(tmp_path / "no.yaml")], "can't be read: No such file"),
         ([str(path), "--only", "rotation=optrot"], "no recipe of this sweep has rotation=optrot"),
         ([str(path), "--only", "rotation"], "--only takes a recipe's fields"),
+        ([str(path), "--only", "seed=["], "no recipe of this sweep has seed=["),
         ([str(path), "--address", "auto"], "--address is of a Ray cluster: it needs --engine ray"),
         ([str(path), "--workers", "0"], "workers must be a whole number of at least 1"),
     ):
         with pytest.raises(SystemExit):
             sweep.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_several_values_of_a_field_choose_the_recipes_with_one_of_them(tmp_path):
+    recipes = sweep.read_sweep(write(tmp_path, "grid: {seed: [0, 1, 2], damping: [0.01, 0.1]}"))
+    chosen = sweep._chosen(recipes, ["seed=0", "seed=2", "damping=1e-1"])
+    assert [(recipe.seed, recipe.damping) for recipe in chosen] == [(0, 0.1), (2, 0.1)]
 
 
 def test_recipes_that_share_what_is_costly_share_a_worker():
@@ -89,11 +100,11 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(folder, capsys):
     assert not (folder / "results").exists()
 
 
-def test_what_several_recipes_share_is_forecast_once(monkeypatch):
+def test_what_several_recipes_share_is_forecast_once():
     seconds = {"rotate": 60.0, "quantize": 120.0, "evaluate": 60.0}
-    monkeypatch.setattr(sweep, "estimate", lambda recipe, finished: sweep.Estimate(seconds, None))
     learned = [rl.Recipe(rotation="optrot", bits=bits, activation_bits=activations) for bits in (3, 4) for activations in (16, 8)]
-    assert sweep.forecast(learned, workers=1).endswith("about 9 minutes")  # one rotation, two sets of weights, four evaluations
+    estimates = dict.fromkeys(learned, sweep.Estimate(seconds, None))
+    assert sweep.forecast(estimates, workers=1).endswith("about 9 minutes")  # one rotation, two sets of weights, four evaluations
 
 
 def test_a_sweep_runs_what_is_missing_and_damaged_and_leaves_what_is_stale(folder, capsys):
