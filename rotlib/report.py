@@ -74,6 +74,7 @@ def _claims() -> Iterator[Claim]:
         GH, GW = (Recipe(rotation="gsr", R1_order=order, **_BELOW_FOUR, **grid) for order in ("hadamard", "walsh"))
         LH, GSR = (replace(arm, block=grid["group_size"]) for arm in (GH, GW))
         yield Claim("GSR", "GSR is better than a global Hadamard rotation", GSR, GH)
+        yield Claim("GSR", "a global Hadamard rotation is better than none", GH, Recipe(**_BELOW_FOUR, **grid))
         yield Claim("GSR", "sequency helps, on the whole width", GW, GH)
         with_signs = (replace(arm, signs=True) for arm in (GW, GH))
         yield Claim("GSR", "sequency helps, on the whole width, with random signs", *with_signs)
