@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +24,10 @@ from rotlib.recipe import Recipe
 
 _ATTEMPTS = 3  # at a task whose worker dies
 Outcome = tuple[int, list[str | None]]  # a task's number, and for each of its recipes what went wrong
+
+
+class NoCluster(Exception):
+    """There is no Ray cluster where one was asked for, or none that could run a task."""
 
 
 def work(recipes: list[dict]) -> list[str | None]:
@@ -49,41 +54,55 @@ def _clear_damaged(recipe: Recipe) -> None:
 def local(tasks: list[list[Recipe]], workers: int) -> Iterator[Outcome]:
     """Processes of this machine, each with its share of the cores and a GPU where there are some.
 
-    A worker that dies takes the pool with it: what wasn't finished is handed to a new one.
+    A worker that dies takes the pool with it. The tasks that were at work are tried again behind the others, one by one once no others
+    are left.
     """
-    left, broken = dict(enumerate(tasks)), 0
-    while left and broken < _ATTEMPTS:
-        context = multiprocessing.get_context("spawn")
-        numbers = context.Queue()
-        for number in range(workers):
-            numbers.put(number)
-        pool = ProcessPoolExecutor(workers, context, _begin, (workers, numbers))
+    left, deaths = dict(enumerate(tasks)), Counter()
+    while left:
+        size = 1 if all(deaths[number] for number in left) else min(workers, len(left))
         try:
-            running = {pool.submit(work, [asdict(recipe) for recipe in task]): number for number, task in left.items()}
-            for future in as_completed(running):
-                outcome = running[future], future.result()
-                del left[outcome[0]]
-                broken = 0
-                yield outcome
+            for number, failures in _pool(left, size):
+                del left[number]
+                yield number, failures
         except BrokenProcessPool:
-            broken += 1
-            waiting = list(left.items())
-            left = dict(waiting[workers:] + waiting[:workers])  # the first ones were at work: others go before them now
-        finally:  # also where the user interrupts: nothing goes on behind their back
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()
-    for number, task in left.items():
-        yield number, _unfinished(task, f"its worker died, {_ATTEMPTS} times in a row")
+            at_work = list(left)[:size]
+            deaths.update(at_work)
+            for number in at_work:
+                task = left.pop(number)
+                if deaths[number] < _ATTEMPTS:
+                    left[number] = task
+                else:
+                    yield number, _unfinished(task, f"its worker died {_ATTEMPTS} times")
 
 
-def _begin(workers: int, numbers: multiprocessing.Queue) -> None:
+def _pool(tasks: dict[int, list[Recipe]], size: int) -> Iterator[Outcome]:
+    """Outcomes as they come; nothing goes on behind the user's back, however this ends."""
+    context = multiprocessing.get_context("spawn")
+    gpus, places = _gpus(), context.Queue()
+    for number in range(size):
+        places.put(gpus[number % len(gpus)] if gpus else None)
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(size, context, _begin, (_cores() // size, places))
+    try:
+        running = {pool.submit(work, [asdict(recipe) for recipe in task]): number for number, task in tasks.items()}
+        for future in as_completed(running):
+            yield running[future], future.result()
+    finally:
+        workers = set(multiprocessing.active_children()) - before
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
+
+
+def _begin(threads: int, places: multiprocessing.Queue) -> None:
     """A worker's first act."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends its workers
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    if visible := _gpus():
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[numbers.get() % len(visible)]
+    torch.set_num_threads(max(1, threads))
+    if gpu := places.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def _end_with(sentinel: int) -> None:
@@ -91,46 +110,67 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def _gpus() -> list[str]:
-    """The devices that this process may use, counted without touching them."""
+    """The devices that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+        return [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def ray(tasks: list[list[Recipe]], workers: int, address: str | None = None, memory_gb: list[float] | None = None) -> Iterator[Outcome]:
-    """A Ray cluster, the one at `address` or one on this machine; a task whose worker dies is tried again elsewhere.
+    """A Ray cluster, the one at `address` or one of so many workers on this machine; a task whose worker dies is tried again elsewhere.
 
-    `memory_gb` is what each task should need. Raises ConnectionError where there is no cluster at the address.
+    `memory_gb` is what each task should need. Raises NoCluster, before any work, where there is none that can run them.
     """
     import ray as cluster  # an engine of its own, and only needed here
 
     address = address or os.environ.get("RAY_ADDRESS")
-    cores = 1 if address else max(1, (os.cpu_count() or 1) // workers)
     if not cluster.is_initialized():  # workers elsewhere must find the same folders
         places = {"env_vars": {name: value for name, value in os.environ.items() if name.startswith("ROTLIB_")}}
         options = {"log_to_driver": False, "include_dashboard": False, "runtime_env": places}
-        cluster.init(address=address or "local", num_cpus=None if address else workers * cores, **options)
-    resources = {"num_cpus": cores, "num_gpus": 1 if cluster.cluster_resources().get("GPU") else 0}
-    remote = cluster.remote(max_retries=_ATTEMPTS - 1, **resources)(work)
-    fitting = [node["Resources"] for node in cluster.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= resources["num_gpus"]]
-    biggest = max((node.get("memory", 0) for node in fitting), default=0)
+        try:
+            cluster.init(address=address or "local", num_cpus=None if address else max(workers, _cores()), **options)
+        except (ConnectionError, ValueError) as error:
+            raise NoCluster(f"there is no Ray cluster at {address or 'this machine'}: {' '.join(str(error).split())}") from error
+    nodes = [node["Resources"] for node in cluster.nodes() if node["Alive"]]
+    gpus = any(node.get("GPU") for node in nodes)
+    fitting = [node for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
+    if not fitting:
+        raise NoCluster("the Ray cluster has no machine with a CPU" + " and a GPU" * gpus)
+    cores = min(node["CPU"] // node["GPU"] if gpus else 1 if address else node["CPU"] // workers for node in fitting)
+    remote = cluster.remote(max_retries=_ATTEMPTS - 1, num_cpus=max(1, int(cores)), num_gpus=int(gpus))(work)
+    biggest = max(node.get("memory", 0) for node in fitting)
     running = {}
     for number, task in enumerate(tasks):  # Ray would wait for ever for a machine that it hasn't: the biggest one's worker refuses then
         needed = min(biggest, memory_gb[number] * GB if memory_gb else 0)
         running[remote.options(memory=int(needed)).remote([asdict(recipe) for recipe in task])] = number
-    while running:
-        (ready, *_), _ = cluster.wait(list(running))
-        number = running.pop(ready)
-        try:
-            yield number, cluster.get(ready)
-        except cluster.exceptions.RayError as error:
-            yield number, _unfinished(tasks[number], f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    try:
+        while running:
+            (ready, *_), _ = cluster.wait(list(running))
+            number = running.pop(ready)
+            try:
+                yield number, cluster.get(ready)
+            except cluster.exceptions.RayError as error:
+                yield number, _unfinished(tasks[number], f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    finally:
+        for task in running:
+            cluster.cancel(task, force=True)
 
 
 def _unfinished(task: list[Recipe], failure: str) -> list[str | None]:
-    """The failure, for those of a task's recipes that have no result."""
-    return [None if store.local_path(recipe.spec()).exists() else failure for recipe in task]
+    """The failure, for those of a task's recipes that have no result of today's code."""
+
+    def finished(recipe: Recipe) -> bool:
+        try:
+            return store.find(recipe.spec()) is not None
+        except ValueError:
+            return False
+
+    return [None if finished(recipe) else failure for recipe in task]
 
 
 ENGINES: dict[str, Callable[..., Iterator[Outcome]]] = {"local": local, "ray": ray}

@@ -23,7 +23,7 @@ from rotlib.zoo import free_memory, one_sentence, resolve
 GB = 1e9
 _FLOAT, _DOUBLE = 4, 8
 _PROCESS = 0.72 * GB  # Python, torch, transformers and a text before any model
-_SURE = 0.8  # of an estimate: what it may be too high by is no reason to refuse
+SURE = 0.8  # of an estimate: what it may be too high by is no reason to refuse
 # how many copies of its largest operand a stage holds at its peak, counted in the code and checked against measured peaks
 _ROWS, _LOGITS, _WIDE, _HESSIANS, _WEIGHTS = 2, 6, 3, 7, 6
 
@@ -113,7 +113,7 @@ def check_fits(recipe: Recipe, device: torch.device) -> None:
 
 
 def _check(recipe: Recipe, needed: float, free: float, where: str) -> None:
-    if _SURE * needed > free:
+    if SURE * needed > free:
         raise ValueError(
             f"{recipe.model} needs about {needed / GB:.1f} GB {where} for this recipe, and {free / GB:.1f} GB are free: take a bigger "
             "machine, a smaller model, or fewer and shorter windows"

@@ -5,11 +5,11 @@ one sentence in a notebook's first code cell, before any work.
 """
 
 import inspect
-from dataclasses import fields, replace
 from difflib import get_close_matches
 
 from rotlib.checks import inner_share, whole_number
 from rotlib.recipe import Recipe
+from rotlib.report import claims
 from rotlib.zoo import resolve
 
 PARAMETERS = {
@@ -37,7 +37,6 @@ PARAMETERS = {
 _LEARNING = ("steps", "learning_windows")  # of the rotations learned on data alone: the notebook gives them to those
 _COUNTS = ("every", "block", "items")  # what a notebook hands on itself: not every recipe reads it
 _OTHERS = ("compare", "folder", "settings")  # no recipe reads them
-_FIELDS = {field.name for field in fields(Recipe)}
 _LISTS = {"shares": "a share", "budgets": "a budget"}  # the other lists hold seeds
 
 
@@ -77,10 +76,7 @@ def check_parameters() -> Recipe:
         name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, *_COUNTS, *_OTHERS)
     }
     recipe = Recipe(**settings, seed=given.get("seeds", [0])[0])
-    for name in (settings := given.get("settings", {})):
-        if name not in _FIELDS:
-            raise ValueError(f"the parameter settings names {name!r}, which no recipe has: it takes {', '.join(sorted(_FIELDS))}")
-    replace(recipe, **settings)
+    claims(recipe.model, given.get("settings"))
     if "text" in given:
         resolve(recipe.model)
     namespace["_parameters_checked"] = True

@@ -377,7 +377,7 @@ def training_losses(arms: Sequence[Arm]) -> Figure:
 
 def _style(rotation: str) -> dict:
     """Color and marker of a rotation by its first word: hollow where R3 or R4 is on, or signs are drawn, or it is a variant."""
-    color, marker = STYLE[rotation.split()[0]]
+    color, marker = STYLE.get(rotation.split()[0], ("#666666", "h"))
     variant = any(mark in rotation for mark in (" + ", "±", " from ", " within ", " for "))
     return {"color": color, "marker": marker} | ({"mfc": "white"} if variant else {})
 

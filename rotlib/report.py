@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas
 
 from rotlib import store
+from rotlib.checks import one_of
 from rotlib.figures import figures_folder
-from rotlib.recipe import Recipe
+from rotlib.recipe import LEARNED, Recipe
 from rotlib.store import write_atomically
 from rotlib.tables import Arm, judge, stored
 
@@ -24,6 +25,8 @@ _RIVAL = {"steps": 32}  # the study's laptop preset
 _SHORT = {"steps": 16, "learning_windows": 16}  # and what it could afford below four bits
 _BELOW_FOUR = {"symmetric": False, "act_order": True, "calibration_windows": 8, "test_windows": 4}
 _GSR_GRIDS = ({"bits": 2, "group_size": 32}, {"bits": 3, "group_size": 64})
+_OF_LEARNING = ("learning_windows", "preset", "steps")  # read by some rotations alone
+SETTINGS = ("text", "window", "calibration_windows", "test_windows", *_OF_LEARNING)
 _W4A4KV4 = {"activation_bits": 4, "kv_bits": 4, "R3": True, "R4": True}
 _W2A4 = {"activation_bits": 4, "R4": True, **_GSR_GRIDS[0]}
 
@@ -49,9 +52,15 @@ class Claim:
 
 
 def claims(model: str, settings: dict | None = None) -> list[Claim]:
-    """Every claim of both papers that the study decides, on one model; `settings` replace the study's: a text, say, or windows."""
-    how = {"model": model} | (settings or {})
-    return [replace(claim, better=replace(claim.better, **how), worse=replace(claim.worse, **how)) for claim in _claims()]
+    """Every claim of both papers that the study decides, on one model; `settings`, some of `SETTINGS`, replace the study's."""
+    for name in settings or {}:
+        one_of("setting", name, SETTINGS)
+
+    def there(recipe: Recipe) -> Recipe:
+        unread = {name for name in _OF_LEARNING if name not in LEARNED.get(recipe.rotation, ())}
+        return replace(recipe, **{name: value for name, value in (settings or {}).items() if name not in unread}, model=model)
+
+    return [replace(claim, better=there(claim.better), worse=there(claim.worse)) for claim in _claims()]
 
 
 def _claims() -> Iterator[Claim]:

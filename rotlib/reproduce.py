@@ -36,9 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         plan = make_plan(options.scale, options.only)
     except ValueError as error:
         parser.error(str(error))
-    for name in ("ROTLIB_RESULTS", "ROTLIB_FIGURES", "ROTLIB_DATA", "ROTLIB_CACHE"):
-        if name in os.environ:  # kernels run in notebooks/: a relative path must mean the same there
-            os.environ[name] = str(Path(os.environ[name]).resolve())
+    store.absolute_folders()  # kernels run in notebooks/
     copies = store.results_folder() / "local" / "notebooks" / (options.scale + "-in-place" * options.in_place)
     for path, parameters in tqdm(plan, desc=f"{options.scale} scale", unit="notebook", disable=False):
         execute(path, copies / path.name, parameters, options.in_place)

@@ -147,6 +147,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def clear_leftovers() -> None:
+    """Remove the scratch files of processes that were killed while they wrote, a day ago or more."""
+    for path in (results_folder() / "local").glob(".*.partial"):
+        with suppress(OSError):  # its owner lives, and has just renamed it
+            if time.time() - path.stat().st_mtime > 24 * 3600:
+                path.unlink()
+
+
+def absolute_folders() -> None:
+    """Let the folders that the environment names mean the same in processes that run elsewhere."""
+    for name in ("ROTLIB_RESULTS", "ROTLIB_FIGURES", "ROTLIB_DATA", "ROTLIB_CACHE"):
+        if name in os.environ:
+            os.environ[name] = str(Path(os.environ[name]).resolve())
+
+
 def commit() -> str | None:
     """The checkout's, None where it is no git repository."""
     return _git("rev-parse", "HEAD")

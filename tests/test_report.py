@@ -37,7 +37,7 @@ def test_every_claim_has_a_verdict_or_says_that_it_was_not_run(results):
     assert {arm.rotation for arm in used} == {"hadamard", "optrot"}
 
 
-def test_arms_without_a_seed_in_common_leave_their_claim_undecided(results):
+def test_arms_without_a_seed_in_common_decide_nothing(results):
     for path in store.results_folder().glob("local/*.json"):
         if json.loads(path.read_text())["spec"] != Recipe(rotation="optrot", seed=2).spec() and "optrot" in path.read_text():
             path.unlink()
@@ -57,6 +57,9 @@ def test_a_claim_takes_its_model():
     assert {claim.better.model for claim in report.claims("org/model")} == {"org/model"}
     theirs = {"text": "wikitext2", "window": 2048, "calibration_windows": 128}
     assert {(claim.worse.text, claim.worse.calibration_windows) for claim in report.claims("org/model", theirs)} == {("wikitext2", 128)}
+    rivals = report.claims("org/model", {"learning_windows": 800, "preset": "paper", "steps": None})
+    presets = {(claim.worse.rotation, claim.worse.preset, claim.worse.steps) for claim in rivals}
+    assert {("spinquant", "paper", None), ("hadamard", "laptop", None)} <= presets
     assert isinstance(report.claims("org/model")[0], Claim)
 
 
