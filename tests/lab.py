@@ -89,6 +89,7 @@ def test_a_notebook_runs_and_reads_well_in_jupyterlab(path, lab, page):
     notebook = nbformat.read(path, as_version=4)
     page.goto(f"{lab}/lab/tree/{path.name}?reset")
     page.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for(timeout=60_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)  # what is asked of a kernel on its way is lost
     run_from_the_menu(page)
     assert errors(page) == []
     figures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
