@@ -76,7 +76,8 @@ def check_parameters() -> Recipe:
         name: value for name, value in given.items() if PARAMETERS[name] is not list and name not in (*_LEARNING, *_COUNTS, *_OTHERS)
     }
     recipe = Recipe(**settings, seed=given.get("seeds", [0])[0])
-    claims(recipe.model, given.get("settings"))
+    if "settings" in given:
+        claims(recipe.model, given["settings"])  # refuses what no claim can be judged under
     if "text" in given:
         resolve(recipe.model)
     namespace["_parameters_checked"] = True

@@ -164,7 +164,7 @@ def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[s
     files = {}
     for name, names in (redrawn | named).items():
         for path in sorted(figures_folder().glob(f"{name}.*")):
-            results = {used: _digest(found[-1]) for used in names if (found := store.saved(used))}
+            results = {used: _digest(found[-1]) if (found := store.saved(used)) else None for used in names}
             files[path.name] = {"results": results, "sha256": _digest(path)}
     manifest = {"commit": store.commit(), "files": files}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"

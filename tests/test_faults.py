@@ -36,6 +36,7 @@ def results_in(folder):
 def assert_as_undisturbed(folder):
     recipes = sweep.read_sweep(folder / "sweep.yaml")
     assert len(list(results_in(folder))) == len(recipes)
+    assert not list((folder / "results" / "local").glob("*.partial"))
     disturbed = [store.find(recipe.spec()).metrics for recipe in recipes]
     for file in (folder / "results" / "local").iterdir():
         file.unlink()
