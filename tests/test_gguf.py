@@ -16,7 +16,7 @@ from rotlib.quant import QuantizedWeight, round_to_nearest
 from rotlib.stock import has_llama_cpp, read_by_llama_cpp, read_by_transformers
 from rotlib.zoo import load_tokenizer
 
-SHAPE = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGS = {
@@ -32,16 +32,26 @@ GRIDS = {
     "Q4_1, groups, 3 bits": rl.WeightQuant(bits=3, group_size=32, symmetric=False),
     "Q8_0, groups": rl.WeightQuant(bits=8, group_size=32),
 }
+EXPORTS = [*(("llama", grid) for grid in GRIDS), *((name, "Q4_0, groups") for name in CONFIGS if name != "llama")]
 
 
 @pytest.fixture
 def tokens():
-    return torch.randint(0, 49152, (2, 32), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, SHAPE["vocab_size"], (2, 32), generator=torch.Generator().manual_seed(1))
 
 
-def quantized(name, quant, tokens):
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The packaged one with a vocabulary as small as the models': a file's readers take seconds for 49152 tokens."""
+    text = ["a rotation of the residual stream and of the values of each head, fused into the weights"]
+    return load_tokenizer("smollm2-135m").train_new_from_iterator(text, SHAPE["vocab_size"], show_progress=False)
+
+
+def quantized(name, quant, tokens, **other):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=torch.float32).eval().requires_grad_(False)
+    config = deepcopy(CONFIGS[name])
+    config.update(other)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(torch.rand_like(parameter) + 0.5) if parameter.ndim == 1 else parameter.mul_(3)
     rl.fuse(model, rl.hadamard_rotation(model))
@@ -69,10 +79,10 @@ def test_blocks_hold_the_codes_and_float16_scales(bits, symmetric, name, group_s
         assert (found - weight.dense()).abs().max() < 2e-3 * W.abs().max()
 
 
-@pytest.mark.parametrize(("name", "grid"), [*(("llama", grid) for grid in GRIDS), *((name, "Q4_0, groups") for name in CONFIGS)])
-def test_transformers_reads_the_file_as_the_quantized_model(name, grid, tokens, tmp_path):
+@pytest.mark.parametrize(("name", "grid"), EXPORTS)
+def test_transformers_reads_the_file_as_the_quantized_model(name, grid, tokens, tokenizer, tmp_path):
     model = quantized(name, GRIDS[grid], tokens)
-    folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=tokenizer)
     wanted = model(tokens).logits
     if name not in ("llama, scaled RoPE", "llama, biases everywhere"):  # transformers leaves those unread
         assert (read_by_transformers(folder, tokens, NAME).logits - wanted).abs().max() < 2e-2 * wanted.abs().max()
@@ -82,17 +92,17 @@ def test_transformers_reads_the_file_as_the_quantized_model(name, grid, tokens, 
 
 
 @pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp isn't installed")
-@pytest.mark.parametrize(("name", "grid"), [*(("llama", grid) for grid in GRIDS), *((name, "Q4_0, groups") for name in CONFIGS)])
-def test_llama_cpp_computes_what_the_quantized_model_does(name, grid, tokens, tmp_path):
+@pytest.mark.parametrize(("name", "grid"), EXPORTS)
+def test_llama_cpp_computes_what_the_quantized_model_does(name, grid, tokens, tokenizer, tmp_path):
     model = quantized(name, GRIDS[grid], tokens)
-    folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    folder = rl.export(model, tmp_path / "out", format="gguf", tokenizer=tokenizer)
     wanted = model(tokens).logits
     assert (read_by_llama_cpp(folder / NAME, tokens).logits - wanted).square().mean() < 1e-3 * wanted.square().mean()
 
 
-def test_scaled_rotary_embeddings_travel_as_factors(tokens, tmp_path):
+def test_scaled_rotary_embeddings_travel_as_factors(tokens, tokenizer, tmp_path):
     model = quantized("llama, scaled RoPE", rl.WeightQuant(), tokens)
-    rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    rl.export(model, tmp_path / "out", format="gguf", tokenizer=tokenizer)
     factors = tensors_of(tmp_path / "out")["rope_freqs.weight"]
     plain = 1e4 ** (-torch.arange(0, 16, 2) / 16)
     assert torch.allclose(plain / factors, model.model.rotary_emb.inv_freq, rtol=1e-5)
@@ -100,9 +110,9 @@ def test_scaled_rotary_embeddings_travel_as_factors(tokens, tmp_path):
     assert factors.max() == pytest.approx(LLAMA3["factor"], rel=1e-5)
 
 
-def test_biases_of_queries_turn_with_their_rows(tokens, tmp_path):
+def test_biases_of_queries_turn_with_their_rows(tokens, tokenizer, tmp_path):
     model = quantized("llama, biases everywhere", rl.WeightQuant(), tokens)
-    rl.export(model, tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+    rl.export(model, tmp_path / "out", format="gguf", tokenizer=tokenizer)
     found = tensors_of(tmp_path / "out")
     q = model.model.layers[1].self_attn.q_proj
     joined = torch.cat([q.weight, q.bias[:, None]], dim=1)
@@ -137,7 +147,7 @@ def test_a_tokenizers_way_of_cutting_has_a_name_or_is_refused(steps, name):
 
 
 @pytest.mark.parametrize("damage", ["blk.1.ffn_up.weight", "token_embd.weight"])
-def test_a_file_that_reads_back_otherwise_is_not_kept(damage, tokens, tmp_path, monkeypatch):
+def test_a_file_that_reads_back_otherwise_is_not_kept(damage, tokens, tokenizer, tmp_path, monkeypatch):
     def write(self, folder):
         intact(self, folder)
         reader = gguf.GGUFReader(folder / NAME, "r+")
@@ -147,13 +157,14 @@ def test_a_file_that_reads_back_otherwise_is_not_kept(damage, tokens, tmp_path, 
     intact = GgufFile.write
     monkeypatch.setattr(GgufFile, "write", write)
     with pytest.raises(RuntimeError, match=f"{damage} doesn't read back"):
-        rl.export(quantized("llama", rl.WeightQuant(), tokens), tmp_path / "out", format="gguf", tokenizer=load_tokenizer("smollm2-135m"))
+        rl.export(quantized("llama", rl.WeightQuant(), tokens), tmp_path / "out", format="gguf", tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_file_carries_the_tokenizer(tokens, tmp_path):
     tokenizer = load_tokenizer("smollm2-135m")
-    rl.export(quantized("llama", rl.WeightQuant(), tokens), tmp_path / "out", format="gguf", tokenizer=tokenizer)
+    model = quantized("llama", rl.WeightQuant(), tokens, vocab_size=len(tokenizer))
+    rl.export(model, tmp_path / "out", format="gguf", tokenizer=tokenizer)
     fields = gguf.GGUFReader(tmp_path / "out" / NAME).fields
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
     assert fields["tokenizer.ggml.tokens"].contents() == tokenizer.convert_ids_to_tokens(list(range(49152)))
@@ -161,8 +172,7 @@ def test_the_file_carries_the_tokenizer(tokens, tmp_path):
     assert len(fields["tokenizer.ggml.merges"].contents()) > 40_000
 
 
-def test_what_llama_cpp_cannot_hold_is_refused_by_name(tokens, tmp_path):
-    tokenizer = load_tokenizer("smollm2-135m")
+def test_what_llama_cpp_cannot_hold_is_refused_by_name(tokens, tokenizer, tmp_path):
     for quant, settings, message in (
         (
             rl.WeightQuant(group_size=16),
