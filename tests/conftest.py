@@ -1,6 +1,7 @@
 """Tiny random models of every family, in float64, and nothing from the network."""
 
 import os
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from rotlib.families import norms_in_model_dtype
+from rotlib.store import ROOT
 from rotlib.zoo import load_tokenizer
 
 SHAPE = {
@@ -77,11 +79,15 @@ def any_model(request) -> PreTrainedModel:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A tiny model with the packaged tokenizer, a store of its own, and a sweep over both."""
+    """A tiny model with the packaged tokenizer, a short text, a store of its own, and a sweep over them."""
     save_tiny_model(tmp_path / "model")
+    (tmp_path / "wikitext2").mkdir()
+    for part in ("train", "test"):
+        shutil.copy(ROOT / "README.md", tmp_path / "wikitext2" / f"wiki.{part}.raw")
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     (tmp_path / "sweep.yaml").write_text(
-        f"base: {{model: {tmp_path / 'model'}, window: 64, calibration_windows: 2, test_windows: 2}}\n"
+        f"base: {{model: {tmp_path / 'model'}, text: wikitext2, window: 64, calibration_windows: 2, test_windows: 2}}\n"
         "grid: {rotation: [none, hadamard], seed: [0, 1]}\narms: [{}, {activation_bits: 8}]\n"
     )
     return tmp_path
