@@ -26,14 +26,14 @@ model: $(READY)
 	$(BIN)/python -c "import rotlib; rotlib.load('smollm2-135m')"
 
 reproduce: model
-	$(BIN)/python -m rotlib.reproduce laptop
+	$(BIN)/python -m rotlib.study.reproduce laptop
 
 quick: model
-	$(BIN)/python -m rotlib.reproduce laptop --only 00_quickstart
+	$(BIN)/python -m rotlib.study.reproduce laptop --only 00_quickstart
 
 # every figure and the report from results/ alone: no model is loaded
 figures: $(READY)
-	$(BIN)/python -m rotlib.reproduce laptop --only 90_report
+	$(BIN)/python -m rotlib.study.reproduce laptop --only 90_report
 
 # a process for every core, each with one thread; the notebooks first: the tests then judge the numbers they left in results/local
 test: export OMP_NUM_THREADS := 1
@@ -50,7 +50,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
 notebooks: model
-	$(BIN)/python -m rotlib.reproduce smoke --in-place
+	$(BIN)/python -m rotlib.study.reproduce smoke --in-place
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,81 +1,50 @@
-"""rotlib: rotate large language models before quantizing them (OptRot, arXiv 2512.24124; GSR, arXiv 2505.03810)."""
+"""rotlib: rotate large language models before quantizing them.
 
-from rotlib.activations import PROTOCOLS, ActivationQuant, quantized_activations
-from rotlib.bounds import bounds
-from rotlib.export import export, export_recipe
-from rotlib.fixed import gsr_rotation, hadamard_rotation, random_rotation
-from rotlib.fuse import fuse, is_rotated
-from rotlib.gptq import Report, gptq
-from rotlib.groups import group_spread, groups
-from rotlib.hadamard import BlockHadamard, apply_hadamard, hadamard, walsh
-from rotlib.measure import Reference, evaluate, incoherence, kl_divergence, kurtosis, perplexity
-from rotlib.network import LearningFailed
-from rotlib.optrot import kurtail, mixed, optrot
-from rotlib.optrot_plus import optrot_plus
-from rotlib.ostquant import ostquant
-from rotlib.outliers import compare_outliers, outliers
-from rotlib.pipeline import build, make_rotation, run, run_all
-from rotlib.quant import QuantizedWeight, WeightQuant, restore, rtn
-from rotlib.recipe import Recipe
-from rotlib.rotation import SITES, Rotation
-from rotlib.slopes import slope_agreement
-from rotlib.spinquant import spinquant
-from rotlib.text import load_tokens, windows
-from rotlib.zeroshot import TASK_LISTS, ZeroShot, zero_shot, zero_shot_of
-from rotlib.zoo import load
+OptRot (arXiv 2512.24124), GSR (arXiv 2505.03810) and their peers. The names below are public; each is
+imported from its module when it is first used, so that `import rotlib` costs nothing.
+"""
 
-__all__ = [
-    "PROTOCOLS",
-    "SITES",
-    "TASK_LISTS",
-    "ActivationQuant",
-    "BlockHadamard",
-    "LearningFailed",
-    "QuantizedWeight",
-    "Recipe",
-    "Reference",
-    "Report",
-    "Rotation",
-    "WeightQuant",
-    "ZeroShot",
-    "apply_hadamard",
-    "bounds",
-    "build",
-    "compare_outliers",
-    "evaluate",
-    "export",
-    "export_recipe",
-    "fuse",
-    "gptq",
-    "group_spread",
-    "groups",
-    "gsr_rotation",
-    "hadamard",
-    "hadamard_rotation",
-    "incoherence",
-    "is_rotated",
-    "kl_divergence",
-    "kurtail",
-    "kurtosis",
-    "load",
-    "load_tokens",
-    "make_rotation",
-    "mixed",
-    "optrot",
-    "optrot_plus",
-    "ostquant",
-    "outliers",
-    "perplexity",
-    "quantized_activations",
-    "random_rotation",
-    "restore",
-    "rtn",
-    "run",
-    "run_all",
-    "slope_agreement",
-    "spinquant",
-    "walsh",
-    "windows",
-    "zero_shot",
-    "zero_shot_of",
-]
+from importlib import import_module
+
+_PUBLIC = {
+    "checkpoints.write": ("export",),
+    "learning.network": ("LearningFailed",),
+    "learning.optrot": ("kurtail", "mixed", "optrot"),
+    "learning.optrot_plus": ("optrot_plus",),
+    "learning.ostquant": ("ostquant",),
+    "learning.spinquant": ("spinquant",),
+    "measure.fidelity": ("Reference", "evaluate", "kl_divergence", "perplexity"),
+    "measure.slopes": ("slope_agreement",),
+    "measure.weights": ("group_spread", "incoherence", "kurtosis"),
+    "measure.zeroshot": ("TASK_LISTS", "ZeroShot", "zero_shot"),
+    "models.families": ("is_rotated",),
+    "models.text": ("load_tokens", "windows"),
+    "quantization.activations": ("PROTOCOLS", "ActivationQuant", "quantized_activations"),
+    "quantization.gptq": ("Report", "gptq"),
+    "quantization.grids": ("QuantizedWeight", "WeightQuant", "restore", "rtn"),
+    "rotations.drawn": ("gsr_rotation", "hadamard_rotation", "random_rotation"),
+    "rotations.fuse": ("fuse",),
+    "rotations.hadamard": ("BlockHadamard", "apply_hadamard", "hadamard", "walsh"),
+    "rotations.online": ("load",),
+    "rotations.rotation": ("SITES", "Rotation"),
+    "study.checkpoint": ("export_recipe",),
+    "study.diagnostics": ("bounds", "compare_outliers", "groups", "outliers", "zero_shot_of"),
+    "study.own": ("register_rotation",),
+    "study.pipeline": ("build", "make_rotation", "run", "run_all"),
+    "study.recipe": ("Recipe",),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rotlib' has no attribute {name!r}")
+    value = getattr(import_module(f"rotlib.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,9 +1,9 @@
 """Tiny random models of every family, in float64, and nothing from the network."""
 
 import os
-import shutil
 from copy import deepcopy
 from pathlib import Path
+from random import Random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, at import
 
@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from rotlib.families import norms_in_model_dtype
-from rotlib.store import ROOT
-from rotlib.zoo import load_tokenizer
+from rotlib.models.families import norms_in_model_dtype
+from rotlib.models.zoo import load_tokenizer
+from rotlib.study.files import ROOT
 
 SHAPE = {
     "vocab_size": 96,
@@ -30,7 +30,9 @@ SHAPE = {
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
     "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "llama, biases everywhere": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
+    "llama, biases everywhere": LlamaConfig(
+        **SHAPE, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3
+    ),
     "llama, head_dim ≠ hidden/heads": LlamaConfig(**SHAPE, head_dim=16),
     "mistral": MistralConfig(**SHAPE, sliding_window=8),
     "qwen2, biases": Qwen2Config(**SHAPE),
@@ -40,13 +42,23 @@ CONFIGS = {
 }
 
 
-def tiny_model(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A random model of that configuration; gains and biases are random too, so that folding them matters."""
+def tiny_model(
+    name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64
+) -> PreTrainedModel:
+    """A random model of that configuration; gains and biases are random too, so that folding them
+    matters.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=dtype).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=dtype)
+        .eval()
+        .requires_grad_(False)
+    )
     for path, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in path else torch.randn_like(parameter))
+            parameter.copy_(
+                torch.rand_like(parameter) + 0.5 if "norm" in path else torch.randn_like(parameter)
+            )
         else:
             parameter.mul_(5)
     return model
@@ -61,6 +73,16 @@ def save_tiny_model(folder: Path, name: str = "llama") -> None:
     load_tokenizer("smollm2-135m").save_pretrained(folder)
 
 
+def save_short_text(folder: Path) -> None:
+    """A text as wikitext2's files, of the words that this project uses, in a drawn order."""
+    words = (ROOT / "LICENSE").read_text().split()
+    draw = Random(0)
+    (folder / "wikitext2").mkdir()
+    for part in ("train", "test"):
+        lines = (" ".join(draw.choices(words, k=40)) for _ in range(80))
+        (folder / "wikitext2" / f"wiki.{part}.raw").write_text("\n".join(lines))
+
+
 def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Logits with every operation in the model's dtype."""
     with norms_in_model_dtype(model):
@@ -69,7 +91,9 @@ def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    return torch.randint(0, SHAPE["vocab_size"], (4, 32), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, SHAPE["vocab_size"], (4, 32), generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.fixture(params=CONFIGS)
@@ -79,11 +103,11 @@ def any_model(request) -> PreTrainedModel:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A tiny model with the packaged tokenizer, a short text, a store of its own, and a sweep over them."""
+    """A tiny model with the packaged tokenizer, a short text, a store of its own, and a sweep over
+    them.
+    """
     save_tiny_model(tmp_path / "model")
-    (tmp_path / "wikitext2").mkdir()
-    for part in ("train", "test"):
-        shutil.copy(ROOT / "README.md", tmp_path / "wikitext2" / f"wiki.{part}.raw")
+    save_short_text(tmp_path)
     monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     (tmp_path / "sweep.yaml").write_text(

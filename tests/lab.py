@@ -1,8 +1,9 @@
-"""Every notebook in JupyterLab, in a real Chromium: opened, run from the menu, looked at. `make test-lab`, outside CI.
+"""Every notebook in JupyterLab, in a real Chromium: opened, run from the menu, looked at. `make
+test-lab`, outside CI.
 
-Needs Debian's `chromium`. Copies run, and figures go to figures/draft, so that notebooks/ and figures/ stay as they are;
-finished runs are read from the store.
-Pictures of every notebook, run, go to build/lab.
+Needs Debian's `chromium`. Copies run, and figures go to figures/draft, so that notebooks/ and
+figures/ stay as they are; finished runs are read from the store. Pictures of every notebook, run,
+go to build/lab.
 """
 
 import json
@@ -17,7 +18,7 @@ import nbformat
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from rotlib.store import ROOT
+from rotlib.study.files import ROOT
 
 PICTURES = ROOT / "build" / "lab"
 MINUTES = 30  # that one notebook may take
@@ -46,8 +47,17 @@ def lab(tmp_path_factory):
         "JUPYTERLAB_SETTINGS_DIR": home / "settings",
         "JUPYTER_RUNTIME_DIR": home / "runtime",
     }
-    options = ["--no-browser", "--allow-root", "--port=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={home / 'notebooks'}"]
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=os.environ | {k: str(v) for k, v in environment.items()})
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--port=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={home / 'notebooks'}",
+    ]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", *options],
+        env=os.environ | {k: str(v) for k, v in environment.items()},
+    )
     try:
         while not (files := list((home / "runtime").glob("jpserver-*.json"))):
             assert server.poll() is None
@@ -76,7 +86,9 @@ def run_from_the_menu(page: Page) -> None:
     deadline = time.monotonic() + MINUTES * 60
     while not all(re.fullmatch(r"\[\d+\]:", text) for text in prompts.all_inner_texts()):
         assert time.monotonic() < deadline, f"still running after {MINUTES} minutes"
-        assert not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count(), errors(page)
+        assert not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count(), errors(
+            page
+        )
         time.sleep(0.5)
 
 
@@ -89,11 +101,20 @@ def test_a_notebook_runs_and_reads_well_in_jupyterlab(path, lab, page):
     notebook = nbformat.read(path, as_version=4)
     page.goto(f"{lab}/lab/tree/{path.name}?reset")
     page.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for(timeout=60_000)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)  # what is asked of a kernel on its way is lost
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(
+        timeout=60_000
+    )  # what is asked of a kernel on its way is lost
     run_from_the_menu(page)
     assert errors(page) == []
-    figures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    drawn = page.locator(".jp-RenderedImage img").evaluate_all("images => images.map(image => image.naturalWidth)")
+    figures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    drawn = page.locator(".jp-RenderedImage img").evaluate_all(
+        "images => images.map(image => image.naturalWidth)"
+    )
     assert len(drawn) == len(figures)
     assert all(drawn)
     page.get_by_role("tab", name="Table of Contents").click()
@@ -105,6 +126,8 @@ def test_a_notebook_runs_and_reads_well_in_jupyterlab(path, lab, page):
         for line in cell.source.splitlines()
         if line.startswith("#")
     ]
-    assert [text.strip() for text in page.locator(".jp-tocItem-content").all_inner_texts()] == headings
+    assert [
+        text.strip() for text in page.locator(".jp-tocItem-content").all_inner_texts()
+    ] == headings
     PICTURES.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=PICTURES / f"{path.stem}.png")

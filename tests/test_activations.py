@@ -3,8 +3,10 @@ import torch
 from conftest import exact_logits, tiny_model
 
 import rotlib as rl
-from rotlib.activations import PROTOCOLS, round_tokens
-from rotlib.quant import WeightQuant
+from rotlib.models.families import adapt
+from rotlib.quantization.activations import PROTOCOLS, round_tokens
+from rotlib.quantization.grids import WeightQuant
+from rotlib.rotations import online
 
 
 def grid(bits, symmetric):
@@ -15,7 +17,9 @@ def round_slowly(token, bits, symmetric, clip):
     """One token by the definition (method: QuaRot symmetric, SpinQuant asymmetric)."""
     if symmetric:
         step = max(abs(v) for v in token) * clip / (2 ** (bits - 1) - 1) or 1.0
-        return [min(max(round(v / step), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) * step for v in token]
+        return [
+            min(max(round(v / step), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) * step for v in token
+        ]
     low, high = min(0.0, min(token)) * clip, max(0.0, max(token)) * clip
     step = (high - low) / (2**bits - 1) or 1.0
     zero = round(-low / step)
@@ -29,7 +33,10 @@ def test_rounding_tokens_agrees_with_the_definition(bits, symmetric, clip):
     x = torch.randn(3, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[0, 0] = 0
     x[1] += 2
-    slow = torch.tensor([[round_slowly(token, bits, symmetric, clip) for token in part] for part in x.tolist()], dtype=torch.float64)
+    slow = torch.tensor(
+        [[round_slowly(token, bits, symmetric, clip) for token in part] for part in x.tolist()],
+        dtype=torch.float64,
+    )
     torch.testing.assert_close(round_tokens(x, grid(bits, symmetric), clip), slow)
     for token in round_tokens(x, grid(bits, symmetric), clip).flatten(0, 1):
         assert len(token.unique()) <= 2**bits
@@ -37,15 +44,16 @@ def test_rounding_tokens_agrees_with_the_definition(bits, symmetric, clip):
 
 def test_a_group_of_coordinates_has_a_grid_of_its_own():
     x = torch.randn(2, 4, 24)
-    rounded = round_tokens(x, grid(4, False), 1.0, group=8)
+    rounded = round_tokens(x, grid(4, False), 1.0, width=8)
     torch.testing.assert_close(rounded[..., 8:16], round_tokens(x[..., 8:16], grid(4, False), 1.0))
 
 
 def inputs_of_one_layer(model, tokens):
     seen = {}
-    linears = rl.families.adapt(model).linears(0)
+    linears = adapt(model).linears(0)
     handles = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]})) for name, linear in linears.items()
+        linear.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        for name, linear in linears.items()
     ]
     exact_logits(model, tokens)
     for handle in handles:
@@ -69,8 +77,11 @@ def test_every_quantized_linear_reads_rounded_tokens(tokens, protocol):
 
 def test_keys_and_values_are_rounded_head_by_head(tokens, monkeypatch):
     caught = []
-    original = rl.online.sdpa_attention_forward
-    monkeypatch.setattr("rotlib.online.sdpa_attention_forward", lambda *a, **k: caught.append(a) or original(*a, **k))
+    original = online.sdpa_attention_forward
+    monkeypatch.setattr(
+        "rotlib.rotations.online.sdpa_attention_forward",
+        lambda *a, **k: caught.append(a) or original(*a, **k),
+    )
     model = tiny_model()
     with rl.quantized_activations(model, rl.ActivationQuant(kv_bits=2)):
         exact_logits(model, tokens)
@@ -116,13 +127,17 @@ def test_calibration_sees_rounded_activations_only_when_asked(tokens):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 9}, "activation_bits must be a whole number from 2 to 8, or 16 to leave them alone, not 9"),
+        (
+            {"bits": 9},
+            "activation_bits must be a whole number from 2 to 8, or 16 to leave them alone, not 9",
+        ),
         ({"bits": 1}, "activation_bits must be"),
         ({"bits": 16.0}, "activation_bits must be"),
-        ({"group_size": 8}, "activation_group_size needs activation_bits below 16"),
         ({"kv_bits": 3.5}, "kv_bits must be"),
-        ({"protocol": "quarrot"}, "unknown protocol 'quarrot': choose one of quarot, spinquant, rotlib"),
-        ({"bits": 4, "group_size": 0}, "activation_group_size"),
+        (
+            {"protocol": "quarrot"},
+            "unknown protocol 'quarrot': choose one of quarot, spinquant, rotlib",
+        ),
     ],
 )
 def test_an_activation_grid_outside_the_choices_is_refused(arguments, message):
@@ -132,8 +147,6 @@ def test_an_activation_grid_outside_the_choices_is_refused(arguments, message):
 
 def test_what_a_model_cannot_carry_is_refused_before_it_runs():
     model = tiny_model()
-    with pytest.raises(ValueError, match="activation_group_size 32 doesn't divide the 48 inputs of q_proj"):
-        rl.quantized_activations(model, rl.ActivationQuant(bits=4, group_size=32)).__enter__()
     with pytest.raises(ValueError, match="an ActivationQuant such as"):
         rl.quantized_activations(model, 4).__enter__()
 
@@ -148,7 +161,9 @@ def test_rounding_activations_twice_or_rotating_under_them_is_refused(tokens):
             lambda: rl.kurtail(model, tokens),
         )
         for act in acts:
-            with pytest.raises(ValueError, match="activations are being rounded: leave quantized_activations first"):
+            with pytest.raises(
+                ValueError, match="activations are being rounded: leave quantized_activations first"
+            ):
                 act()
     rl.fuse(model, rotation)
 
@@ -160,7 +175,10 @@ def test_sinks_are_left_unrounded_and_need_whole_sequences(tokens):
         after = inputs_of_one_layer(model, tokens)["q"]
         assert torch.equal(after[:, :2], before[:, :2])
         assert (after[:, 2:] != before[:, 2:]).any(dim=-1).float().mean() > 0.9
-        with pytest.raises(RuntimeError, match="2 sinks need sequences of more tokens than that: turn the cache off"):
+        with pytest.raises(
+            RuntimeError,
+            match="2 sinks need sequences of more tokens than that: turn the cache off",
+        ):
             model.generate(tokens[:1], max_new_tokens=4, use_cache=True)
         model.generate(tokens[:1], max_new_tokens=4, use_cache=False)
 

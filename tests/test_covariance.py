@@ -4,15 +4,24 @@ from conftest import tiny_model
 from test_fuse import random_scales
 
 import rotlib as rl
-from rotlib.bounds import measure_stage
-from rotlib.covariance import DAMPING, damped, factorise, hessians, pivots, pivots_and_slope
-from rotlib.families import STAGES, adapt
-from rotlib.rotation import Rotation, placed_in_layer, times
+from rotlib.measure.bounds import stage_bounds
+from rotlib.models.families import READERS, adapt
+from rotlib.quantization.hessian import (
+    DAMPING,
+    damped,
+    factorise,
+    hessians,
+    pivots,
+    pivots_and_slope,
+)
+from rotlib.rotations.rotation import Rotation, placed_in_layer, times
 
 
 def covariance(n: int = 24, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(8 * n, n, generator=generator, dtype=torch.float64) @ torch.randn(n, n, generator=generator, dtype=torch.float64)
+    x = torch.randn(8 * n, n, generator=generator, dtype=torch.float64) @ torch.randn(
+        n, n, generator=generator, dtype=torch.float64
+    )
     return x.T @ x / len(x)
 
 
@@ -21,7 +30,7 @@ def recollected(model, tokens) -> list[dict[str, torch.Tensor]]:
     family = adapt(model)
     found = [{} for _ in family.layers]
     for layer in range(len(family.layers)):
-        for stage in STAGES:
+        for stage in READERS:
 
             def hook(module, args, layer=layer, site=stage[0]):
                 x = args[0].flatten(0, -2).double()
@@ -36,16 +45,26 @@ def recollected(model, tokens) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_hessian_rotated_analytically_is_the_rotated_models_own(any_model, tokens, scaled, R4):
     family = adapt(any_model)
-    collected = list(hessians(any_model, tokens))
+    collected = list(hessians(adapt(any_model), tokens))
     rotation = rl.random_rotation(any_model, R4=R4)
     rotation.scales = random_scales(any_model) if scaled else {}
     turned = []
     for layer, H in enumerate(collected):
-        turns = {weight.site: rotation.on_inputs(weight.at, layer) for weight in placed_in_layer(family, layer)}
-        turned.append({site: times(times(matrix.double(), turns[site]).mT, turns[site]) for site, matrix in H.items()})
+        turns = {
+            weight.site: rotation.on_inputs(weight.at, layer)
+            for weight in placed_in_layer(family, layer)
+        }
+        turned.append(
+            {
+                site: times(times(matrix.double(), turns[site]).mT, turns[site])
+                for site, matrix in H.items()
+            }
+        )
     for ours, own in zip(turned, recollected(rl.fuse(any_model, rotation), tokens), strict=True):
         for site in ("q", "o", "gate", "down"):
-            torch.testing.assert_close(ours[site], own[site], rtol=1e-4, atol=1e-4 * own[site].abs().max().item())
+            torch.testing.assert_close(
+                ours[site], own[site], rtol=1e-4, atol=1e-4 * own[site].abs().max().item()
+            )
 
 
 def test_the_pivots_are_those_of_the_ldl_factorisation():
@@ -55,7 +74,9 @@ def test_the_pivots_are_those_of_the_ldl_factorisation():
     U = M / M.diagonal()
     torch.testing.assert_close(U @ torch.diag(D) @ U.T, H)
     assert (U.tril(-1) == 0).all()
-    left = torch.linalg.inv(H[-1:, -1:])  # the last pivot is the last variance, the first what all others leave of the first
+    left = torch.linalg.inv(
+        H[-1:, -1:]
+    )  # the last pivot is the last variance, the first what all others leave of the first
     assert D[-1] == pytest.approx(1 / left.item())
     assert D[0] == pytest.approx(1 / torch.linalg.inv(H)[0, 0].item())
 
@@ -71,7 +92,9 @@ def test_the_closed_slope_of_tr_D_is_what_autograd_finds():
 def test_tr_D_lies_between_its_floor_and_tr_H_which_the_eigenbasis_reaches():
     H = covariance()
     floor = len(H) * (torch.logdet(H) / len(H)).exp()
-    R = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    R = torch.linalg.qr(
+        torch.randn(24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    )[0]
     for turned in (H, R.T @ H @ R):
         assert floor <= pivots(turned).sum() <= H.trace()
     Q = torch.linalg.eigh(H).eigenvectors
@@ -79,13 +102,18 @@ def test_tr_D_lies_between_its_floor_and_tr_H_which_the_eigenbasis_reaches():
 
 
 def test_a_covariance_that_no_damping_mends_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"the inputs of layers\.3\.o have no positive definite covariance, even damped by 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"the inputs of layers\.3\.o have no positive definite covariance, even damped by 1",
+    ):
         damped(-covariance(), "layers.3.o")
 
 
 def test_damping_moves_with_the_rotation():
     H = covariance()
-    R = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    R = torch.linalg.qr(
+        torch.randn(24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    )[0]
     torch.testing.assert_close(damped(R.T @ H @ R, "x"), R.T @ damped(H, "x") @ R)
 
 
@@ -93,8 +121,7 @@ def test_damping_moves_with_the_rotation():
 def test_errors_stay_below_their_bounds_and_gptq_below_rtn(clip_search):
     generator = torch.Generator().manual_seed(3)
     W, H = torch.randn(40, 24, generator=generator), covariance()
-    recipe = rl.Recipe(clip_search=clip_search)
-    (line,) = measure_stage({"q": W}, H, recipe)
+    (line,) = stage_bounds({"q": W}, H, rl.WeightQuant(clip_search=clip_search))
     assert line["gptq_error"] < line["rtn_error"] < line["energy"]
     assert line["floor"] < line["tr_D"] < line["tr_H"] * (1 + DAMPING)
     assert line["row_bound"] < line["gptq_bound"] < line["rtn_bound"]

@@ -1,4 +1,6 @@
-"""What is exported is read by stock transformers, in a process that never imports rotlib, as the model it came from."""
+"""What is exported is read by stock transformers, in a process that never imports rotlib, as the
+model it came from.
+"""
 
 import json
 import subprocess
@@ -14,10 +16,13 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 import rotlib as rl
-from rotlib import stock
-from rotlib.stock import read_by_transformers
+from rotlib.checkpoints import stock
+from rotlib.checkpoints.stock import read_by_transformers
 
-exporting, checkpoint = import_module("rotlib.export"), import_module("rotlib.checkpoint")  # rl.export is the function
+exporting, checkpoint = (
+    import_module("rotlib.checkpoints.write"),
+    import_module("rotlib.checkpoints.packed"),
+)  # rl.export is the function
 GRIDS = {
     "per channel": rl.WeightQuant(),
     "groups": rl.WeightQuant(group_size=16),
@@ -42,7 +47,9 @@ def test_stock_transformers_computes_what_the_quantized_model_does(grid, tokens,
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("qwen") or "bias" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if name.startswith("qwen") or "bias" in name]
+)
 def test_biases_and_other_families_survive(name, tokens, tmp_path):
     model = quantized(rl.WeightQuant(group_size=8), tokens, name)
     folder = rl.export(model, tmp_path / "out")
@@ -52,7 +59,9 @@ def test_biases_and_other_families_survive(name, tokens, tmp_path):
 def test_the_files_have_the_size_that_the_bits_predict(tokens, tmp_path):
     sizes = {}
     for bits in (4, 8):
-        folder = rl.export(quantized(rl.WeightQuant(bits=bits, group_size=16), tokens), tmp_path / str(bits))
+        folder = rl.export(
+            quantized(rl.WeightQuant(bits=bits, group_size=16), tokens), tmp_path / str(bits)
+        )
         sizes[bits] = (folder / "model.safetensors").stat().st_size
     linears = 2 * (48 * 48 * 2 + 48 * 16 * 2 + 3 * 48 * 80)
     assert sizes[8] - sizes[4] == pytest.approx(linears / 2, rel=0.02)
@@ -73,7 +82,9 @@ def test_sixteen_bits_outside_the_codes_stay_within_their_rounding(tokens, tmp_p
     model = quantized(rl.WeightQuant(group_size=16), tokens)
     folder = rl.export(model, tmp_path / "out", dtype=torch.bfloat16)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    assert (read_by_transformers(folder, tokens).logits.float() - model(tokens).logits).abs().max() < 0.1 * model(tokens).logits.abs().max()
+    assert (
+        read_by_transformers(folder, tokens).logits.float() - model(tokens).logits
+    ).abs().max() < 0.1 * model(tokens).logits.abs().max()
 
 
 def test_a_sixteen_bit_model_is_exported_by_its_codes(tokens, tmp_path):
@@ -86,7 +97,9 @@ def test_a_group_as_wide_as_a_row_is_a_group(tokens, tmp_path):
     model = quantized(rl.WeightQuant(group_size=16), tokens, "llama, head_dim ≠ hidden/heads")
     narrow = model.model.layers[0].self_attn.k_proj
     narrow.quantized = narrow.quantized._replace(
-        codes=narrow.quantized.codes[:, :16], scale=narrow.quantized.scale[:, :1], zero=narrow.quantized.zero[:, :1]
+        codes=narrow.quantized.codes[:, :16],
+        scale=narrow.quantized.scale[:, :1],
+        zero=narrow.quantized.zero[:, :1],
     )
     assert checkpoint._packing(checkpoint.codes_of(model)).group_size == 16
 
@@ -105,13 +118,19 @@ def test_a_folder_that_stock_software_cannot_read_is_one_sentence(tmp_path):
 
 
 def test_the_stock_process_knows_nothing_of_rotlib(tmp_path):
-    script = f"import runpy; main = runpy.run_path({stock.__file__!r})['_main']; import sys, rotlib\n"
+    script = (
+        f"import runpy; main = runpy.run_path({stock.__file__!r})['_main']; import sys, rotlib\n"
+    )
     script += "try: main('nowhere', '')\nexcept FileNotFoundError: pass\nimport rotlib"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert "import of rotlib halted" in done.stderr
 
 
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(tokens, tmp_path, monkeypatch):
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+    tokens, tmp_path, monkeypatch
+):
     plain, done = tiny_model(dtype=torch.float32), quantized(rl.WeightQuant(), tokens)
     online = rl.fuse(tiny_model(dtype=torch.float32), rl.hadamard_rotation(tiny_model(), R4=True))
     full = tmp_path / "full"
@@ -120,7 +139,12 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tokens, t
     for model, folder, settings, message in (
         (plain, "out", {}, "layers.0.q has no codes: quantize the model"),
         (done, "out", {"format": "fused"}, "is quantized already"),
-        (done, "out", {"format": "onnx"}, "unknown format 'onnx': choose one of compressed-tensors, gguf, fused"),
+        (
+            done,
+            "out",
+            {"format": "onnx"},
+            "unknown format 'onnx': choose one of compressed-tensors, gguf, fused",
+        ),
         (online, "out", {"format": "fused"}, "needs R4 while it runs"),
         (done, "full", {}, "isn't an empty folder"),
         (done, "full", {"overwrite": True}, "holds something else than a checkpoint"),
@@ -137,7 +161,9 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tokens, t
     assert (full / "notes.txt").read_text() == "mine"
 
 
-def test_a_checkpoint_that_reads_back_otherwise_fails_loudly_and_leaves_what_was_there(tokens, tmp_path, monkeypatch):
+def test_a_checkpoint_that_reads_back_otherwise_fails_loudly_and_leaves_what_was_there(
+    tokens, tmp_path, monkeypatch
+):
     model = quantized(rl.WeightQuant(), tokens)
     folder = rl.export(model, tmp_path / "out", card="the first")
 
@@ -147,14 +173,23 @@ def test_a_checkpoint_that_reads_back_otherwise_fails_loudly_and_leaves_what_was
 
     save = checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", damaged)
-    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight doesn't read back"):
+    with pytest.raises(
+        RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight doesn't read back"
+    ):
         rl.export(model, folder, overwrite=True, card="the second")
     assert (folder / "README.md").read_text() == "the first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_recipe_is_exported_with_a_card_that_says_what_was_measured(folder, tokens, tmp_path):
-    recipe = rl.Recipe(model=str(folder / "model"), rotation="hadamard", group_size=16, window=64, calibration_windows=2, test_windows=2)
+    recipe = rl.Recipe(
+        model=str(folder / "model"),
+        rotation="hadamard",
+        group_size=16,
+        window=64,
+        calibration_windows=2,
+        test_windows=2,
+    )
     out = rl.export_recipe(recipe, tmp_path / "out")
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model is None  # a folder of this machine means nothing elsewhere
@@ -175,7 +210,11 @@ def test_a_recipe_that_no_checkpoint_can_hold_is_refused_before_it_runs(tmp_path
         (rl.Recipe(), {"format": "fused"}, "goes with the rounding 'none'"),
         (rl.Recipe(), {"folder": tmp_path}, "isn't an empty folder"),
         (rl.Recipe(group_size=16), {"format": "gguf"}, "GGUF's blocks hold 32 weights"),
-        (rl.Recipe(bits=5, symmetric=False), {"format": "gguf"}, "no type of GGUF's holds an asymmetric grid of 5 bits"),
+        (
+            rl.Recipe(bits=5, symmetric=False),
+            {"format": "gguf"},
+            "no type of GGUF's holds an asymmetric grid of 5 bits",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             rl.export_recipe(recipe, **{"folder": tmp_path / "out"} | settings)

@@ -1,4 +1,6 @@
-"""What a sweep survives. Afterwards every result is there exactly once, and equal to an undisturbed run's."""
+"""What a sweep survives. Afterwards every result is there exactly once, and equal to an undisturbed
+run's.
+"""
 
 import os
 import signal
@@ -11,14 +13,26 @@ import psutil
 import pytest
 
 import rotlib as rl
-from rotlib import store, sweep
+from rotlib.study import files, store
+from rotlib.study.sweep_file import read_sweep
 
 ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def start(folder, engine):
-    command = [sys.executable, "-m", "rotlib.sweep", str(folder / "sweep.yaml"), "--workers", "2", "--engine", engine]
-    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs are started to ignore it
+    command = [
+        sys.executable,
+        "-m",
+        "rotlib.study.sweep",
+        str(folder / "sweep.yaml"),
+        "--workers",
+        "2",
+        "--engine",
+        engine,
+    ]
+    heed = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # a shell's background jobs are started to ignore it
     return subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True, **heed)
 
 
@@ -34,7 +48,7 @@ def results_in(folder):
 
 
 def assert_as_undisturbed(folder):
-    recipes = sweep.read_sweep(folder / "sweep.yaml")
+    recipes = read_sweep(folder / "sweep.yaml")
     assert len(list(results_in(folder))) == len(recipes)
     assert not list((folder / "results" / "local").glob("*.partial"))
     disturbed = [store.find(recipe.spec()).metrics for recipe in recipes]
@@ -79,7 +93,9 @@ def test_a_local_sweep_that_is_stopped_leaves_nobody_behind_and_goes_on_later(fo
     assert_as_undisturbed(folder)
 
 
-def test_a_killed_worker_of_ray_costs_nothing_but_time_and_a_killed_driver_and_a_torn_result_one_more_command(folder):
+def test_a_killed_worker_of_ray_costs_nothing_but_time_and_a_killed_driver_and_a_torn_result_one_more_command(
+    folder,
+):
     run = start(folder, "ray")
     torn = wait_for_a_result(folder, run)
     workers = kill_a_worker(run, "ray::work")
@@ -103,12 +119,17 @@ def test_a_full_disk_is_told_and_the_rest_runs_once_there_is_room(folder):
     mount = f"mount -t tmpfs -o size=16k none {results}"
     if subprocess.run([*inside, mount], check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    command = f"{sys.executable} -m rotlib.sweep {folder / 'sweep.yaml'} --workers 2 --engine ray"
-    script = (
-        f"{mount}; {command}; echo rc $?; mount -o remount,size=64m {results}; {command}; echo rc $?; cp -r {results}/local {folder}/kept"
+    command = (
+        f"{sys.executable} -m rotlib.study.sweep {folder / 'sweep.yaml'} --workers 2 --engine ray"
     )
-    run = subprocess.run([*inside, script], env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert [line for line in run.stdout.splitlines() if line.startswith("rc")] == ["rc 1", "rc 0"], run.stderr
+    script = f"{mount}; {command}; echo rc $?; mount -o remount,size=64m {results}; {command}; echo rc $?; cp -r {results}/local {folder}/kept"
+    run = subprocess.run(
+        [*inside, script], env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert [line for line in run.stdout.splitlines() if line.startswith("rc")] == [
+        "rc 1",
+        "rc 0",
+    ], run.stderr
     assert "No space left on device" in run.stderr or "is the disk full?" in run.stderr
     (folder / "kept").rename(results / "local")
     assert_as_undisturbed(folder)
@@ -119,7 +140,13 @@ def test_the_slurm_script_starts_ray_on_its_allocation_and_runs_the_sweep(folder
     for name, script in {"scontrol": "echo 127.0.0.1", "srun": 'exec "$@"'}.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
-    allocation = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1"}
-    command = [store.ROOT / "configs" / "slurm.sh", folder / "sweep.yaml"]
-    subprocess.run(command, cwd=store.ROOT, env=os.environ | ENVIRONMENT | allocation, check=True, timeout=300)
+    allocation = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    command = [files.ROOT / "configs" / "slurm.sh", folder / "sweep.yaml"]
+    subprocess.run(
+        command, cwd=files.ROOT, env=os.environ | ENVIRONMENT | allocation, check=True, timeout=300
+    )
     assert len(list(results_in(folder))) == 8

@@ -8,15 +8,17 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from rotlib import figures, plots, store, tables
-from rotlib.families import Family
-from rotlib.outliers import HISTOGRAM_EDGES
-from rotlib.recipe import Recipe
+from rotlib.measure.outliers import HISTOGRAM_EDGES
+from rotlib.models.families import Family
+from rotlib.study import figures, files, plots, store, tables
+from rotlib.study.recipe import Recipe
 
 FUNCTIONS = [
     name
     for name, thing in vars(plots).items()
-    if inspect.isfunction(thing) and not name.startswith("_") and "Figure" in str(thing.__annotations__)
+    if inspect.isfunction(thing)
+    and not name.startswith("_")
+    and "Figure" in str(thing.__annotations__)
 ]
 
 
@@ -28,9 +30,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def stored(spec, metrics):
-    result = store.Result(spec, metrics, {"rotate": 10.0 + spec.get("seed", 0)}, 0.0, {"code": "none"})
-    text = json.dumps(vars(result))
-    store.write_atomically(store.local_path(spec), lambda scratch: scratch.write_text(text))
+    result = store.Result(
+        spec, metrics, {"rotate": 10.0 + spec.get("seed", 0)}, 0.0, {"stages": {}}
+    )
+    store.save(result, files.local_path(spec))
     return result
 
 
@@ -38,23 +41,36 @@ def arm(rotation, kl=0.3, seeds=3, **settings):
     """An arm of made-up seeds."""
     specs = [Recipe(rotation=rotation, seed=seed, **settings).spec() for seed in range(seeds)]
     metrics = {"perplexity": 20, "objective": 5.5, "objective_history": [8.25, 7, 1 / 3 * 20, 6]}
-    return tables.arms(stored(spec, metrics | {"kl": kl + seed / 70}) for seed, spec in enumerate(specs))[0]
+    return tables.arms(
+        stored(spec, metrics | {"kl": kl + seed / 70}) for seed, spec in enumerate(specs)
+    )[0]
 
 
 def modules(task, rotation):
     """A made-up result of every module."""
     names = (
-        *("kurtosis", "incoherence", "input_kurtosis", "sink_kurtosis", "rtn_bound", "rtn_error", "gptq_bound", "gptq_error"),
+        *(
+            "kurtosis",
+            "incoherence",
+            "input_kurtosis",
+            "sink_kurtosis",
+            "rtn_bound",
+            "rtn_error",
+            "gptq_bound",
+            "gptq_error",
+        ),
         *("floor", "tr_D", "tr_H", "energy"),
     )
     measured = [
-        {"site": site, "layer": layer} | {name: (5 + len(rotation) + layer + place) / 7 for place, name in enumerate(names)}
+        {"site": site, "layer": layer}
+        | {name: (5 + len(rotation) + layer + place) / 7 for place, name in enumerate(names)}
         for site in Family.linear_paths
         for layer in range(3)
     ]
     energies = [1 + place % 3 / len(rotation) for place in range(8)]
     return stored(
-        {"task": task, "rotation": rotation}, {"modules": measured, "histogram": [9] * len(HISTOGRAM_EDGES), "energies": energies}
+        {"task": task, "rotation": rotation},
+        {"modules": measured, "histogram": [9] * len(HISTOGRAM_EDGES), "energies": energies},
     )
 
 
@@ -65,37 +81,87 @@ def example(name):
     if name == "learning_curves":
         return (arm("optrot"),)
     if name == "pareto":
-        return ([(arm(name), arm(name, 0.6, activation_bits=4)) for name in ("hadamard", "optrot", "kurtail")],)
+        return (
+            [
+                (arm(name), arm(name, 0.6, activation_bits=4))
+                for name in ("hadamard", "optrot", "kurtail")
+            ],
+        )
     if name == "effects":
-        return ({"learned": {"W4A16": (arm("optrot", 0.2), arm("hadamard")), "one seed": [arm("optrot", seeds=1, bits=3), arm("random")]}},)
+        return (
+            {
+                "learned": {
+                    "W4A16": (arm("optrot", 0.2), arm("hadamard")),
+                    "one seed": [arm("optrot", seeds=1, bits=3), arm("random")],
+                }
+            },
+        )
     if name == "claims":
-        return (["first", "second"], [0.1, float("nan")], [0.02, float("nan")], ["reproduced", "not run"])
+        return (
+            ["first", "second"],
+            [0.1, float("nan")],
+            [0.02, float("nan")],
+            ["reproduced", "not run"],
+        )
     if name == "budget_curves":
-        return ({"spinquant": [arm("spinquant", steps=steps) for steps in (8, 16)], "optrot": [arm("optrot")]},)
+        return (
+            {
+                "spinquant": [arm("spinquant", steps=steps) for steps in (8, 16)],
+                "optrot": [arm("optrot")],
+            },
+        )
     if name == "checkpoint_sizes":
         return (
-            {"OptRot, gguf": {"codes": 60.5, "scales": 3}, "OptRot, fused": {"codes": 480, "scales": 0}},
+            {
+                "OptRot, gguf": {"codes": 60.5, "scales": 3},
+                "OptRot, fused": {"codes": 480, "scales": 0},
+            },
             {"OptRot, gguf": 64, "OptRot, fused": 481.5},
         )
     if name == "matrices":
-        return ({"hadamard": torch.tensor([[1, 1], [1, -1]]) / 2**0.5, "identity": torch.eye(3, dtype=torch.float64)},)
+        return (
+            {
+                "hadamard": torch.tensor([[1, 1], [1, -1]]) / 2**0.5,
+                "identity": torch.eye(3, dtype=torch.float64),
+            },
+        )
     results = {name: modules("bounds", name) for name in ("none", "hadamard", "optrot")}
     if name == "errors_against_kl":
-        return results, [arm(name, len(name) / 9, rounding=rounding) for name in results for rounding in ("rtn", "gptq")]
-    others = {"outliers_by_layer": ("kurtosis", "kurtosis of the weights"), "coordinate_energies": (4,)}
+        return results, [
+            arm(name, len(name) / 9, rounding=rounding)
+            for name in results
+            for rounding in ("rtn", "gptq")
+        ]
+    others = {
+        "outliers_by_layer": ("kurtosis", "kurtosis of the weights"),
+        "coordinate_energies": (4,),
+    }
     return results, *others.get(name, ())
 
 
 def digests():
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in figures.figures_folder().iterdir()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in figures.figures_folder().iterdir()
+    }
 
 
 def referenced(thing):
     """The files of the results among a function's arguments."""
     if isinstance(thing, store.Result):
-        return {store.local_path(thing.spec).name}
-    inner = thing.values() if isinstance(thing, dict) else thing.results if isinstance(thing, tables.Arm) else thing
-    return set().union(*(referenced(part) for part in inner)) if isinstance(inner, list | tuple | type({}.values())) else set()
+        return {files.local_path(thing.spec).name}
+    inner = (
+        thing.values()
+        if isinstance(thing, dict)
+        else thing.results
+        if isinstance(thing, tables.Arm)
+        else thing
+    )
+    return (
+        set().union(*(referenced(part) for part in inner))
+        if isinstance(inner, list | tuple | type({}.values()))
+        else set()
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -117,16 +183,18 @@ def test_a_figure_redrawn_from_its_saved_data_has_the_bytes_it_was_saved_and_dra
 
 def test_what_is_kept_of_a_figure_names_its_results_and_copies_none_of_them():
     figures.save(plots.learning_curves(arm("optrot")), "figure")
-    kept = json.loads((store.results_folder() / "local" / "figures" / "figure.json").read_text())
-    files = [store.local_path(Recipe(rotation="optrot", seed=seed).spec()).name for seed in range(3)]
-    assert kept == {"function": "learning_curves", "arguments": {"arm": {"arm of": files}}}
+    kept = json.loads((files.results_folder() / "local" / "figures" / "figure.json").read_text())
+    named = [
+        files.local_path(Recipe(rotation="optrot", seed=seed).spec()).name for seed in range(3)
+    ]
+    assert kept == {"function": "learning_curves", "arguments": {"arm": {"arm of": named}}}
 
 
 def test_a_matrix_is_kept_to_half_a_shade_of_its_picture():
     torch.manual_seed(0)
     R = torch.randn(96, 96)
     figures.save(plots.matrices({"random": R}), "figure")
-    path = store.results_folder() / "local" / "figures" / "figure.json"
+    path = files.results_folder() / "local" / "figures" / "figure.json"
     assert path.stat().st_size < 14_000
     kept = figures._kept(R)
     assert json.loads(path.read_text())["arguments"]["named"]["random"] == kept
@@ -146,25 +214,28 @@ def test_a_figure_whose_result_has_gone_is_left_as_it_is_and_the_file_is_named(c
     gone = arm("optrot")
     figures.save(plots.kl_bars([gone]), "lost")
     (figures.figures_folder() / "lost.pdf").write_text("committed")
-    missing = store.local_path(gone.results[1].spec)
+    missing = files.local_path(gone.results[1].spec)
     missing.unlink()
     assert list(figures.redraw()) == ["kept"]
     assert (figures.figures_folder() / "lost.pdf").read_text() == "committed"
     (said,) = caplog.messages
-    assert said == f"rotlib: the figure lost is left as it is: the result {missing.name} is neither in results/local nor in results/study"
+    assert (
+        said
+        == f"rotlib: the figure lost is left as it is: the result {missing.name} is neither in results/local nor in results/study"
+    )
 
 
 def test_what_this_machine_drew_wins_over_what_the_study_drew():
-    study = store.results_folder() / "study" / "figures"
+    study = files.results_folder() / "study" / "figures"
     figures.save(plots.kl_bars([arm("hadamard")]), "figure")
     (study.parent).mkdir()
-    (store.results_folder() / "local" / "figures").rename(study)
+    (files.results_folder() / "local" / "figures").rename(study)
     committed = digests()
     figures.save(plots.kl_bars([arm("optrot", 0.2)]), "figure")
     local = digests()
     figures.redraw()
     assert digests() == local != committed
-    (store.results_folder() / "local" / "figures" / "figure.json").unlink()
+    (files.results_folder() / "local" / "figures" / "figure.json").unlink()
     figures.redraw()
     assert digests() == committed
 
@@ -172,7 +243,7 @@ def test_what_this_machine_drew_wins_over_what_the_study_drew():
 def test_a_draft_touches_neither_the_reproduced_figure_nor_its_data(folder, monkeypatch):
     figures.save(plots.kl_bars([arm("hadamard")]), "figure")
     reproduced = digests()
-    kept = (store.results_folder() / "local" / "figures" / "figure.json").read_bytes()
+    kept = (files.results_folder() / "local" / "figures" / "figure.json").read_bytes()
     monkeypatch.delenv("ROTLIB_FIGURES")
     monkeypatch.setattr(figures, "ROOT", folder / "checkout")
     figures.save(plots.kl_bars([arm("optrot", 0.2)]), "figure")
@@ -180,7 +251,7 @@ def test_a_draft_touches_neither_the_reproduced_figure_nor_its_data(folder, monk
     assert set(digests()) == {"figure.pdf", "figure.png"}
     monkeypatch.setenv("ROTLIB_FIGURES", str(folder / "figures"))
     assert digests() == reproduced
-    assert (store.results_folder() / "local" / "figures" / "figure.json").read_bytes() == kept
+    assert (files.results_folder() / "local" / "figures" / "figure.json").read_bytes() == kept
 
 
 def test_kept_figures_are_no_results():
@@ -189,13 +260,18 @@ def test_kept_figures_are_no_results():
 
 
 def test_a_figure_of_ones_own_or_a_file_of_another_version_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match=r"the figure mine couldn't be drawn again: let a function of rotlib/plots.py draw it"):
+    with pytest.raises(
+        ValueError,
+        match=r"the figure mine couldn't be drawn again: let a function of rotlib/study/plots.py draw it",
+    ):
         figures.save(plt.figure(), "mine")
     plt.close("all")
     with pytest.raises(TypeError, match="not from a set"):
         figures.save(plots.claims(["a"], [1.0], [0.1], {"reproduced"}), "odd")
-    path = store.results_folder() / "local" / "figures" / "old.json"
+    path = files.results_folder() / "local" / "figures" / "old.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"function": "pie", "arguments": {}}')
-    with pytest.raises(ValueError, match=r"old.json can't be drawn: delete it and run its notebook again"):
+    with pytest.raises(
+        ValueError, match=r"old.json can't be drawn: delete it and run its notebook again"
+    ):
         figures.redraw()

@@ -1,12 +1,25 @@
 import pytest
 import torch
 from conftest import CONFIGS, exact_logits, tiny_model
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+)
 
 import rotlib as rl
-from rotlib.families import adapt
-from rotlib.fuse import ORTHOGONALITY_TOLERANCE
-from rotlib.rotation import SITES, Rotation, placed_weights, rotate_weight, scale_shapes, times
+from rotlib.models.families import adapt
+from rotlib.rotations.fuse import ORTHOGONALITY_TOLERANCE
+from rotlib.rotations.rotation import (
+    SITES,
+    Rotation,
+    placed_weights,
+    rotate_weight,
+    scale_shapes,
+    times,
+)
 
 
 @pytest.mark.parametrize("make", [rl.hadamard_rotation, rl.random_rotation])
@@ -48,7 +61,9 @@ def test_embeddings_are_not_centred():
     expected = model.model.embed_tokens.weight.clone()
     rotation = rl.random_rotation(model)
     rl.fuse(model, rotation)
-    torch.testing.assert_close(model.model.embed_tokens.weight, expected @ rotation.R1, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model.model.embed_tokens.weight, expected @ rotation.R1, rtol=0, atol=1e-12
+    )
 
 
 def test_a_tied_model_is_untied_and_survives_save_and_load(tmp_path, tokens):
@@ -90,7 +105,9 @@ def test_a_quantized_model_is_not_rotated():
 )
 def test_an_architecture_that_cannot_be_rotated_names_the_module_in_the_way(config, module):
     names = (
-        {"n_embd": 32, "n_layer": 1, "n_head": 2} if config is GPT2Config else {"hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+        {"n_embd": 32, "n_layer": 1, "n_head": 2}
+        if config is GPT2Config
+        else {"hidden_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     )
     model = AutoModelForCausalLM.from_config(config(vocab_size=32, pad_token_id=0, **names))
     with pytest.raises(ValueError, match=module) as refusal:
@@ -122,7 +139,11 @@ def test_an_online_rotation_is_on_or_off(wrong):
 def test_non_finite_weights_are_named():
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
-    for act in (rl.optrot, lambda m: rl.rtn(m, rl.WeightQuant()), lambda m: rl.fuse(m, rl.random_rotation(m))):
+    for act in (
+        rl.optrot,
+        lambda m: rl.rtn(m, rl.WeightQuant()),
+        lambda m: rl.fuse(m, rl.random_rotation(m)),
+    ):
         with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
             act(model)
 
@@ -141,12 +162,18 @@ def test_the_configurations_cover_what_breaks_peers():
     assert {config.model_type for config in configs} == {"llama", "mistral", "qwen2", "qwen3"}
     assert any(config.tie_word_embeddings for config in configs)
     assert all(config.num_key_value_heads < config.num_attention_heads for config in configs)
-    assert any(getattr(config, "head_dim", 8) != config.hidden_size // config.num_attention_heads for config in configs)
+    assert any(
+        getattr(config, "head_dim", 8) != config.hidden_size // config.num_attention_heads
+        for config in configs
+    )
 
 
 def random_scales(model) -> dict[str, torch.Tensor]:
     """Every scale that the model can take, drawn between ½ and 2."""
-    return {name: 2 ** (2 * torch.rand(shape, dtype=torch.float64) - 1) for name, shape in scale_shapes(adapt(model)).items()}
+    return {
+        name: 2 ** (2 * torch.rand(shape, dtype=torch.float64) - 1)
+        for name, shape in scale_shapes(adapt(model)).items()
+    }
 
 
 @pytest.mark.parametrize("R4", [False, True])
@@ -166,7 +193,11 @@ def test_every_scale_reaches_the_weights(name):
         rl.fuse(plain, rotation)
         rotation.scales = {name: random_scales(scaled)[name]}
         rl.fuse(scaled, rotation)
-        changed = {path for path, value in scaled.named_parameters() if (value - plain.get_parameter(path)).abs().max() > 1e-3}
+        changed = {
+            path
+            for path, value in scaled.named_parameters()
+            if (value - plain.get_parameter(path)).abs().max() > 1e-3
+        }
         assert len(changed) >= 2 * len(plain.model.layers), (config, changed)
 
 
@@ -174,7 +205,10 @@ def test_every_scale_reaches_the_weights(name):
     ("scales", "message"),
     [
         ({"vo": torch.ones(2, 2, 8)}, "unknown scale 'vo': a rotation may carry attention_norm"),
-        ({"value": torch.ones(2, 2, 4)}, r"the scale 'value' has shape \(2, 2, 4\), but this model needs \(2, 2, 8\)"),
+        (
+            {"value": torch.ones(2, 2, 4)},
+            r"the scale 'value' has shape \(2, 2, 4\), but this model needs \(2, 2, 8\)",
+        ),
         ({"value": torch.zeros(2, 2, 8)}, "'value' must be positive and finite"),
     ],
 )

@@ -6,10 +6,12 @@ from conftest import SHAPE, tiny_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rotlib as rl
-from rotlib.gptq import Solver
-from rotlib.quant import fit_grid, round_to_nearest
+from rotlib.quantization.gptq import Solver
+from rotlib.quantization.grids import fit_grid, round_to_nearest
 
-gptq_module = import_module("rotlib.gptq")  # rotlib.gptq, the attribute, is the function
+gptq_module = import_module(
+    "rotlib.quantization.gptq"
+)  # rotlib.gptq, the attribute, is the function
 
 
 def problem(rows=24, n=256, seed=0):
@@ -22,7 +24,9 @@ def problem(rows=24, n=256, seed=0):
 def gptq_slowly(W, H, quant, act_order, damping):
     """GPTQ as first written: H⁻¹ is updated column by column, no blocks, no shared factor, float64."""
     W, H = W.double(), H.double()
-    order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(H))
+    order = (
+        H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(H))
+    )
     group = quant.group_size or len(H)
     original = W.clone()
     inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
@@ -51,9 +55,12 @@ def test_blocked_solver_agrees_with_gptq_column_by_column(symmetric, group_size,
     quant = rl.WeightQuant(bits=3, group_size=group_size, symmetric=symmetric)
     Q = Solver(quant, act_order)(W, H)[0].dense()
     slow = gptq_slowly(W, H, quant, act_order, 0.01)
-    # float32 and float64 may round a tie apart, and everything after it moves; nearly all codes must agree
+    # float32 and float64 may round a tie apart, and everything after it moves; nearly all codes
+    # must agree
     assert ((Q - slow).abs() < 1e-4).float().mean() > 0.97
-    loss, slow_loss = (torch.trace((A - W).double() @ H.double() @ (A - W).double().T) for A in (Q, slow))
+    loss, slow_loss = (
+        torch.trace((A - W).double() @ H.double() @ (A - W).double().T) for A in (Q, slow)
+    )
     assert loss == pytest.approx(slow_loss.item(), rel=0.02)
 
 
@@ -105,7 +112,9 @@ def test_a_hopeless_hessian_falls_back_to_rtn_and_is_counted(tokens, monkeypatch
 
 
 def gptaq_slowly(W, H, C, quant, damping):
-    """GPTAQ column by column: each one's rounding error and its share of the inputs' drift go to all columns behind it."""
+    """GPTAQ column by column: each one's rounding error and its share of the inputs' drift go to
+    all columns behind it.
+    """
     W, H, C = W.double(), H.double(), C.double()
     inverse = torch.linalg.inv(H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
     U = torch.linalg.cholesky(inverse, upper=True)
@@ -138,7 +147,10 @@ def test_gptaq_brings_the_outputs_nearer_to_those_of_unquantized_inputs():
     x = original + 0.3 * original.flip(0) + 0.1 * torch.randn(256, 8192, generator=generator)
     H, C = x @ x.T / 8192, (original - x) @ x.T / 8192
     quant = rl.WeightQuant(bits=4)
-    errors = [(Solver(quant)(W, H, drift)[0].dense() @ x - W @ original).square().mean() for drift in (None, 0.25 * C, C)]
+    errors = [
+        (Solver(quant)(W, H, drift)[0].dense() @ x - W @ original).square().mean()
+        for drift in (None, 0.25 * C, C)
+    ]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -146,7 +158,12 @@ def test_gptaq_on_a_model_is_gptq_where_inputs_have_not_drifted(tokens):
     by_gptq, by_gptaq = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
     rl.gptq(by_gptq, tokens, rl.WeightQuant(bits=4))
     rl.gptq(by_gptaq, tokens, rl.WeightQuant(bits=4), asymmetry=0.25)
-    same = [(a == b).all().item() for a, b in zip(by_gptq.model.layers.parameters(), by_gptaq.model.layers.parameters(), strict=True)]
+    same = [
+        (a == b).all().item()
+        for a, b in zip(
+            by_gptq.model.layers.parameters(), by_gptaq.model.layers.parameters(), strict=True
+        )
+    ]
     assert all(same[:3])  # q, k and v of the first layer read the embedding
     assert not all(same)
 
@@ -154,7 +171,7 @@ def test_gptaq_on_a_model_is_gptq_where_inputs_have_not_drifted(tokens):
 def test_one_batch_and_many_give_the_same_model(tokens, monkeypatch):
     models = []
     for batch_tokens in (10**6, 32):
-        monkeypatch.setattr("rotlib.covariance.BATCH_TOKENS", batch_tokens)
+        monkeypatch.setattr("rotlib.models.walk.BATCH_TOKENS", batch_tokens)
         model = tiny_model(dtype=torch.float32)
         rl.gptq(model, tokens, rl.WeightQuant(bits=8), asymmetry=0.25)
         models.append(model)
@@ -164,18 +181,21 @@ def test_one_batch_and_many_give_the_same_model(tokens, monkeypatch):
 
 def test_every_hessian_is_of_inputs_made_by_what_is_already_quantized(tokens, monkeypatch):
     seen = {}
-    original = gptq_module._quantize_stage
+    original = gptq_module._quantize_together
 
     def spy(index, linears, H, *others):
         seen[index, next(iter(linears))] = H
         original(index, linears, H, *others)
 
-    monkeypatch.setattr(gptq_module, "_quantize_stage", spy)
+    monkeypatch.setattr(gptq_module, "_quantize_together", spy)
     model = tiny_model(dtype=torch.float32)
     rl.gptq(model, tokens, rl.WeightQuant(bits=3))
-    # the quantized model's own inputs to the last down_proj: q, k, v, o, gate, up of both layers are as they were then
+    # the quantized model's own inputs to the last down_proj: q, k, v, o, gate, up of both layers
+    # are as they were then
     inputs = []
-    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].flatten(0, 1))
+    )
     model(tokens)
     expected = inputs[0].T @ inputs[0] / inputs[0].shape[0]
     torch.testing.assert_close(seen[1, "down"], expected, rtol=1e-3, atol=1e-3)
@@ -187,7 +207,9 @@ def test_gptq_beats_rtn_on_a_models_own_outputs(tokens):
     rl.gptq(by_gptq, tokens, rl.WeightQuant(bits=4))
     rl.rtn(by_rtn, rl.WeightQuant(bits=4))
     stream = tokens.flatten()
-    assert rl.kl_divergence(original, by_gptq, stream, window=32) < rl.kl_divergence(original, by_rtn, stream, window=32)
+    assert rl.kl_divergence(original, by_gptq, stream, window=32) < rl.kl_divergence(
+        original, by_rtn, stream, window=32
+    )
 
 
 @pytest.mark.parametrize(

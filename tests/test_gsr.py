@@ -5,18 +5,23 @@ import torch
 from conftest import exact_logits, tiny_model
 
 import rotlib as rl
-from rotlib.families import adapt
-from rotlib.fuse import ORTHOGONALITY_TOLERANCE
-from rotlib.grouped import GroupR2Rows, GroupSampler, group_norms, sum_of_group_norms
-from rotlib.hadamard import block_sizes, sequency, walsh_order
-from rotlib.objective import sum_of_fourth_powers, weight_matrices
-from rotlib.optrot import starting_point
-from rotlib.rotation import as_blocks, as_matrix
-from rotlib.sampling import DRAW
-from rotlib.store import Result
-from rotlib.tables import Arm, grid, judge
+from rotlib.learning.grouped import GroupR2Rows, GroupSampler, group_norms, sum_of_group_norms
+from rotlib.learning.objectives import sum_of_fourth_powers, weight_matrices
+from rotlib.learning.sampling import STEPS_A_DRAW
+from rotlib.learning.start import starting_point
+from rotlib.models.families import adapt
+from rotlib.rotations.fuse import ORTHOGONALITY_TOLERANCE
+from rotlib.rotations.hadamard import block_sizes, sequency, walsh_order
+from rotlib.rotations.rotation import as_blocks, as_matrix
+from rotlib.study.store import Result
+from rotlib.study.tables import Arm, judge, kl_by_precision
 
-ARMS = {"GH": (None, "hadamard"), "GW": (None, "walsh"), "LH": (12, "hadamard"), "GSR": (12, "walsh")}
+ARMS = {
+    "GH": (None, "hadamard"),
+    "GW": (None, "walsh"),
+    "LH": (12, "hadamard"),
+    "GSR": (12, "walsh"),
+}
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 32, 64, 128, 1024])
@@ -30,7 +35,9 @@ def test_the_rows_of_a_walsh_matrix_have_0_1_2_sign_changes(n):
 def test_elsewhere_walsh_is_the_constructed_matrix_sorted_by_sequency(n):
     W = rl.walsh(n)
     assert (sequency(W).diff() >= 0).all()
-    assert {tuple(row) for row in W.tolist()} == {tuple(column) for column in rl.hadamard(n).T.tolist()}
+    assert {tuple(row) for row in W.tolist()} == {
+        tuple(column) for column in rl.hadamard(n).T.tolist()
+    }
 
 
 @pytest.mark.parametrize("signs", [False, True])
@@ -52,12 +59,18 @@ def test_an_R1_kept_as_factors_is_its_matrix_and_its_blocks(block, order):
     else:
         assert as_blocks(R1).shape == (4, 12, 12)
         torch.testing.assert_close(as_matrix(as_blocks(R1)), as_matrix(R1), rtol=0, atol=0)
-        torch.testing.assert_close(as_matrix(R1)[:12, :12], R1.signs[:12, None] * rl.hadamard(12)[:, R1.order if order == "walsh" else ...])
+        torch.testing.assert_close(
+            as_matrix(R1)[:12, :12],
+            R1.signs[:12, None] * rl.hadamard(12)[:, R1.order if order == "walsh" else ...],
+        )
 
 
 def test_GH_with_signs_is_the_random_hadamard_rotation(tokens):
     model = tiny_model()
-    one, other = rl.gsr_rotation(model, "hadamard", signs=True, seed=4), rl.hadamard_rotation(model, seed=4)
+    one, other = (
+        rl.gsr_rotation(model, "hadamard", signs=True, seed=4),
+        rl.hadamard_rotation(model, seed=4),
+    )
     assert torch.equal(as_matrix(one.R1), as_matrix(other.R1))
     assert torch.equal(one.R2, other.R2)
 
@@ -80,7 +93,10 @@ def test_factors_that_make_no_rotation_are_refused(given, message):
 def test_fusing_a_hadamard_R1_never_builds_its_matrix(monkeypatch, tokens):
     model = tiny_model()
     before = exact_logits(model, tokens)
-    rotations = [rl.hadamard_rotation(model), *(rl.gsr_rotation(model, order, block) for block, order in ARMS.values())]
+    rotations = [
+        rl.hadamard_rotation(model),
+        *(rl.gsr_rotation(model, order, block) for block, order in ARMS.values()),
+    ]
 
     def refuse(self):
         raise AssertionError("a dense matrix was built")
@@ -96,11 +112,21 @@ def test_random_signs_flatten_the_expected_energy_of_every_coordinate_whatever_t
     model = tiny_model()
     for block, order in ARMS.values():
         fixed = rl.gsr_rotation(model, order, block).R1(smooth).square()
-        drawn = torch.stack([rl.gsr_rotation(model, order, block, signs=True, seed=seed).R1(smooth).square() for seed in range(600)])
+        drawn = torch.stack(
+            [
+                rl.gsr_rotation(model, order, block, signs=True, seed=seed).R1(smooth).square()
+                for seed in range(600)
+            ]
+        )
         for energies in (fixed, drawn.mean(0)):
             assert energies.sum().item() == pytest.approx(smooth.square().sum().item())
-        blocks = (drawn.mean(0) / smooth.square().view(-1, block or 48).mean(1).repeat_interleave(block or 48)).log()
-        assert fixed.log().std() > 5 * blocks.std(), "without signs, a smooth input's energy lies in few coordinates"
+        blocks = (
+            drawn.mean(0)
+            / smooth.square().view(-1, block or 48).mean(1).repeat_interleave(block or 48)
+        ).log()
+        assert fixed.log().std() > 5 * blocks.std(), (
+            "without signs, a smooth input's energy lies in few coordinates"
+        )
         assert blocks.abs().max() < 0.35  # 600 draws of a χ²-like energy: 6 % a coordinate
 
 
@@ -127,11 +153,20 @@ def test_order_changes_what_shares_a_group():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"block": 5}, "blocks of 5 don't divide the width 48: choose one of 2, 4, 8, 12, 16, 24, 48"),
-        ({"block": 6}, "blocks of 6 have no Hadamard matrix, though they divide the width 48: choose one of 2, 4, 8, 12, 16, 24, 48"),
+        (
+            {"block": 5},
+            "blocks of 5 don't divide the width 48: choose one of 2, 4, 8, 12, 16, 24, 48",
+        ),
+        (
+            {"block": 6},
+            "blocks of 6 have no Hadamard matrix, though they divide the width 48: choose one of 2, 4, 8, 12, 16, 24, 48",
+        ),
         ({"block": 1}, "blocks of 1 have no Hadamard matrix"),
         ({"block": 0}, "block .* whole number of at least 1"),
-        ({"block": 12, "order": "natural"}, "unknown order 'natural': choose one of walsh, hadamard"),
+        (
+            {"block": 12, "order": "natural"},
+            "unknown order 'natural': choose one of walsh, hadamard",
+        ),
         ({"block": 12, "signs": "no"}, "signs must be True or False"),
         ({"block": 12, "seed": -1}, "seed must be a whole number"),
     ],
@@ -151,8 +186,10 @@ def test_a_width_without_a_walsh_matrix_names_the_orders_that_have_one():
 def test_learning_within_blocks_stays_in_them_and_reaches_less_than_learning_freely():
     model = tiny_model()
     start = rl.gsr_rotation(model, block=12)
-    weights = weight_matrices(adapt(model), "plain", False)
-    local, free = (rl.optrot(model, start=start, local=within, steps=150) for within in (True, False))
+    weights = weight_matrices(adapt(model), False)
+    local, free = (
+        rl.optrot(model, start=start, local=within, steps=150) for within in (True, False)
+    )
     assert local.R1.shape == (4, 12, 12)
     assert free.R1.shape == (48, 48)
     assert local.orthogonality_error() < ORTHOGONALITY_TOLERANCE
@@ -193,7 +230,10 @@ def test_every_method_learns_from_a_gsr_start(learn, local, tokens):
         ({"start": rl.Rotation(None, None)}, "the start must be a Rotation with R1 and R2"),
         ({"local": True}, "no blocks to learn within"),
         ({"local": 1}, "local must be True or False"),
-        ({"start": rl.random_rotation(tiny_model(), R4=True)}, "the start has R4 on: learn with R3=False and R4=True"),
+        (
+            {"start": rl.random_rotation(tiny_model(), R4=True)},
+            "the start has R4 on: learn with R3=False and R4=True",
+        ),
         ({"group_size": 7}, "group_size 7 doesn't divide the 48 inputs of q_proj"),
         ({"group_size": 8, "method": "cayley-sgd"}, "descended by the method 'sampled'"),
     ],
@@ -235,15 +275,18 @@ def test_the_slope_of_group_norms_is_their_derivative(across):
 
 def test_the_slopes_of_the_objective_for_groups_are_its_derivatives():
     model = tiny_model("qwen2, biases")
-    matrices = weight_matrices(adapt(model), "plain", False)
-    _, rotation = starting_point(model, 0, False, False)
+    matrices = weight_matrices(adapt(model), False)
+    rotation = starting_point(adapt(model), 0)
     sampler = GroupSampler(matrices, rotation, 0, 8)
     value, slope = 0.0, 0.0
     for _ in range(20):  # draws
         sampler.draw(rotation)
-        for number in range(DRAW):
+        for number in range(STEPS_A_DRAW):
             part, gradient = sampler.slope(number, rotation.R1)
-            value, slope = value + part / (20 * DRAW), slope + gradient / (20 * DRAW)
+            value, slope = (
+                value + part / (20 * STEPS_A_DRAW),
+                slope + gradient / (20 * STEPS_A_DRAW),
+            )
     assert value.item() == pytest.approx(sum_of_group_norms(matrices, rotation, 8), rel=0.01)
     S = torch.randn(48, 48, generator=torch.Generator().manual_seed(1))
     S2 = torch.randn(rotation.R2.shape, generator=torch.Generator().manual_seed(2))
@@ -261,7 +304,7 @@ def test_the_slopes_of_the_objective_for_groups_are_its_derivatives():
 
 def test_learning_for_groups_lowers_their_objective_below_what_plain_optrot_reaches():
     model = tiny_model()
-    matrices = weight_matrices(adapt(model), "plain", False)
+    matrices = weight_matrices(adapt(model), False)
     plain = rl.optrot(model, seed=1, steps=300)
     grouped = rl.optrot(model, seed=1, steps=300, group_size=8)
     assert grouped.history[-1] == pytest.approx(sum_of_group_norms(matrices, grouped, 8), rel=1e-4)
@@ -272,7 +315,9 @@ def test_learning_for_groups_lowers_their_objective_below_what_plain_optrot_reac
 def test_group_spread_by_hand():
     W = torch.tensor([[1.0, 1.0, 4.0, 4.0], [1.0, -1.0, 4.0, -4.0]])
     assert rl.group_spread(W, 2) == pytest.approx({"within": 0.0, "peak": 8.5 / 8.5})
-    assert rl.group_spread(W[:, [0, 2, 1, 3]], 2) == pytest.approx({"within": 1.0, "peak": 16 / 8.5})
+    assert rl.group_spread(W[:, [0, 2, 1, 3]], 2) == pytest.approx(
+        {"within": 1.0, "peak": 16 / 8.5}
+    )
     assert rl.group_spread(torch.ones(2, 4), 2)["within"] == 1.0
 
 
@@ -288,7 +333,10 @@ def test_arms_are_named_as_the_paper_names_them():
     learned = {"rotation": "optrot", "start": "gsr", "block": 64}
     assert Arm(rl.Recipe(**learned), ()).rotation == "optrot from GSR 64"
     assert Arm(rl.Recipe(**learned, local=True), ()).rotation == "optrot within GSR 64"
-    assert Arm(rl.Recipe(rotation="optrot", grouped=True, group_size=32), ()).rotation == "optrot for groups"
+    assert (
+        Arm(rl.Recipe(rotation="optrot", grouped=True, group_size=32), ()).rotation
+        == "optrot for groups"
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,9 +345,11 @@ def test_arms_are_named_as_the_paper_names_them():
         ({"rotation": "hadamard", "block": 64}, "block describes a Hadamard R1"),
         ({"rotation": "optrot", "signs": True}, "signs describes a Hadamard R1"),
         ({"rotation": "optrot", "start": "gsr", "local": True}, "local keeps R1 in blocks"),
-        ({"rotation": "gsr", "start": "gsr"}, "start belongs to the rotations optrot, spinquant, ostquant"),
+        (
+            {"rotation": "gsr", "start": "gsr"},
+            "start belongs to the rotations optrot, spinquant, ostquant",
+        ),
         ({"rotation": "optrot", "grouped": True}, "needs a group_size"),
-        ({"rotation": "optrot", "grouped": True, "group_size": 32, "normalisation": "per-row"}, "the normalisation 'plain'"),
         ({"rotation": "gsr", "R1_order": "paley"}, "unknown R1_order 'paley'"),
         ({"rotation": "gsr", "block": 0}, "block .* whole number of at least 1"),
     ],
@@ -312,12 +362,22 @@ def test_a_recipe_refuses_what_would_go_unread(settings, message):
 def test_a_diverged_arm_is_flagged_and_no_claim_is_judged_on_it():
     def arm(rotation, perplexity, bits=2):
         recipes = [rl.Recipe(rotation=rotation, bits=bits, seed=seed) for seed in range(3)]
-        return Arm(recipes[0], tuple(Result(r.spec(), {"kl": 1.0, "perplexity": perplexity}, {}, 0, {"code": ""}) for r in recipes))
+        return Arm(
+            recipes[0],
+            tuple(
+                Result(r.spec(), {"kl": 1.0, "perplexity": perplexity}, {}, 0, {"stages": {}})
+                for r in recipes
+            ),
+        )
 
-    broken, unreadable, working = arm("none", 2e4), arm("random", float("nan")), arm("hadamard", 40.0)
+    broken, unreadable, working = (
+        arm("none", 2e4),
+        arm("random", float("nan")),
+        arm("hadamard", 40.0),
+    )
     assert broken.diverged
     assert unreadable.diverged
     assert not working.diverged
     assert "diverged" in broken.settings
     assert str(judge(working, broken)) == "undecided, none diverged"
-    assert "(diverged)" in grid({"none": {"W2": broken}})
+    assert "(diverged)" in kl_by_precision({"none": {"W2": broken}})

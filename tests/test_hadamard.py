@@ -3,10 +3,30 @@ import time
 import pytest
 import torch
 
-from rotlib.hadamard import apply_hadamard, hadamard, hadamard_factors
+from rotlib.rotations.hadamard import apply_hadamard, hadamard, hadamard_factors
 
 PAPER_WIDTHS = [576, 1536, 4864, 9728, 18944, 25600, 29568]
-OTHER_WIDTHS = [64, 128, 768, 896, 960, 2048, 2560, 3072, 3584, 4096, 5120, 5632, 8192, 8960, 11008, 13824, 14336, 17408, 28672]
+OTHER_WIDTHS = [
+    64,
+    128,
+    768,
+    896,
+    960,
+    2048,
+    2560,
+    3072,
+    3584,
+    4096,
+    5120,
+    5632,
+    8192,
+    8960,
+    11008,
+    13824,
+    14336,
+    17408,
+    28672,
+]
 
 
 @pytest.mark.parametrize("n", PAPER_WIDTHS + OTHER_WIDTHS)
@@ -30,7 +50,9 @@ def test_hadamard_has_entries_of_one_over_root_n_and_orthogonal_rows(n):
 
 
 def test_the_missing_orders_below_500_are_those_that_neither_paley_nor_a_product_gives():
-    missing = "92 116 156 172 184 188 232 236 260 268 292 324 356 372 376 404 412 428 436 452 472 476"
+    missing = (
+        "92 116 156 172 184 188 232 236 260 268 292 324 356 372 376 404 412 428 436 452 472 476"
+    )
     assert [n for n in range(4, 500, 4) if _fails(n)] == [int(n) for n in missing.split()]
 
 
@@ -63,8 +85,12 @@ def test_the_online_hadamard_costs_less_than_a_quarter_of_the_dense_product():
         act()
         return time.perf_counter() - start
 
-    # turn by turn for some seconds: a process that takes the memory's bandwidth for a while costs the factors more than the product
-    factors, product = zip(*((seconds(lambda: apply_hadamard(x)), seconds(lambda: x @ H)) for _ in range(100)), strict=True)
+    # turn by turn for some seconds: a process that takes the memory's bandwidth for a while costs
+    # the factors more than the product
+    factors, product = zip(
+        *((seconds(lambda: apply_hadamard(x)), seconds(lambda: x @ H)) for _ in range(100)),
+        strict=True,
+    )
     assert min(factors) < min(product) / 4
 
 

@@ -1,4 +1,6 @@
-"""Models that don't fit: what a recipe needs is known before it runs, and a device is sent a layer at a time."""
+"""Models that don't fit: what a recipe needs is known before it runs, and a device is sent a layer
+at a time.
+"""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,18 +12,22 @@ from conftest import tiny_model
 from transformers import LlamaConfig, Qwen3Config
 
 import rotlib as rl
-from rotlib import memory, store, sweep, zoo
-from rotlib.covariance import hessians
-from rotlib.families import Family, adapt
-from rotlib.network import Student
-from rotlib.recipe import Recipe
+from rotlib.learning.network import Student
+from rotlib.models import zoo
+from rotlib.models.families import Family, adapt
+from rotlib.quantization.hessian import hessians
+from rotlib.study import files, memory
+from rotlib.study.recipe import Recipe
+from rotlib.study.sweep_file import read_sweep
 
 
 def size(module: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def test_a_model_that_does_not_fit_stays_on_the_host_and_one_that_does_goes_to_the_device(monkeypatch):
+def test_a_model_that_does_not_fit_stays_on_the_host_and_one_that_does_goes_to_the_device(
+    monkeypatch,
+):
     model = tiny_model(dtype=torch.float32)
     moved = []
     monkeypatch.setattr(type(model), "to", lambda self, device: moved.append(device) or self)
@@ -34,7 +40,9 @@ def test_a_model_that_does_not_fit_stays_on_the_host_and_one_that_does_goes_to_t
 
 
 def test_a_streamed_run_holds_a_layer_at_a_time_and_gives_the_same_numbers(tokens, monkeypatch):
-    """The device is the CPU here: what would be there is what stands between on_device's two ends, and what goes there by `to`."""
+    """The device is the CPU here: what would be there is what stands between on_device's two ends,
+    and what goes there by `to`.
+    """
 
     def numbers(model):
         reference = rl.Reference(model, tokens)
@@ -63,7 +71,7 @@ def test_a_streamed_run_holds_a_layer_at_a_time_and_gives_the_same_numbers(token
 
 def test_every_walk_through_the_layers_sends_them_to_the_device(tokens, monkeypatch):
     for walk in (
-        lambda model: list(hessians(model, tokens)),
+        lambda model: list(hessians(adapt(model), tokens)),
         lambda model: rl.gptq(model, tokens, rl.WeightQuant(bits=4)),
         lambda model: rl.Reference(model, tokens),
     ):
@@ -86,24 +94,37 @@ def _recorded(seen: list):
 def test_learning_through_the_network_refuses_a_model_that_does_not_fit(tokens):
     model = tiny_model(dtype=torch.float32)
     model.rotlib_device = torch.device("meta")
-    with pytest.raises(ValueError, match=r"needs the whole model on meta, where it doesn't fit: .* rl\.optrot"):
-        Student(model, None, [], checkpointing=False)
+    with pytest.raises(
+        ValueError, match=r"needs the whole model on meta, where it doesn't fit: .* rl\.optrot"
+    ):
+        Student(adapt(model), None, [], checkpointing=False)
 
 
 def test_a_recipe_that_does_not_fit_says_how_much_it_needs_before_anything_is_loaded(monkeypatch):
     recipe = Recipe(rotation="optrot", calibration_windows=1, test_windows=1)
     needed = memory.estimate(recipe).host
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Free", (), {"available": 0.5 * needed})())
-    monkeypatch.setattr(psutil, "Process", lambda: type("Self", (), {"memory_info": lambda _: type("Info", (), {"rss": 0})})())
-    monkeypatch.setattr("rotlib.pipeline.load", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr("rotlib.store.find", lambda _: None)
-    with pytest.raises(ValueError, match=r"smollm2-135m needs about \d\.\d GB of memory for this recipe, and \d\.\d GB are free"):
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: type("Free", (), {"available": 0.5 * needed})()
+    )
+    monkeypatch.setattr(
+        psutil,
+        "Process",
+        lambda: type("Self", (), {"memory_info": lambda _: type("Info", (), {"rss": 0})})(),
+    )
+    monkeypatch.setattr("rotlib.study.pipeline.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("rotlib.study.store.find", lambda _: None)
+    with pytest.raises(
+        ValueError,
+        match=r"smollm2-135m needs about \d\.\d GB of memory for this recipe, and \d\.\d GB are free",
+    ):
         rl.run(recipe)
 
 
 def test_a_damaged_config_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ValueError, match=r"can't be loaded as a causal language model: .* is not a valid JSON file"):
+    with pytest.raises(
+        ValueError, match=r"can't be loaded as a causal language model: .* is not a valid JSON file"
+    ):
         rl.run(Recipe(model=str(tmp_path)))
 
 
@@ -121,14 +142,28 @@ def test_the_estimate_grows_with_what_a_recipe_holds():
 @pytest.mark.parametrize(
     "config",
     [
-        LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8, vocab_size=128256),
-        Qwen3Config(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8, vocab_size=151936),
+        LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        ),
+        Qwen3Config(
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_hidden_layers=36,
+            num_key_value_heads=8,
+            vocab_size=151936,
+        ),
     ],
     ids=["Llama-3.1-8B", "Qwen3-8B"],
 )
 def test_the_paper_scale_of_an_8B_model_fits_on_a_device_of_24_GB(config, tmp_path):
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     config.save_pretrained(tmp_path)
-    for recipe in sweep.read_sweep(store.ROOT / "configs" / "sweeps" / "paper.yaml"):
+    for recipe in read_sweep(files.ROOT / "configs" / "sweeps" / "paper.yaml"):
         if recipe.model == "meta-llama/Llama-3.1-8B":
-            assert memory.estimate(replace(recipe, model=str(tmp_path))).streamed < 24e9, recipe.spec()
+            assert memory.estimate(replace(recipe, model=str(tmp_path))).streamed < 24e9, (
+                recipe.spec()
+            )

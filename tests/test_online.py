@@ -6,11 +6,12 @@ from conftest import CONFIGS, exact_logits, tiny_model
 from transformers import AutoModelForCausalLM
 
 import rotlib as rl
-from rotlib.covariance import Hessian
-from rotlib.families import STAGES, adapt, norms_in_model_dtype
-from rotlib.hadamard import hadamard
-from rotlib.online import ATTENTION
-from rotlib.zoo import load_tokenizer
+from rotlib.models.families import READERS, adapt, norms_in_model_dtype
+from rotlib.models.zoo import load_tokenizer
+from rotlib.quantization.hessian import Hessian
+from rotlib.rotations import online
+from rotlib.rotations.hadamard import hadamard
+from rotlib.rotations.online import ATTENTION
 
 
 def with_all_four(model, make=rl.hadamard_rotation):
@@ -35,8 +36,12 @@ def test_down_reads_rotated_inputs_and_its_weight_undoes_them(tokens):
     rl.fuse(plain, rl.Rotation(None, None))
     rl.fuse(turned, rl.Rotation(None, None, R4=True))
     H = hadamard(80)
-    torch.testing.assert_close(turned.model.layers[0].mlp.down_proj.weight, plain.model.layers[0].mlp.down_proj.weight @ H)
-    seen = [_input_of(model, model.model.layers[0].mlp.down_proj, tokens) for model in (plain, turned)]
+    torch.testing.assert_close(
+        turned.model.layers[0].mlp.down_proj.weight, plain.model.layers[0].mlp.down_proj.weight @ H
+    )
+    seen = [
+        _input_of(model, model.model.layers[0].mlp.down_proj, tokens) for model in (plain, turned)
+    ]
     torch.testing.assert_close(seen[1], seen[0] @ H)
 
 
@@ -50,23 +55,27 @@ def _input_of(model, module, tokens):
 
 def test_attention_sees_rotated_queries_and_keys(tokens, monkeypatch):
     caught = []
-    original = rl.online.sdpa_attention_forward
+    original = online.sdpa_attention_forward
 
     def spy(module, query, key, value, *args, **kwargs):
         caught.append((query, key, value))
         return original(module, query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr("rotlib.online.sdpa_attention_forward", spy)
+    monkeypatch.setattr("rotlib.rotations.online.sdpa_attention_forward", spy)
     plain, turned = tiny_model(), tiny_model()
     rl.fuse(turned, rl.Rotation(None, None, R3=True))
-    with rl.quantized_activations(plain, rl.ActivationQuant(kv_bits=8)):  # through our attention, un-rotated
+    with rl.quantized_activations(
+        plain, rl.ActivationQuant(kv_bits=8)
+    ):  # through our attention, un-rotated
         exact_logits(plain, tokens)
     exact_logits(turned, tokens)
     layers = len(turned.model.layers)
     query, key, _ = caught[0]
     turned_query, turned_key, _ = caught[layers]
     torch.testing.assert_close(turned_query, query @ hadamard(8))
-    assert (turned_key - key @ hadamard(8)).abs().max() < 0.1 * key.abs().max()  # equal but for the 8 bits
+    assert (
+        turned_key - key @ hadamard(8)
+    ).abs().max() < 0.1 * key.abs().max()  # equal but for the 8 bits
 
 
 def test_gptq_gathers_the_hessian_behind_R4(tokens, monkeypatch):
@@ -74,19 +83,23 @@ def test_gptq_gathers_the_hessian_behind_R4(tokens, monkeypatch):
     rl.fuse(model, rl.Rotation(None, None, R4=True))
     down = model.model.layers[0].mlp.down_proj
     seen, taken = [], []
-    monkeypatch.setattr(Hessian, "take", lambda self, take=Hessian.take: taken.append(take(self)) or taken[-1])
+    monkeypatch.setattr(
+        Hessian, "take", lambda self, take=Hessian.take: taken.append(take(self)) or taken[-1]
+    )
     handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     rl.gptq(model, tokens, rl.WeightQuant(bits=8))
     handle.remove()
     x = seen[0].flatten(0, 1)
-    torch.testing.assert_close(taken[len(STAGES) - 1], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(taken[len(READERS) - 1], x.T @ x / len(x), rtol=1e-3, atol=1e-4)
     model = tiny_model(dtype=torch.float32)
     rl.fuse(model, rl.Rotation(None, None))
     taken.clear()
     rl.gptq(model, tokens, rl.WeightQuant(bits=8))
     H = hadamard(80).float()
-    turned = H.T @ taken[len(STAGES) - 1] @ H
-    torch.testing.assert_close(turned, x.T @ x / len(x), rtol=0.1, atol=0.05 * turned.abs().max().item())
+    turned = H.T @ taken[len(READERS) - 1] @ H
+    torch.testing.assert_close(
+        turned, x.T @ x / len(x), rtol=0.1, atol=0.05 * turned.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("quant", [None, rl.ActivationQuant(bits=4, kv_bits=4)])
@@ -96,15 +109,25 @@ def test_generation_with_the_cache_gives_the_tokens_of_generation_without(name, 
     prompt = tokens[:1, 1:12]
 
     def generate(use_cache):
-        with rl.quantized_activations(model, quant or rl.ActivationQuant()), norms_in_model_dtype(model):
+        with (
+            rl.quantized_activations(model, quant or rl.ActivationQuant()),
+            norms_in_model_dtype(model),
+        ):
             return model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), use_cache=use_cache, max_new_tokens=16, min_new_tokens=16, do_sample=False
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                use_cache=use_cache,
+                max_new_tokens=16,
+                min_new_tokens=16,
+                do_sample=False,
             )
 
     assert torch.equal(generate(True), generate(False))
 
 
-def test_an_online_model_survives_save_and_load_and_is_refused_without_its_rotations(tmp_path, tokens):
+def test_an_online_model_survives_save_and_load_and_is_refused_without_its_rotations(
+    tmp_path, tokens
+):
     model = with_all_four(tiny_model(dtype=torch.float32))
     before = model(tokens).logits
     model.save_pretrained(tmp_path)
@@ -112,7 +135,9 @@ def test_an_online_model_survives_save_and_load_and_is_refused_without_its_rotat
     again, _ = rl.load(str(tmp_path), device="cpu")
     torch.testing.assert_close(again(tokens).logits, before)
     bare = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"saved with the online rotations R3, R4 on: rl\.load restores them"):
+    with pytest.raises(
+        ValueError, match=r"saved with the online rotations R3, R4 on: rl\.load restores them"
+    ):
         adapt(bare)
 
 
@@ -134,7 +159,8 @@ def test_an_attention_out_of_reach_is_refused(implementation):
     )
     for act in acts:
         with pytest.raises(
-            ValueError, match=f"attention implementation '{implementation}': load the model with attn_implementation='sdpa'"
+            ValueError,
+            match=f"attention implementation '{implementation}': load the model with attn_implementation='sdpa'",
         ):
             act()
     assert not rl.is_rotated(model)
@@ -143,7 +169,9 @@ def test_an_attention_out_of_reach_is_refused(implementation):
 def test_an_attention_switched_later_is_noticed(tokens):
     model = with_all_four(tiny_model())
     model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match=r"'sdpa' was set since: call model.set_attn_implementation\('rotlib'\)"):
+    with pytest.raises(
+        RuntimeError, match=r"'sdpa' was set since: call model.set_attn_implementation\('rotlib'\)"
+    ):
         model(tokens)
     model.set_attn_implementation(ATTENTION)
     model(tokens)
@@ -152,14 +180,20 @@ def test_an_attention_switched_later_is_noticed(tokens):
 def test_R3_needs_rotary_embeddings_and_R4_a_hadamard_matrix():
     model = tiny_model()
     del model.model.rotary_emb
-    with pytest.raises(ValueError, match="R3 turns queries and keys behind rotary embeddings, and this model has none"):
+    with pytest.raises(
+        ValueError,
+        match="R3 turns queries and keys behind rotary embeddings, and this model has none",
+    ):
         rl.fuse(model, rl.Rotation(None, None, R3=True))
     odd = deepcopy(CONFIGS["llama"])
     odd.intermediate_size, odd.head_dim = 92, 92
-    for online, part in (({"R4": True}, "R4 turns the 92 inputs of down_proj"), ({"R3": True}, "R3 turns the 92 coordinates of a head")):
+    for on, part in (
+        ({"R4": True}, "R4 turns the 92 inputs of down_proj"),
+        ({"R3": True}, "R3 turns the 92 coordinates of a head"),
+    ):
         model = AutoModelForCausalLM.from_config(odd)
         with pytest.raises(ValueError, match=f"{part}: no Hadamard matrix of order 92"):
-            rl.fuse(model, rl.Rotation(None, None, **online))
+            rl.fuse(model, rl.Rotation(None, None, **on))
         assert not rl.is_rotated(model)
         with pytest.raises(ValueError, match=part):
-            rl.optrot(model, **online)
+            rl.optrot(model, **on)

@@ -1,4 +1,6 @@
-"""What holds the project together: one list of pins, notebooks that keep their contract, modules that stay small."""
+"""What holds the project together: one list of pins, notebooks that keep their contract, modules
+that stay small.
+"""
 
 import ast
 import re
@@ -12,17 +14,20 @@ import papermill
 import pytest
 import yaml
 
-from rotlib import notebook as shared
-from rotlib.reproduce import make_plan
-from rotlib.store import ROOT
-from rotlib.zoo import PACKAGED
+from rotlib.models.zoo import PACKAGED
+from rotlib.study import notebook as shared
+from rotlib.study.files import ROOT
+from rotlib.study.reproduce import make_plan
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def lock() -> dict[str, str]:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    return {_canonical(name): version for name, version in (line.split("==") for line in lines if not line.startswith("#"))}
+    return {
+        _canonical(name): version
+        for name, version in (line.split("==") for line in lines if not line.startswith("#"))
+    }
 
 
 def _canonical(name):
@@ -32,7 +37,9 @@ def _canonical(name):
 def test_environment_yml_installs_the_locks_pins():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert {"pip": ["-r requirements.lock"]} in environment["dependencies"]
-    pinned = next(entry for entry in environment["dependencies"] if str(entry).startswith("python="))
+    pinned = next(
+        entry for entry in environment["dependencies"] if str(entry).startswith("python=")
+    )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f"=={pinned.removeprefix('python=')}.*"
 
@@ -49,7 +56,14 @@ def test_every_declared_dependency_is_pinned_in_the_lock():
 
 def test_the_packages_of_the_brief_are_declared():
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
-    assert {"transformers", "jupyterlab", "papermill", "matplotlib", "datasets", "lm-eval"} <= declared
+    assert {
+        "transformers",
+        "jupyterlab",
+        "papermill",
+        "matplotlib",
+        "datasets",
+        "lm-eval",
+    } <= declared
     assert "torch==2.13.0" in declared
 
 
@@ -73,7 +87,14 @@ def test_a_notebook_keeps_its_contract(path):
     first, *_ = notebook.cells
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
-    for heading in ("**Question.**", "**You will see**", "**Inputs.**", "**Runtime**", "smoke", "laptop"):
+    for heading in (
+        "**Question.**",
+        "**You will see**",
+        "**Inputs.**",
+        "**Runtime**",
+        "smoke",
+        "laptop",
+    ):
         assert heading in first.source, heading
 
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -85,7 +106,9 @@ def test_a_notebook_keeps_its_contract(path):
     assert "figures.save(" in code[-1].source
 
     for cell in code:
-        assert cell.execution_count, "stored outputs need their counts: nbval compares nothing without them"
+        assert cell.execution_count, (
+            "stored outputs need their counts: nbval compares nothing without them"
+        )
         assert not any(output.output_type == "error" for output in cell.outputs)
         assert len(cell.source.splitlines()) <= 15, cell.source
         for node in ast.walk(ast.parse(cell.source)):
@@ -93,8 +116,12 @@ def test_a_notebook_keeps_its_contract(path):
                 assert node.end_lineno - node.lineno < 10, node.name
     for position, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and "= plots." in cell.source:
-            assert notebook.cells[position + 1].cell_type == "markdown", "a figure is read in words below it"
-            assert any("image/png" in output.get("data", {}) for output in cell.outputs), "a figure is shown where it is drawn"
+            assert notebook.cells[position + 1].cell_type == "markdown", (
+                "a figure is read in words below it"
+            )
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs), (
+                "a figure is shown where it is drawn"
+            )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +132,12 @@ def test_a_notebook_keeps_its_contract(path):
     ],
 )
 def test_a_mistyped_scale_or_notebook_is_refused_before_anything_runs(call, message):
-    run = subprocess.run([sys.executable, "-m", "rotlib.reproduce", *call], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "rotlib.study.reproduce", *call],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 2
     assert message in run.stderr
     assert "Traceback" not in run.stderr
@@ -114,13 +146,18 @@ def test_a_mistyped_scale_or_notebook_is_refused_before_anything_runs(call, mess
 def test_a_scale_cannot_name_a_parameter_that_a_notebook_lacks(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "bad.yaml").write_text("00_quickstart: {sedes: [1]}")
-    monkeypatch.setattr("rotlib.reproduce.ROOT", tmp_path)
+    monkeypatch.setattr("rotlib.study.reproduce.ROOT", tmp_path)
     with pytest.raises(ValueError, match="00_quickstart has no parameter 'sedes'"):
         make_plan("bad")
 
 
 def check(**parameters):
-    namespace = {"model": "smollm2-135m", "text": "wikipedia-mini", "seeds": [0], "check_parameters": shared.check_parameters}
+    namespace = {
+        "model": "smollm2-135m",
+        "text": "wikipedia-mini",
+        "seeds": [0],
+        "check_parameters": shared.check_parameters,
+    }
     exec("recipe = check_parameters()", namespace | parameters)
 
 
@@ -163,7 +200,12 @@ def test_a_mistyped_notebook_parameter_is_one_sentence(parameters, message):
 
 
 def test_a_notebooks_own_variables_do_not_disturb_a_second_check():
-    namespace = {"model": "smollm2-135m", "text": "wikipedia-mini", "seeds": [0], "check_parameters": shared.check_parameters}
+    namespace = {
+        "model": "smollm2-135m",
+        "text": "wikipedia-mini",
+        "seeds": [0],
+        "check_parameters": shared.check_parameters,
+    }
     exec("check_parameters(); best = 0.1; check_parameters()", namespace)
 
 

@@ -5,11 +5,13 @@ import torch
 from conftest import tiny_model
 
 import rotlib as rl
-from rotlib.quant import CLIP_FACTORS, CLIP_NORM, fit_grid, round_to_nearest
+from rotlib.quantization.grids import CLIP_FACTORS, CLIP_NORM, fit_grid, round_to_nearest
 
 GRIDS = [
     rl.WeightQuant(bits=bits, symmetric=symmetric, convention=convention, clip_search=clip)
-    for bits, symmetric, convention, clip in itertools.product((2, 3, 4, 8), (True, False), ("half", "full"), (True, False))
+    for bits, symmetric, convention, clip in itertools.product(
+        (2, 3, 4, 8), (True, False), ("half", "full"), (True, False)
+    )
 ]
 
 
@@ -54,9 +56,13 @@ def test_clip_search_finds_the_best_of_all_eighty_factors(symmetric):
     def error(Q):
         return (Q - W).abs().pow(CLIP_NORM).sum(dim=1)
 
-    exhaustive = torch.stack([error(_clipped(W, plain, factor)) for factor in CLIP_FACTORS.tolist()]).amin(dim=0)
+    exhaustive = torch.stack(
+        [error(_clipped(W, plain, factor)) for factor in CLIP_FACTORS.tolist()]
+    ).amin(dim=0)
     found = error(round_to_nearest(W, searched).dense())
-    assert (found <= error(round_to_nearest(W, plain).dense()) * 1.0001).all()  # never worse than no clipping
+    assert (
+        found <= error(round_to_nearest(W, plain).dense()) * 1.0001
+    ).all()  # never worse than no clipping
     assert (found >= exhaustive * 0.9999).all()
     assert found.sum() < 1.01 * exhaustive.sum()  # coarse to fine loses next to nothing
 
@@ -64,14 +70,23 @@ def test_clip_search_finds_the_best_of_all_eighty_factors(symmetric):
 def _clipped(W, quant, factor):
     grid = fit_grid(W, quant)
     scale = grid.scale * factor
-    zero = grid.zero if quant.symmetric else (-(W.amin(dim=1, keepdim=True).clamp(max=0) * factor) / scale).round()
+    zero = (
+        grid.zero
+        if quant.symmetric
+        else (-(W.amin(dim=1, keepdim=True).clamp(max=0) * factor) / scale).round()
+    )
     return grid._replace(scale=scale, zero=zero).round(W)
 
 
 def test_the_two_conventions_differ_by_two_fifths_at_two_bits_without_clip_search():
     W = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
     mse = {
-        convention: (round_to_nearest(W, rl.WeightQuant(bits=2, convention=convention, clip_search=False)).dense() - W)
+        convention: (
+            round_to_nearest(
+                W, rl.WeightQuant(bits=2, convention=convention, clip_search=False)
+            ).dense()
+            - W
+        )
         .square()
         .mean()
         .item()
@@ -97,7 +112,11 @@ def test_all_zero_rows_stay_zero():
 def test_rtn_touches_the_seven_linears_and_nothing_else():
     before, after = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
     rl.rtn(after, rl.WeightQuant(bits=3))
-    changed = {name for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)}
+    changed = {
+        name
+        for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
     assert changed == {name for name, _ in before.named_parameters() if "_proj" in name}
     with pytest.raises(ValueError, match="already quantized"):
         rl.rtn(after, rl.WeightQuant())
@@ -124,8 +143,13 @@ def test_a_grid_outside_the_choices_is_refused_at_once(arguments, message):
 def test_groups_that_do_not_divide_a_width_are_refused_before_anything_changes(tokens):
     model = tiny_model(dtype=torch.float32)
     before = model.model.layers[0].self_attn.q_proj.weight.clone()
-    for act in (lambda: rl.rtn(model, rl.WeightQuant(group_size=32)), lambda: rl.gptq(model, tokens, rl.WeightQuant(group_size=32))):
-        with pytest.raises(ValueError, match="group_size 32 doesn't divide the 48 inputs of q_proj"):
+    for act in (
+        lambda: rl.rtn(model, rl.WeightQuant(group_size=32)),
+        lambda: rl.gptq(model, tokens, rl.WeightQuant(group_size=32)),
+    ):
+        with pytest.raises(
+            ValueError, match="group_size 32 doesn't divide the 48 inputs of q_proj"
+        ):
             act()
     assert torch.equal(before, model.model.layers[0].self_attn.q_proj.weight)
 
@@ -139,7 +163,10 @@ def test_weights_that_do_not_fit_are_refused_and_the_model_stays_as_it_was():
     for wrong, message in [
         (weights | {last: cut}, f"{last} doesn't fit"),
         (weights | {last: weights[last].dense()}, f"{last} doesn't fit"),
-        (weights | {last: weights[last]._replace(scale=weights[last].scale * float("nan"))}, f"{last} doesn't fit"),
+        (
+            weights | {last: weights[last]._replace(scale=weights[last].scale * float("nan"))},
+            f"{last} doesn't fit",
+        ),
         ({name: weight for name, weight in weights.items() if name != last}, f"{last} doesn't fit"),
         (None, "come as a dictionary, such as report.weights, not as a NoneType"),
     ]:

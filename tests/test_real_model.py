@@ -1,15 +1,18 @@
-"""The main job on the real model at smoke scale; reads what the notebooks have just computed, or computes it."""
+"""The main job on the real model at smoke scale; reads what the notebooks have just computed, or
+computes it.
+"""
 
 from dataclasses import replace
 
 import pytest
 
 import rotlib as rl
-from rotlib import store, tables
+from rotlib.study import files, store, tables
 
 SMOKE = rl.Recipe(calibration_windows=2, test_windows=2)
 
-# measured on 2 CPU cores; another processor's rounding moves GPTQ's codes, and these by a few percent
+# measured on 2 CPU cores; another processor's rounding moves GPTQ's codes, and these by a few
+# percent
 KL = {"none": 0.74, "random": 0.33, "hadamard": 0.27, "optrot": 0.21}
 
 
@@ -33,11 +36,15 @@ def test_gptq_beats_rounding_to_nearest(rotation):
 
 
 def test_no_layer_fell_back_to_rounding():
-    assert all(rl.run(replace(SMOKE, rotation=rotation)).metrics["fallbacks"] == 0 for rotation in KL)
+    assert all(
+        rl.run(replace(SMOKE, rotation=rotation)).metrics["fallbacks"] == 0 for rotation in KL
+    )
 
 
 def test_optrot_reaches_its_objective():
-    """120.05k is the best that a run of twenty times the cost reached; a random rotation has 152.5k."""
+    """120.05k is the best that a run of twenty times the cost reached; a random rotation has
+    152.5k.
+    """
     model, _ = rl.load("smollm2-135m")
     rotation, _ = rl.make_rotation(replace(SMOKE, rotation="optrot"), model)
     assert rotation.history[-1] < 1.007 * 120_049
@@ -57,7 +64,10 @@ def test_the_cache_changes_nothing_in_what_a_model_with_quantized_keys_writes():
     prompt = tokenizer("The river Thames flows through", return_tensors="pt")
     with rl.quantized_activations(model, rl.ActivationQuant(bits=8, kv_bits=4)):
         texts = [
-            tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=cached)[0]) for cached in (True, False)
+            tokenizer.decode(
+                model.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=cached)[0]
+            )
+            for cached in (True, False)
         ]
     assert texts[0] == texts[1]
 
@@ -84,14 +94,31 @@ def test_R3_pays_where_keys_have_four_bits():
 
 
 def test_the_committed_study_holds_three_seeds_of_every_arm_and_the_papers_order():
-    study = [store._read(path) for path in sorted((store.ROOT / "results" / "study").glob("quantize-*.json"))]
-    arms = {(arm.rotation, arm.recipe.precision, arm.rounding): arm for arm in tables.arms(study) if not arm.settings.removesuffix("stale")}
-    gptq = [arms[rotation, "W4A16", "GPTQ"] for rotation in ("none", "random", "hadamard", "optrot")]
+    study = [
+        store._read(path)
+        for path in sorted((files.ROOT / "results" / "study").glob("quantize-*.json"))
+    ]
+    arms = {
+        (arm.rotation, arm.recipe.precision, arm.rounding): arm
+        for arm in tables.arms(study)
+        if not arm.settings.removesuffix("stale")
+    }
+    gptq = [
+        arms[rotation, "W4A16", "GPTQ"] for rotation in ("none", "random", "hadamard", "optrot")
+    ]
     assert all(len(arm.results) >= 3 for arm in gptq)
-    assert all(len(arms[rotation, "W4A16", "RTN"].results) >= 3 for rotation in ("random", "hadamard", "optrot"))
+    assert all(
+        len(arms[rotation, "W4A16", "RTN"].results) >= 3
+        for rotation in ("random", "hadamard", "optrot")
+    )
     assert tables.judge(gptq[3], gptq[2]).verdict == "reproduced"
     assert tables.judge(gptq[2], gptq[0]).verdict == "reproduced"
     for precision in ("W4A16", "W4A8", "W4A4", "W4A4KV4"):
         online = " + R3 R4" if "KV" in precision else " + R4"
-        assert all(len(arms[name, precision, "GPTQ"].results) >= 3 for name in ("none", f"hadamard{online}", f"optrot{online}"))
-    assert all(len(arms[name, "W16A4", "none"].results) >= 3 for name in ("hadamard + R4", "optrot + R4"))
+        assert all(
+            len(arms[name, precision, "GPTQ"].results) >= 3
+            for name in ("none", f"hadamard{online}", f"optrot{online}")
+        )
+    assert all(
+        len(arms[name, "W16A4", "none"].results) >= 3 for name in ("hadamard + R4", "optrot + R4")
+    )

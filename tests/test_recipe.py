@@ -12,28 +12,34 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_short_text, save_tiny_model
 
 import rotlib as rl
-from rotlib import store, tables
-from rotlib.families import Family
-from rotlib.recipe import rotations
+from rotlib.models.families import Family
+from rotlib.study import diagnostics, files, numerics, store, tables
+from rotlib.study.recipe import rotations
 
-pipeline = importlib.import_module("rotlib.pipeline")
+pipeline = importlib.import_module("rotlib.study.pipeline")
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """A recipe on a tiny model with the packaged tokenizer, with a store of its own."""
+    """A recipe on a tiny model and a short text, with a store of its own."""
     save_tiny_model(tmp_path / "model", "qwen3, tied")
+    save_short_text(tmp_path)
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
-    return rl.Recipe(model=str(tmp_path / "model"), window=64, calibration_windows=2, test_windows=2)
+    windows = {"window": 64, "calibration_windows": 2, "test_windows": 2}
+    return rl.Recipe(model=str(tmp_path / "model"), text="wikitext2", **windows)
 
 
 def test_only_non_defaults_name_a_recipe():
     assert rl.Recipe().spec() == {"task": "quantize"}
-    assert rl.Recipe(bits=4, seed=0, rotation="optrot").spec() == {"task": "quantize", "rotation": "optrot"}
-    assert store.spec_hash({"a": 1, "b": 2}) == store.spec_hash({"b": 2, "a": 1})
+    assert rl.Recipe(bits=4, seed=0, rotation="optrot").spec() == {
+        "task": "quantize",
+        "rotation": "optrot",
+    }
+    assert files.spec_hash({"a": 1, "b": 2}) == files.spec_hash({"b": 2, "a": 1})
 
 
 def test_every_result_says_what_ran_where_on_which_tokens(recipe):
@@ -43,7 +49,15 @@ def test_every_result_says_what_ran_where_on_which_tokens(recipe):
     assert result.metrics["kl"] > 0
     assert len(result.metrics["kl_windows"]) == 2
     assert result.peak_memory_mb > 0
-    assert set(result.provenance) == {"commit", "uncommitted_changes", "code", "versions", "device", "tokens"}
+    assert set(result.provenance) == {
+        "commit",
+        "uncommitted_changes",
+        "stages",
+        "versions",
+        "device",
+        "tokens",
+        "model_commit",
+    }
     assert all(len(digest) == 64 for digest in result.provenance["tokens"].values())
     assert not result.stale
     assert tables.recipe_of(result) == replace(recipe, rotation="optrot")
@@ -55,67 +69,32 @@ def test_a_finished_recipe_is_not_computed_twice(recipe, monkeypatch):
     assert rl.run(recipe) == first
 
 
-def test_changed_code_makes_a_result_stale_and_it_is_run_again(recipe, monkeypatch):
-    result = rl.run(recipe)
-    monkeypatch.setattr(store, "code_fingerprint", lambda *_: "0" * 12)
-    assert result.stale
-    assert store.find(recipe.spec()) is None
+def test_a_changed_stage_makes_the_results_stale_that_read_it_and_they_are_run_again(
+    recipe, monkeypatch
+):
+    plain, rotated = rl.run_all([recipe, replace(recipe, rotation="hadamard")])
+    changed = {name: dict(entry) for name, entry in numerics.entries().items()}
+    changed["fusing"]["digest"] = "another"
+    monkeypatch.setattr(numerics, "entries", lambda: changed)
+    assert not plain.stale
+    assert rotated.stale
+    assert store.find(rotated.spec) is None
     assert "stale" in tables.markdown(tables.arms(store.load_results()))
-
-
-def test_a_results_fingerprint_covers_what_it_depends_on_and_no_more():
-    folder = store.ROOT / "rotlib"
-    special = {name for names in (*store._OF_TASK.values(), *store._OF_ROTATION.values()) for name in names}
-    known = (
-        special
-        | set(store._COMMON)
-        | {
-            "__init__",
-            "card",
-            "checkpoint",
-            "engines",
-            "export",
-            "figures",
-            "gguf_file",
-            "memory",
-            "own",
-            "store",
-            "tables",
-            "plots",
-            "notebook",
-            "reproduce",
-            "report",
-            "slopes",
-            "stock",
-            "sweep",
-        }
-    )
-    assert {path.stem for path in folder.glob("*.py")} == known
-    prints = {rotation: store.code_fingerprint("quantize", rotation) for rotation in rotations()}
-    assert prints["none"] == prints["hadamard"] != prints["optrot"] == prints["kurtail"]
-    assert len({prints[name] for name in ("none", "optrot", "optrot+", "spinquant", "ostquant")}) == 5
-    assert store.code_fingerprint("bounds", "none") != prints["none"]
-
-
-def test_comments_and_docstrings_make_nothing_stale():
-    def source(comment, text, value):
-        return f'"""{text}"""\ndef f(x):\n    """{text}"""\n    return x + {value}  # {comment}\n'
-
-    assert store._without_docstrings(source("a", "b", 1)) == store._without_docstrings(source("c", "d", 1))
-    assert store._without_docstrings(source("a", "b", 1)) != store._without_docstrings(source("a", "b", 2))
 
 
 def test_this_machines_results_win_over_the_committed_ones(recipe):
     rl.run(recipe)
-    local = store.local_path(recipe.spec())
-    committed = store.results_folder() / "study" / local.name
+    local = files.local_path(recipe.spec())
+    committed = files.results_folder() / "study" / local.name
     committed.parent.mkdir()
     other = json.loads(local.read_text()) | {"peak_memory_mb": -1.0}
     committed.write_text(json.dumps(other))
     assert store.load_results()[0].peak_memory_mb > 0
     local.unlink()
     assert store.load_results()[0].peak_memory_mb == -1.0
-    assert store.find(recipe.spec()) is None  # a committed result is shown, but this machine still computes its own
+    assert (
+        store.find(recipe.spec()) is None
+    )  # a committed result is shown, but this machine still computes its own
 
 
 def test_a_failed_write_leaves_neither_half_a_file_nor_the_old_one_broken(tmp_path):
@@ -127,15 +106,17 @@ def test_a_failed_write_leaves_neither_half_a_file_nor_the_old_one_broken(tmp_pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
     assert path.read_text() == "old"
 
 
 def test_a_killed_run_leaves_no_result_and_the_next_one_finishes(recipe):
     script = f"import rotlib as rl; rl.run_all([rl.Recipe(**{vars(recipe)!r}), rl.Recipe(**{vars(replace(recipe, seed=1))!r})])"
-    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ, stderr=subprocess.DEVNULL)
-    first = store.local_path(recipe.spec())
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=os.environ, stderr=subprocess.DEVNULL
+    )
+    first = files.local_path(recipe.spec())
     deadline = time.time() + 120
     while not first.exists() and time.time() < deadline:
         time.sleep(0.02)
@@ -150,7 +131,7 @@ def test_a_killed_run_leaves_no_result_and_the_next_one_finishes(recipe):
 
 def test_a_corrupt_result_is_named(recipe):
     rl.run(recipe)
-    path = store.local_path(recipe.spec())
+    path = files.local_path(recipe.spec())
     path.write_text("{")
     with pytest.raises(ValueError, match=f"{path.name} isn't a result"):
         rl.run(recipe)
@@ -173,7 +154,7 @@ def test_an_unwritable_store_is_refused_before_any_work(recipe, monkeypatch, tmp
 def test_a_damaged_kept_rotation_is_learned_anew(recipe):
     model, _ = rl.load(recipe.model)
     rl.make_rotation(replace(recipe, rotation="optrot"), model)
-    (path,) = store.results_folder().glob("local/rotation-*.pt")
+    (path,) = files.results_folder().glob("local/rotation-*.pt")
     path.write_bytes(b"half")
     rotation, _ = rl.make_rotation(replace(recipe, rotation="optrot"), model)
     assert rotation.R1.shape == (48, 48)
@@ -191,44 +172,70 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rotation": "hadamrd"}, "unknown rotation 'hadamrd': choose one of none, random, hadamard, gsr, optrot"),
+        (
+            {"rotation": "hadamrd"},
+            "unknown rotation 'hadamrd': choose one of none, random, hadamard, gsr, optrot",
+        ),
         ({"rounding": "awq"}, "unknown rounding 'awq'"),
-        ({"normalisation": "row"}, "unknown normalisation 'row'"),
         ({"text": "wiki"}, "unknown text 'wiki'"),
         ({"bits": 9}, "bits must be"),
         ({"window": 1}, "window must be a whole number of at least 2"),
         ({"seed": 0.5}, "seed must be a whole number"),
         ({"calibration_windows": True}, "calibration_windows must be"),
-        ({"damping": 0}, "damping must be a positive number"),
-        ({"damping": float("inf")}, "damping must be a positive number"),
         ({"symmetric": "no"}, "symmetric must be True or False"),
         ({"act_order": "no"}, "act_order must be True or False"),
-        ({"act_order": True, "rounding": "rtn"}, "act_order orders GPTQ's columns: it needs rounding 'gptq'"),
-        ({"normalisation": "per-row"}, "normalisation belongs to the rotations optrot, not to 'none'"),
-        ({"steps": 5, "rotation": "kurtail"}, r"steps belongs to the rotations optrot, optrot\+, spinquant, ostquant, not to 'kurtail'"),
-        ({"steps": 0, "rotation": "optrot"}, r"steps \(unless it is None\) must be a whole number of at least 1"),
+        (
+            {"act_order": True, "rounding": "rtn"},
+            "act_order orders GPTQ's columns: it needs rounding 'gptq'",
+        ),
+        (
+            {"steps": 5, "rotation": "kurtail"},
+            r"steps belongs to the rotations optrot, optrot\+, spinquant, ostquant, not to 'kurtail'",
+        ),
+        (
+            {"steps": 0, "rotation": "optrot"},
+            r"steps \(unless it is None\) must be a whole number of at least 1",
+        ),
         ({"form": "sum", "rotation": "optrot+"}, "unknown form 'sum'"),
         ({"learning_windows": 4}, "learning_windows belongs to the rotations"),
-        ({"learned_on": "activations", "rotation": "spinquant"}, "learned_on 'activations' needs activation_bits or kv_bits below 16"),
-        ({"rounding": "none", "rotation": "ostquant"}, "learned_on 'weights' needs weights that are rounded"),
-        ({"kl_top": "renormalised", "rotation": "spinquant"}, "kl_top belongs to the rotations ostquant, not to 'spinquant'"),
-        ({"preset": "gpu", "rotation": "spinquant"}, "unknown preset 'gpu': choose one of paper, laptop"),
+        (
+            {"learned_on": "activations", "rotation": "spinquant"},
+            "learned_on 'activations' needs activation_bits or kv_bits below 16",
+        ),
+        (
+            {"rounding": "none", "rotation": "ostquant"},
+            "learned_on 'weights' needs weights that are rounded",
+        ),
+        (
+            {"preset": "gpu", "rotation": "spinquant"},
+            "unknown preset 'gpu': choose one of paper, laptop",
+        ),
         ({"asymmetry": 0.25, "rounding": "rtn"}, "asymmetry corrects GPTQ for its inputs' drift"),
         ({"asymmetry": 2}, "asymmetry must be a number from 0 to 1, not 2"),
         ({"rotation": "mixed"}, "activation_share must be a number between 0 and 1"),
-        ({"activation_share": 0.5}, "activation_share belongs to the rotations mixed, not to 'none'"),
+        (
+            {"activation_share": 0.5},
+            "activation_share belongs to the rotations mixed, not to 'none'",
+        ),
         ({"R3": True}, "R3 turns keys for their quantizer: it needs kv_bits below 16"),
         ({"R4": "yes"}, "R4 must be True or False"),
-        ({"rounding": "rtn", "damping": 0.1}, "damping belongs to GPTQ's Hessian"),
-        ({"activation_bits": 12}, "activation_bits must be a whole number from 2 to 8, or 16 to leave them alone, not 12"),
+        (
+            {"activation_bits": 12},
+            "activation_bits must be a whole number from 2 to 8, or 16 to leave them alone, not 12",
+        ),
         ({"kv_bits": 1}, "kv_bits must be"),
-        ({"activation_group_size": 64}, "activation_group_size needs activation_bits below 16"),
         ({"sinks": 1}, "sinks needs activation_bits below 16"),
         ({"activation_bits": 4, "sinks": -1}, "sinks must be a whole number of at least 0"),
         ({"protocol": "quarot"}, "protocol says how activations are rounded"),
-        ({"order": "activations-first"}, "order needs rounding 'gptq', and activation_bits or kv_bits below 16"),
+        (
+            {"order": "activations-first"},
+            "order needs rounding 'gptq', and activation_bits or kv_bits below 16",
+        ),
         ({"order": "both"}, "unknown order 'both': choose one of weights-first, activations-first"),
-        ({"rounding": "none", "bits": 3}, "bits belongs to rounded weights, not to rounding 'none'"),
+        (
+            {"rounding": "none", "bits": 3},
+            "bits belongs to rounded weights, not to rounding 'none'",
+        ),
         ({"model": None}, "named by a string"),
     ],
 )
@@ -238,7 +245,9 @@ def test_a_recipe_outside_the_choices_is_refused_at_construction(arguments, mess
 
 
 def test_one_gptq_serves_every_precision_of_the_activations(recipe, monkeypatch):
-    runs = [replace(recipe, rotation="hadamard", R4=True, activation_bits=bits) for bits in (16, 8, 4)]
+    runs = [
+        replace(recipe, rotation="hadamard", R4=True, activation_bits=bits) for bits in (16, 8, 4)
+    ]
     runs.append(replace(runs[-1], kv_bits=4, R3=True))
     assert [run.precision for run in runs] == ["W4A16", "W4A8", "W4A4", "W4A4KV4"]
     rl.run(runs[0])
@@ -246,28 +255,40 @@ def test_one_gptq_serves_every_precision_of_the_activations(recipe, monkeypatch)
     together = [result.metrics["kl"] for result in rl.run_all(runs)]
     assert len(set(together)) == 4
     for run in runs[1:]:
-        store.local_path(run.spec()).unlink()
+        files.local_path(run.spec()).unlink()
     assert [rl.run(run).metrics["kl"] for run in runs] == together  # alone, from the kept weights
 
 
 def test_kept_weights_are_the_quantized_ones_to_the_last_bit(recipe, monkeypatch):
     runs = [
         replace(recipe, rotation="hadamard", **grid)
-        for grid in ({}, {"group_size": 8, "symmetric": False}, {"group_size": 4, "act_order": True})
+        for grid in (
+            {},
+            {"group_size": 8, "symmetric": False},
+            {"group_size": 4, "act_order": True},
+        )
     ]
     first = [result.metrics["kl_windows"][:1] for result in rl.run_all(runs)]
     monkeypatch.setattr(pipeline, "gptq", lambda *_, **__: pytest.fail("quantized again"))
-    again = [result.metrics["kl_windows"] for result in rl.run_all(replace(run, test_windows=1) for run in runs)]
+    again = [
+        result.metrics["kl_windows"]
+        for result in rl.run_all(replace(run, test_windows=1) for run in runs)
+    ]
     assert again == first
+
+
+def numbers_of(result):
+    """What a run measured, but for the memory it took."""
+    return {name: n for name, n in result.metrics.items() if name != "learning_memory_mb"}
 
 
 @pytest.mark.parametrize("asymmetry", [0.0, 0.25])
 def test_an_interrupted_gptq_goes_on_from_the_last_finished_layer(recipe, monkeypatch, asymmetry):
     run = replace(recipe, rotation="optrot", steps=5, group_size=8, asymmetry=asymmetry)
-    undisturbed = rl.run(run).metrics
-    for path in (*store.results_folder().glob("local/weights-*.pt"), store.local_path(run.spec())):
+    undisturbed = numbers_of(rl.run(run))
+    for path in (*files.results_folder().glob("local/weights-*.pt"), files.local_path(run.spec())):
         path.unlink()
-    gptq = importlib.import_module("rotlib.gptq")
+    gptq = importlib.import_module("rotlib.quantization.gptq")
     quantize, layers = gptq._quantize_layer, []
 
     def interrupted(family, layer, *rest):
@@ -279,22 +300,24 @@ def test_an_interrupted_gptq_goes_on_from_the_last_finished_layer(recipe, monkey
     monkeypatch.setattr(gptq, "_quantize_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rl.run(run)
-    assert len(list(store.results_folder().glob("local/*.layer-*.pt"))) == 1
-    assert rl.run(run).metrics == undisturbed
+    assert len(list(files.results_folder().glob("local/*.layer-*.pt"))) == 1
+    assert numbers_of(rl.run(run)) == undisturbed
     assert layers == [0, 1, 1]
-    assert not list(store.results_folder().glob("local/*.layer-*.pt"))
+    assert not list(files.results_folder().glob("local/*.layer-*.pt"))
 
 
 def test_kept_weights_are_not_put_under_another_rotation(recipe):
     run = replace(recipe, rotation="optrot", steps=5)
     rl.run(run)
-    kept = store.local_path({"task": "rotation"} | run.rotation_reads, ".pt")
+    kept = files.local_path({"task": "rotation"} | run.rotation_reads, ".pt")
     parts = torch.load(kept)
-    parts["rotation"]["R1"] = parts["rotation"]["R1"].flip(1)  # as good a rotation, and not the one the weights were quantized under
+    parts["rotation"]["R1"] = parts["rotation"]["R1"].flip(
+        1
+    )  # as good a rotation, and not the one the weights were quantized under
     torch.save(parts, kept)
     beside = replace(run, activation_bits=8)
     under_the_other = rl.run(beside).metrics["kl"]
-    for path in (*kept.parent.glob("weights-*.pt"), store.local_path(beside.spec())):
+    for path in (*kept.parent.glob("weights-*.pt"), files.local_path(beside.spec())):
         path.unlink()
     assert rl.run(beside).metrics["kl"] == under_the_other
 
@@ -320,17 +343,35 @@ def test_one_model_is_held_at_a_time(recipe, monkeypatch):
         return model, tokenizer
 
     monkeypatch.setattr(pipeline, "load", counting)
-    rl.run_all([recipe, replace(recipe, rotation="hadamard"), replace(recipe, rotation="hadamard", test_windows=1)])
+    rl.run_all(
+        [
+            recipe,
+            replace(recipe, rotation="hadamard"),
+            replace(recipe, rotation="hadamard", test_windows=1),
+        ]
+    )
     assert counts == [1, 1, 1]
 
 
 def test_only_what_leaves_the_weights_alone_shares_them(recipe):
     run = replace(recipe, rotation="hadamard", activation_bits=4, kv_bits=4, R4=True)
-    for change in ({"R3": True}, {"kv_bits": 8}, {"activation_bits": 8}, {"protocol": "quarot"}, {"sinks": 1}):
+    for change in (
+        {"R3": True},
+        {"kv_bits": 8},
+        {"activation_bits": 8},
+        {"protocol": "quarot"},
+        {"sinks": 1},
+    ):
         assert replace(run, **change).sharing_weights() == run.sharing_weights()
         seen = replace(run, order="activations-first")
         assert replace(seen, **change).sharing_weights() != seen.sharing_weights()
-    for change in ({"R4": False}, {"bits": 3}, {"seed": 1}, {"act_order": True}, {"calibration_windows": 1}):
+    for change in (
+        {"R4": False},
+        {"bits": 3},
+        {"seed": 1},
+        {"act_order": True},
+        {"calibration_windows": 1},
+    ):
         assert replace(run, **change).sharing_weights() != run.sharing_weights()
 
 
@@ -344,20 +385,24 @@ def test_a_rotation_learned_on_data_is_a_recipe_like_any_other(recipe, rotation)
     assert result.metrics["learning_memory_mb"] > 0
     assert result.metrics["kl"] > 0
     again = rl.run(replace(recipe, rotation=rotation, rounding="rtn", **RIVAL))
-    assert again.metrics["objective_history"] == result.metrics["objective_history"]  # kept, not learned again
+    assert (
+        again.metrics["objective_history"] == result.metrics["objective_history"]
+    )  # kept, not learned again
     assert again.seconds["rotate"] == result.seconds["rotate"]
 
 
 def test_the_last_good_rotation_of_a_failed_learning_is_kept(recipe, monkeypatch):
     def fail(model, *_, **__):
-        raise rl.LearningFailed("the loss is nan at step 3", rl.hadamard_rotation(model, 7) if good else None)
+        raise rl.LearningFailed(
+            "the loss is nan at step 3", rl.hadamard_rotation(model, 7) if good else None
+        )
 
     monkeypatch.setattr(pipeline, "spinquant", fail)
     for good in (False, True):
         with pytest.raises(rl.LearningFailed, match="at step 3"):
             rl.run(replace(recipe, rotation="spinquant", **RIVAL))
-        assert len(list(store.results_folder().glob("local/*.last-good.pt"))) == good
-    assert not list(store.results_folder().glob("local/*.json"))
+        assert len(list(files.results_folder().glob("local/*.last-good.pt"))) == good
+    assert not list(files.results_folder().glob("local/*.json"))
 
 
 def test_a_kept_rotation_brings_its_scales(recipe):
@@ -382,16 +427,21 @@ def test_what_a_network_is_rounded_to_while_learning_tells_rotations_apart(recip
 def test_bounds_are_kept_like_runs_and_read_only_what_they_need(recipe, monkeypatch):
     run = replace(recipe, rotation="hadamard", clip_search=False)
     result = rl.bounds(run)
-    assert [(module["layer"], module["site"]) for module in result.metrics["modules"]] == list(product(range(2), Family.linear_paths))
+    assert [(module["layer"], module["site"]) for module in result.metrics["modules"]] == list(
+        product(range(2), Family.linear_paths)
+    )
     for module in result.metrics["modules"]:
         assert module["floor"] < module["tr_D"] < 1.02 * module["tr_H"]
         assert 0 < module["gptq_error"] < module["rtn_bound"]
-    monkeypatch.setattr(importlib.import_module("rotlib.bounds"), "_compute", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(diagnostics, "module_bounds", lambda *_: pytest.fail("computed again"))
     assert rl.bounds(replace(run, activation_bits=4, test_windows=5)) == result
 
 
 def test_the_order_of_weights_and_activations_is_in_the_result(recipe):
-    runs = [replace(recipe, activation_bits=4, order=order) for order in ("weights-first", "activations-first")]
+    runs = [
+        replace(recipe, activation_bits=4, order=order)
+        for order in ("weights-first", "activations-first")
+    ]
     results = rl.run_all(runs)
     assert [result.metrics["order"] for result in results] == ["weights-first", "activations-first"]
     assert results[0].metrics["kl"] != results[1].metrics["kl"]
@@ -406,7 +456,10 @@ def test_unrounded_weights_with_unrounded_activations_are_the_original(recipe):
 
 def test_every_rotation_runs_as_a_recipe(recipe):
     shares = {"mixed": {"activation_share": 0.5}}
-    runs = [replace(recipe, rotation=name, R4=True, activation_bits=4, **shares.get(name, {})) for name in rotations()]
+    runs = [
+        replace(recipe, rotation=name, R4=True, activation_bits=4, **shares.get(name, {}))
+        for name in rotations()
+    ]
     assert all(result.metrics["kl"] > 0 for result in rl.run_all(runs))
 
 
@@ -429,14 +482,17 @@ def test_arms_measured_on_other_text_are_not_compared():
 
 
 def test_a_claim_about_arms_that_were_not_run_says_so():
-    arms = {("optrot", 4): fake_arm("optrot", [0.1, 0.2, 0.3]), ("hadamard", 4): fake_arm("hadamard", [0.2, 0.3, 0.4])}
+    arms = {
+        ("optrot", 4): fake_arm("optrot", [0.1, 0.2, 0.3]),
+        ("hadamard", 4): fake_arm("hadamard", [0.2, 0.3, 0.4]),
+    }
     assert tables.verdict(arms, ("optrot", 4), ("random", 4)) == "undecided (no run of random, 4)"
     assert tables.verdict(arms, ("optrot", 4), ("hadamard", 4)).startswith("reproduced (+0.100 ±")
 
 
 def test_a_result_of_another_version_is_named(recipe):
-    path = store.local_path({"task": "quantize", "foo": 1})
-    store.write_atomically(
+    path = files.local_path({"task": "quantize", "foo": 1})
+    files.write_atomically(
         path,
         lambda scratch: scratch.write_text(
             json.dumps(
@@ -445,12 +501,14 @@ def test_a_result_of_another_version_is_named(recipe):
                     "metrics": {},
                     "seconds": {},
                     "peak_memory_mb": 0,
-                    "provenance": {"code": ""},
+                    "provenance": {"stages": {}},
                 }
             )
         ),
     )
-    with pytest.raises(ValueError, match=f"{path.name} comes from another version of rotlib: delete it"):
+    with pytest.raises(
+        ValueError, match=f"{path.name} comes from another version of rotlib: delete it"
+    ):
         tables.stored([recipe])
 
 
@@ -461,7 +519,7 @@ def fake_arm(rotation, kls):
             {"kl": kl, "perplexity": 30.0},
             {},
             0,
-            {"code": ""},
+            {"stages": {}},
         )
         for seed, kl in enumerate(kls)
     ]
@@ -481,13 +539,16 @@ def test_the_verdict_rule(better, worse, verdict):
     assert tables.judge(fake_arm("optrot", better), fake_arm("hadamard", worse)).verdict == verdict
 
 
-def test_the_grid_has_a_line_a_rotation_and_a_column_a_precision():
+def test_the_table_has_a_line_a_rotation_and_a_column_a_precision():
     learned = fake_arm("spinquant", [0.1, 0.2, 0.3])
     for result in learned.results:
         result.metrics.update(learning_tokens=32768, learning_memory_mb=2048)
         result.seconds["rotate"] = 170.4
-    rows = {"none": {"W4": fake_arm("none", [0.6])}, "spinquant": {"W4": learned, "W4A8": fake_arm("spinquant", [0.4])}}
-    header, _, none, spinquant = tables.grid(rows).splitlines()
+    rows = {
+        "none": {"W4": fake_arm("none", [0.6])},
+        "spinquant": {"W4": learned, "W4A8": fake_arm("spinquant", [0.4])},
+    }
+    header, _, none, spinquant = tables.kl_by_precision(rows).splitlines()
     assert header == "| rotation | tokens | learning, s | memory, GB | W4 | W4A8 |"
-    assert none == "| none | – | – | – | 0.600 (stale) |  |"
-    assert spinquant == "| spinquant | 32,768 | 170 | 2.0 | 0.200 ± 0.058 (stale) | 0.400 (stale) |"
+    assert none == "| none | – | – | – | 0.600 |  |"
+    assert spinquant == "| spinquant | 32,768 | 170 | 2.0 | 0.200 ± 0.058 | 0.400 |"

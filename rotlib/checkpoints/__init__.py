@@ -1,0 +1,1 @@
+"""Checkpoints that stock software reads: compressed-tensors, GGUF, or a plain folder."""

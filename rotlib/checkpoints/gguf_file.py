@@ -1,0 +1,297 @@
+"""A quantized model as a GGUF file, which llama.cpp runs: every code exactly as GPTQ or RTN left
+it.
+
+GGUF's blocks hold 32 weights and a scale in float16: Q4_0 is ``d (code − 8)``, Q4_1 ``d code + m``,
+Q8_0 ``d code``. A grid of groups of a multiple of 32, or of whole rows that are one, is written
+with its scale repeated, so that rounding d and m to float16 (5e-4 of them) is all that differs.
+Embedding and head are float16, norms and biases float32.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rotlib.checkpoints.packed import bits_for, codes_of
+from rotlib.models.families import Family, adapt
+from rotlib.quantization.grids import QuantizedWeight, WeightQuant
+from rotlib.rotations.rotation import placed_weights
+
+NAME = "model.gguf"
+_BLOCK = 32
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_FILE_TYPES = {
+    Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
+    Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
+    Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# how a tokenizer cuts text before its merges, and llama.cpp's name for it
+_CUTS = {
+    ("ByteLevel, by its own rule",): "gpt-2",
+    ("Digits", "ByteLevel, by its own rule"): "smollm",
+    (_WORDS % r"\p{N}{1,3}", "ByteLevel"): "llama-bpe",
+    (_WORDS % r"\p{N}", "ByteLevel"): "qwen2",
+}
+
+
+class GgufFile:
+    """What will be written of a model and its tokenizer, and its size in bytes.
+
+    Raises ValueError for weights without codes, grids that no block type holds, and tokenizers or
+    rotary embeddings that aren't known.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
+        if tokenizer is None:
+            raise ValueError("a GGUF file carries its tokenizer: pass tokenizer=tokenizer")
+        self._family, self._tokenizer = adapt(model), tokenizer
+        self._cut = cut_of(tokenizer)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"this tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it belongs to another model"
+            )
+        weights = codes_of(model)
+        placed_in_layers = placed_weights(self._family, quantized_only=True)
+        self._types = {
+            placed.module: block_type(placed.name, weights[placed.name])
+            for placed in placed_in_layers
+        }
+        rope = model.config.rope_parameters
+        if rope["rope_type"] not in ("default", "llama3"):
+            raise ValueError(
+                f"this model's rotary embeddings are scaled by {rope['rope_type']!r}: export it as 'fused', for llama.cpp's own converter"
+            )
+        self._layout = self._lay_out()
+        self.size = sum(size for _, _, _, size, _ in self._layout)
+
+    def write(self, folder: Path) -> None:
+        """`NAME`, with the tokenizer inside."""
+        config = self._family.config
+        writer = gguf.GGUFWriter(folder / NAME, _ARCHITECTURES[config.model_type])
+        writer.add_name(Path(config.name_or_path).name or config.model_type)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(self._family.head_dim)
+        writer.add_value_length(self._family.head_dim)
+        writer.add_rope_dimension_count(self._family.head_dim)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_file_type(_FILE_TYPES[next(iter(self._types.values()))])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        self._add_tokenizer(writer)
+        for name, shape, dtype, size, kind in self._layout:
+            writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, tensor, weight, kind in self._named():
+            writer.write_tensor_data(
+                _floats(tensor).numpy() if weight is None else blocks(weight, kind)
+            )
+        writer.close()
+
+    def differing(self, folder: Path) -> str | None:
+        """The first weight that gguf's own code doesn't read back as it is in memory: to half a
+        step, so that no code is another.
+        """
+        found = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / NAME).tensors}
+        for name, tensor, weight, _ in self._named():
+            read = torch.from_numpy(
+                gguf.dequantize(found[name].data, found[name].tensor_type).copy()
+            ).view(tensor.shape)
+            if weight is None:
+                same = torch.equal(read, _floats(tensor).float())
+            else:
+                groups = (
+                    (read - weight.dense().cpu()).abs().unflatten(1, (weight.scale.shape[1], -1))
+                )
+                same = bool((groups < weight.scale.cpu().unsqueeze(2) / 2).all())
+            if not same:
+                return name
+        return None
+
+    def _lay_out(self) -> list[tuple]:
+        """(name, shape in bytes or floats, type of the array, bytes, type of block) of every
+        tensor, in the file's order.
+        """
+        layout = []
+        for name, tensor, _, kind in self._named():
+            dtype = np.uint8 if kind else _floats(tensor[:1]).numpy().dtype
+            shape = (
+                gguf.quant_shape_to_byte_shape(tensor.shape, kind) if kind else tuple(tensor.shape)
+            )
+            layout.append(
+                (name, shape, dtype, int(np.prod(shape)) * np.dtype(dtype).itemsize, kind)
+            )
+        return layout
+
+    def _named(self) -> Iterator[tuple[str, Tensor, QuantizedWeight | None, Type | None]]:
+        """Of all in the file: (llama.cpp's name, the tensor and its codes with rows in llama.cpp's
+        order, their type of block).
+        """
+        family = self._family
+        architecture = next(
+            key
+            for key, name in gguf.MODEL_ARCH_NAMES.items()
+            if name == _ARCHITECTURES[family.config.model_type]
+        )
+        names = gguf.get_tensor_name_map(architecture, len(family.layers))
+        modules = dict(family.model.named_modules())
+        if family.config.rope_parameters["rope_type"] == "llama3":
+            yield "rope_freqs.weight", _frequency_factors(family), None, None
+        for path, tensor in family.model.state_dict().items():
+            if path == "lm_head.weight" and family.config.tie_word_embeddings:
+                continue
+            module = modules[path.rpartition(".")[0]]
+            kind = self._types.get(module) if path.endswith(".weight") else None
+            weight = module.quantized if kind else None
+            if architecture == gguf.MODEL_ARCH.LLAMA and (".q_proj." in path or ".k_proj." in path):
+                rows = _interleaved(
+                    len(tensor), family.head_dim
+                )  # on the host: it may index codes there and weights on the device
+                tensor = tensor[rows]
+                weight = weight and QuantizedWeight(*(part[rows] for part in weight))
+            yield names.get_name(path, try_suffixes=(".weight", ".bias")), tensor, weight, kind
+
+    def _add_tokenizer(self, writer: gguf.GGUFWriter) -> None:
+        known = {number: token for token, number in self._tokenizer.get_vocab().items()}
+        added = self._tokenizer.added_tokens_decoder
+        tokens, kinds = [], []
+        for number in range(self._family.config.vocab_size):
+            tokens.append(known.get(number, f"[unused {number}]"))
+            special = added[number].special if number in added else None
+            kinds.append(
+                {
+                    None: gguf.TokenType.NORMAL,
+                    True: gguf.TokenType.CONTROL,
+                    False: gguf.TokenType.USER_DEFINED,
+                }[special]
+            )
+            if number not in known:
+                kinds[-1] = gguf.TokenType.UNUSED
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self._cut)
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        with tempfile.TemporaryDirectory() as folder:
+            self._tokenizer.save_pretrained(folder)
+            gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(
+                writer, quiet=True
+            )
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    """What has no codes, as it stands in the file: matrices in float16, norms and biases in
+    float32.
+    """
+    return tensor.to("cpu", torch.float32 if tensor.ndim == 1 else torch.float16)
+
+
+def check_holds(quant: WeightQuant) -> None:
+    """Raises ValueError for a grid that no type of block holds, whatever the codes."""
+    if quant.group_size and quant.group_size % _BLOCK:
+        raise ValueError(
+            f"GGUF's blocks hold {_BLOCK} weights: choose a group_size that they divide, not {quant.group_size}"
+        )
+    if not quant.symmetric and quant.bits > 4:
+        raise ValueError(
+            f"no type of GGUF's holds an asymmetric grid of {quant.bits} bits: choose a symmetric one, or at most 4 bits"
+        )
+
+
+def block_type(name: str, weight: QuantizedWeight) -> Type:
+    """The type of block that holds a weight's codes as they are; raises ValueError where none does."""
+    width = weight.codes.shape[1] // weight.scale.shape[1]
+    if width % _BLOCK:
+        raise ValueError(
+            f"{name} has a scale for every {width} weights, and GGUF's blocks hold {_BLOCK}: choose a group_size that they divide"
+        )
+    symmetric = weight.codes.dtype == torch.int8
+    bits = bits_for(weight, (4, 8))
+    if bits == 8 and not symmetric:
+        raise ValueError(
+            f"{name} has an asymmetric grid of more than 4 bits, which no type of GGUF's holds: choose a symmetric one"
+        )
+    return {(4, True): Type.Q4_0, (4, False): Type.Q4_1, (8, True): Type.Q8_0}[bits, symmetric]
+
+
+def blocks(weight: QuantizedWeight, kind: Type) -> UInt8[np.ndarray, "out bytes"]:
+    """A weight's codes in blocks of that type: d, for Q4_1 also m, then the codes, two a byte (the
+    first 16 in the low halves) or one.
+    """
+    rows, columns = weight.codes.shape
+    repeat = columns // weight.scale.shape[1] // _BLOCK
+    d, zero = (
+        part.cpu().float().repeat_interleave(repeat, dim=1).unsqueeze(2).numpy()
+        for part in (weight.scale, weight.zero)
+    )
+    codes = weight.codes.cpu().to(torch.int16).view(rows, -1, _BLOCK).numpy()
+    floats = [d] + ([-d * zero] if kind == Type.Q4_1 else [])
+    if kind == Type.Q8_0:
+        body = codes.astype(np.int8).view(np.uint8)
+    else:
+        halves = (codes + (8 if kind == Type.Q4_0 else 0)).astype(np.uint8)
+        body = halves[..., : _BLOCK // 2] | halves[..., _BLOCK // 2 :] << 4
+    return np.concatenate(
+        [*(part.astype(np.float16).view(np.uint8) for part in floats), body], axis=2
+    ).reshape(rows, -1)
+
+
+def _interleaved(rows: int, head_dim: int) -> Tensor:
+    """The order in which llama.cpp keeps the rows of q and k: RoPE's pairs side by side, where
+    transformers has halves.
+    """
+    return torch.arange(rows).view(-1, 2, head_dim // 2).transpose(1, 2).flatten()
+
+
+def _frequency_factors(family: Family) -> Float[Tensor, " half_head_dim"]:
+    """What Llama 3's scaling divides RoPE's frequencies by."""
+    exponents = torch.arange(0, family.head_dim, 2).double() / family.head_dim
+    plain = family.config.rope_parameters["rope_theta"] ** -exponents
+    return (plain / family.decoder.rotary_emb.inv_freq.cpu().double()).float()
+
+
+def cut_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """llama.cpp's name for the way a tokenizer cuts text before its merges; raises ValueError where
+    it has none that is known here.
+    """
+    refusal = "this tokenizer isn't one that llama.cpp is known to share: export the model as 'fused', for llama.cpp's own converter"
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(refusal)
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    cut = description["pre_tokenizer"] or {"type": None}
+    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    found = _CUTS.get(tuple(map(_step, steps)))
+    if (
+        found is None
+        or description["model"]["type"] != "BPE"
+        or description["model"].get("byte_fallback")
+    ):
+        raise ValueError(refusal)
+    return found
+
+
+def _step(step: dict) -> str:
+    if step["type"] == "Split":
+        return step["pattern"].get("Regex", "")
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return "ByteLevel, by its own rule" if step["use_regex"] else "ByteLevel"
+    return (
+        "Digits"
+        if step["type"] == "Digits" and step["individual_digits"]
+        else f"{step['type']}, otherwise"
+    )

@@ -1,0 +1,238 @@
+"""A model as a Hugging Face folder: its codes packed in the format of compressed-tensors, or its
+weights as they are.
+
+Tensors are made a shard at a time, so that no second copy of the model is held. Codes are packed
+exactly as GPTQ or RTN left them; act-order leaves no trace, since groups are of inputs in their own
+order. What was written is read back through compressed-tensors' own code.
+"""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rotlib.models.families import adapt
+from rotlib.quantization.grids import QuantizedWeight, WeightQuant
+from rotlib.rotations.rotation import placed_weights
+
+SHARD = "5GB"
+_CONTAINERS = (4, 8)  # bits a code is stored in: what vLLM has kernels for
+_OURS = ("rotlib_quantized", "rotlib_online")  # marks in a config that mean nothing to others
+
+
+class Checkpoint:
+    """What will be written of a model, `packed` or not, and its size in bytes.
+
+    Raises ValueError for weights without codes, or codes that compressed-tensors can't hold.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dtype: torch.dtype,
+        packed: bool,
+    ):
+        self._model, self._tokenizer, self._dtype = model, tokenizer, dtype
+        self._packing = _packing(codes_of(model)) if packed else None
+        modules = model.named_modules() if packed else ()
+        self._codes = {
+            f"{path}.weight": module.quantized
+            for path, module in modules
+            if hasattr(module, "quantized")
+        }
+        self._tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+        self._parts = self._make_parts()
+        shapes = {name: make("meta") for name, make in self._parts.items()}
+        self._plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
+        self.size = sum(shape.nbytes for shape in shapes.values())
+
+    def write(self, folder: Path) -> None:
+        """Weights, their index, config and tokenizer."""
+        for file, names in self._plan.filename_to_tensors.items():
+            save_file(
+                {name: self._parts[name]("cpu") for name in names},
+                folder / file,
+                metadata={"format": "pt"},
+            )
+        if self._plan.is_sharded:
+            index = {"metadata": self._plan.metadata, "weight_map": self._plan.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        self._config().save_pretrained(folder)
+        if self._model.generation_config is not None:
+            self._model.generation_config.save_pretrained(folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+
+    def differing(self, folder: Path) -> str | None:
+        """The first weight that doesn't read back from the folder as it is in memory."""
+
+        def read(name: str) -> Tensor:
+            with safe_open(folder / self._plan.tensor_to_filename[name], "pt") as file:
+                return file.get_tensor(name)
+
+        for name, tensor in self._model.state_dict().items():
+            if name in self._parts:
+                same = torch.equal(read(name), tensor.to("cpu", self._dtype))
+            else:
+                same = name in self._tied or self._packing.same(
+                    self._codes[name],
+                    {kind: read(f"{name}_{kind}") for kind in self._packing.kinds},
+                )
+            if not same:
+                return name
+        return None
+
+    def _make_parts(self) -> dict[str, Callable[[str], Tensor]]:
+        """How to make each tensor on a device, "meta" for its shape alone."""
+        parts = {}
+        for name, tensor in self._model.state_dict().items():
+            if name in self._codes:
+                make = partial(self._packing.make, self._codes[name], self._dtype)
+                parts |= {f"{name}_{kind}": partial(make, kind) for kind in self._packing.kinds}
+            elif name not in self._tied:
+                parts[name] = partial(tensor.to, dtype=self._dtype)
+        return parts
+
+    def _config(self):
+        config = deepcopy(self._model.config)
+        for mark in _OURS:
+            if hasattr(config, mark):
+                delattr(config, mark)
+        config.architectures = [type(self._model).__name__]
+        config.dtype = self._dtype
+        if self._packing is not None:
+            groups = {"group_0": self._packing.scheme}
+            status = {
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "ignore": ["lm_head"],
+            }
+            config.quantization_config = QuantizationConfig(
+                config_groups=groups, **status
+            ).to_dict()
+            # transformers 5.23 can't keep packed zero points packed, and refuses without; vLLM can
+            if not self._packing.symmetric:
+                config.quantization_config["dequantize"] = True
+        return config
+
+
+def codes_of(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
+    """The codes of every quantized weight, by names such as "layers.0.q"; raises ValueError where
+    one has none.
+    """
+    weights = {}
+    for placed in placed_weights(adapt(model), quantized_only=True):
+        weights[placed.name] = getattr(placed.module, "quantized", None)
+        if weights[placed.name] is None:
+            raise ValueError(
+                f"{placed.name} has no codes: quantize the model with rl.gptq or rl.rtn first, or export it as 'fused'"
+            )
+    return weights
+
+
+def bits_for(weight: QuantizedWeight, containers: tuple[int, ...]) -> int | None:
+    """The fewest bits of these that hold every code of a weight."""
+    for bits in containers:
+        low, high = WeightQuant(bits=bits, symmetric=weight.codes.dtype == torch.int8).codes
+        if low <= weight.codes.min() and weight.codes.max() <= high:
+            return bits
+    return None
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """The one grid of a model's codes, and the bits that each is stored in."""
+
+    bits: int
+    symmetric: bool
+    group_size: int | None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The tensors that stand for a weight."""
+        return ("packed", "scale", "shape") + (() if self.symmetric else ("zero_point",))
+
+    @property
+    def scheme(self) -> QuantizationScheme:
+        """The same in compressed-tensors' words."""
+        strategy = (
+            {"strategy": "group", "group_size": self.group_size}
+            if self.group_size
+            else {"strategy": "channel"}
+        )
+        weights = QuantizationArgs(
+            num_bits=self.bits, type="int", symmetric=self.symmetric, **strategy
+        )
+        return QuantizationScheme(targets=["Linear"], weights=weights)
+
+    def make(self, weight: QuantizedWeight, dtype: torch.dtype, kind: str, device: str) -> Tensor:
+        """One of the tensors. Unsigned codes and their zero points move down together, to the range
+        of a signed type.
+        """
+        shift = 0 if self.symmetric else 2 ** (self.bits - 1)
+        if kind == "packed":
+            return self._packed(weight.codes.to(device, torch.int16) - shift, 1)
+        if kind == "zero_point":
+            return self._packed(weight.zero.to(device) - shift, 0)
+        return (
+            weight.scale.to(device, dtype).contiguous()
+            if kind == "scale"
+            else torch.tensor(weight.codes.shape, device=device)
+        )
+
+    def same(self, weight: QuantizedWeight, read: dict[str, Tensor]) -> bool:
+        """Whether these tensors unpack, by compressed-tensors' own code, to exactly this weight's
+        codes, scales and zero points.
+        """
+        shift = 0 if self.symmetric else 2 ** (self.bits - 1)
+        for kind, wanted, dim in (("packed", weight.codes, 1), ("zero_point", weight.zero, 0)):
+            if kind in read:
+                found = (
+                    unpack_from_int32(read[kind], self.bits, wanted.shape, packed_dim=dim).float()
+                    + shift
+                )
+                if not torch.equal(found, wanted.cpu().float()):
+                    return False
+        return torch.equal(read["scale"], weight.scale.to("cpu", read["scale"].dtype))
+
+    def _packed(self, codes: Tensor, dim: int) -> Tensor:
+        if codes.is_meta:  # compressed-tensors' own function needs values
+            shape = list(codes.shape)
+            shape[dim] = ceil(shape[dim] * self.bits / 32)
+            return torch.empty(shape, dtype=torch.int32, device="meta")
+        return pack_to_int32(codes.to(torch.int8), self.bits, packed_dim=dim).contiguous()
+
+
+def _packing(weights: dict[str, QuantizedWeight]) -> _Packing:
+    """Raises ValueError where compressed-tensors can't hold these codes."""
+    symmetric = {weight.codes.dtype == torch.int8 for weight in weights.values()}
+    rows = {weight.codes.shape[1] for weight in weights.values() if weight.scale.shape[1] == 1}
+    groups = {
+        weight.codes.shape[1] // weight.scale.shape[1]
+        for weight in weights.values()
+        if weight.scale.shape[1] > 1
+    }
+    if (
+        len(symmetric) > 1 or len(groups) > 1 or (groups and not rows <= groups)
+    ):  # a row may be a single group
+        raise ValueError(
+            "these weights are on different grids, and compressed-tensors' format holds one: quantize all of them alike"
+        )
+    return _Packing(
+        max(bits_for(weight, _CONTAINERS) for weight in weights.values()),
+        symmetric.pop(),
+        groups.pop() if groups else None,
+    )

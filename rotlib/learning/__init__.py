@@ -1,0 +1,1 @@
+"""Learning a rotation: on weights (OptRot), on covariances or tokens, or through the network."""

@@ -1,0 +1,281 @@
+"""The fake-quantized network as a function of its rotation: SpinQuant and OSTQuant learn through it.
+
+A student, a copy of the decoder layers, holds the rotated weights as its quantizer rounds them;
+gradients pass every rounding straight through, and no scale of a grid is differentiated (SpinQuant,
+arXiv 2405.16406). The weights are rotated once a step for all of its windows, and the gradient that
+has gathered in them is carried to R1, R2 and the scales once a step, a layer at a time, so no graph
+of the whole model's rotation exists. Embedding and head are neither copied nor rounded: the stream
+is turned behind the one and turned back before the other.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from math import cos, isfinite, pi
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rotlib.checks import one_of, positive, token_ids, whole_number
+from rotlib.learning.start import coarse_products, finished, original, starting_point
+from rotlib.models.families import Family, adapt
+from rotlib.models.walk import hooks
+from rotlib.quantization.activations import (
+    FULL,
+    ActivationQuant,
+    check_activations,
+    quantized_activations,
+)
+from rotlib.quantization.grids import WeightQuant, check_quantizable, fit_grid, grid_at
+from rotlib.rotations.online import attach
+from rotlib.rotations.rotation import Rotation, norm_gains, placed_in_layer, times
+
+
+class Preset(NamedTuple):
+    """How long to learn, and how fast."""
+
+    steps: int
+    batch: int  # windows a step
+    lr: float  # of the first step; a cosine takes it to zero
+    checkpointing: bool  # are layers run again going back?
+
+
+# "paper": the authors' settings; "laptop": what 2 CPU cores do in minutes
+PRESETS = ("paper", "laptop")
+
+
+class LearningFailed(RuntimeError):
+    """The loss stopped being finite; `rotation` is the last one whose loss was, or None."""
+
+    def __init__(self, message: str, rotation: Rotation | None):
+        super().__init__(message)
+        self.rotation = rotation
+
+
+class Optimizer(Protocol):
+    """A rotation of leaf tensors, and the step that moves them along their gradients."""
+
+    rotation: Rotation
+
+    def step(self, anneal: float) -> None: ...
+
+
+class Student:
+    """A copy of a model whose layers are shown one rotation after another."""
+
+    def __init__(
+        self, family: Family, quant: WeightQuant | None, online: list[str], checkpointing: bool
+    ):
+        model = family.model
+        if family.device != model.device:
+            raise ValueError(
+                f"learning through the network needs the whole model on {family.device}, where "
+                "it doesn't fit: take a bigger device, or a rotation learned without it, such as "
+                "rl.optrot(model)"
+            )
+        self._original = family
+        shared = [module.weight for module in (self._original.embedding, self._original.lm_head)]
+        self.model = deepcopy(model, {id(weight): weight for weight in shared})
+        for parameter in self.model.parameters():
+            if all(parameter is not weight for weight in shared):
+                parameter.requires_grad_(False)
+        self._family = adapt(self.model)
+        self._family.final_norm.weight.fill_(1.0)
+        self._quant = quant
+        self._clip: dict[nn.Module, Tensor] = {}
+        attach(self._family, online)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in self._family.layers:  # checkpointing asks for it; what's inside evaluates
+                layer.training = True
+
+    @torch.no_grad()
+    def show(self, rotation: Rotation) -> None:
+        """Put the rotated and rounded weights into the layers."""
+        for layer in range(len(self._family.layers)):
+            for module, name, value in self._rotated(rotation, layer):
+                parameter = getattr(module, name)
+                shown = self._rounded(module, value) if value.ndim == 2 else value
+                parameter.requires_grad_().copy_(shown)
+                parameter.grad = None
+
+    def carry_back(self, rotation: Rotation) -> None:
+        """Add the gradients that gathered in the layers to those of the rotation's tensors."""
+        for layer in range(len(self._family.layers)):
+            met = [
+                (value, getattr(module, name).grad)
+                for module, name, value in self._rotated(rotation, layer)
+                if value.requires_grad
+            ]
+            torch.autograd.backward([value for value, _ in met], [gradient for _, gradient in met])
+
+    def logits(
+        self, ids: Int[Tensor, " length"], rotation: Rotation
+    ) -> Float[Tensor, "length-1 vocabulary"]:
+        """Of every position that has a next token."""
+        embedding, head = (
+            module.weight.detach() for module in (self._original.embedding, self._original.lm_head)
+        )
+        x = times(F.embedding(ids[None].to(embedding.device), embedding), rotation.R1)
+        hidden = self._family.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[0, :-1]
+        return F.linear(
+            times(hidden, rotation.R1.mT) * self._original.final_norm.weight.detach(),
+            head,
+            self._original.lm_head.bias,
+        )
+
+    def not_finite(self, ids: Int[Tensor, " length"], rotation: Rotation) -> str:
+        """The first module whose weight, or else whose output, holds something that isn't a number."""
+        modules = [
+            (f"layers.{layer}.{name}", linear)
+            for layer in range(len(self._family.layers))
+            for name, linear in self._family.linears(layer).items()
+        ]
+        found = [name for name, linear in modules if not torch.isfinite(linear.weight).all()]
+
+        def watch(name: str) -> Callable:
+            return lambda module, args, output: (
+                None if torch.isfinite(output).all() else found.append(name)
+            )
+
+        with (
+            torch.no_grad(),
+            hooks(((linear, watch(name)) for name, linear in modules), after=True),
+        ):
+            self.logits(ids, rotation)
+        return found[0] if found else "lm_head"
+
+    def _rotated(self, rotation: Rotation, layer: int) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """(module of the student, parameter, its value under the rotation) of one layer."""
+        twins = self._family.linears(layer)
+        for placed in placed_in_layer(self._original, layer):
+            for name, value in placed.rotated(rotation):
+                yield twins[placed.site], name, value
+        both = zip(
+            norm_gains(self._family, rotation, layer),
+            norm_gains(self._original, rotation, layer),
+            strict=True,
+        )
+        for (twin, _), (_, gain) in both:
+            yield twin, "weight", gain
+
+    def _rounded(self, linear: nn.Module, W: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """W on its grid.
+
+        What clip search finds for the first rotation serves all, as a share of the rows' largest.
+        """
+        if self._quant is None:
+            return W
+        rows = W.reshape(-1, self._quant.group_size or W.shape[1])
+        if linear not in self._clip:
+            unclipped = grid_at(rows, self._quant, 1.0).scale
+            self._clip[linear] = fit_grid(rows, self._quant).scale / unclipped
+        return grid_at(rows, self._quant, self._clip[linear]).round(rows).view_as(W)
+
+
+def learn_through(
+    student: Student,
+    optimizer: Optimizer,
+    calibration: Int[Tensor, "windows length"],
+    activations: ActivationQuant,
+    loss: Callable[[Float[Tensor, "n vocabulary"], int], Tensor],
+    preset: Preset,
+    seed: int,
+) -> Rotation:
+    """Descend `loss(logits, number of the window)` over batches of windows, all in turn.
+
+    `history` holds the mean loss of every step's windows. Raises LearningFailed, naming step and
+    module, where it isn't finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order, history, good = [], [], None
+    with quantized_activations(student.model, activations):
+        for step in tqdm(range(preset.steps), desc="learning", unit="step"):
+            if len(order) < preset.batch:
+                order += torch.randperm(len(calibration), generator=generator).tolist()
+            batch, order = order[: preset.batch], order[preset.batch :]
+            rotation = optimizer.rotation
+            with coarse_products():
+                student.show(rotation)
+                history.append(0.0)
+                for number in batch:
+                    value = loss(student.logits(calibration[number], rotation), number) / len(batch)
+                    history[-1] += value.item()
+                    if not isfinite(history[-1]):
+                        where = student.not_finite(calibration[number], rotation)
+                        what = f"the loss is {history[-1]} at step {step}, first in {where}"
+                        raise _failure(what, preset, good)
+                    value.backward()
+                student.carry_back(rotation)
+            leaves = (rotation.R1, rotation.R2, *rotation.scales.values())
+            slopes = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            if not all(torch.isfinite(slope).all() for slope in slopes):
+                raise _failure(f"the gradient is no number at step {step}", preset, good)
+            good = _kept(rotation, history)
+            optimizer.step(0.5 * (1 + cos(pi * step / preset.steps)))
+    return finished(_kept(optimizer.rotation, history)).to("cpu", torch.float64)
+
+
+def _failure(what: str, preset: Preset, good: Rotation | None) -> LearningFailed:
+    message = f"{what}: learn with a lower rate than {preset.lr:g}"
+    return LearningFailed(message, good and good.projected())
+
+
+def _kept(rotation: Rotation, history: list[float]) -> Rotation:
+    """A copy that later steps don't move."""
+    return replace(
+        rotation,
+        R1=rotation.R1.detach().clone(),
+        R2=rotation.R2.detach().clone(),
+        history=list(history),
+        scales={name: scale.detach().clone() for name, scale in rotation.scales.items()},
+    )
+
+
+def chosen(presets: dict[str, Preset], preset: str, steps: int | None, lr: float | None) -> Preset:
+    """A preset with its steps and rate replaced where they are given."""
+    one_of("preset", preset, presets)
+    given = {name: value for name, value in {"steps": steps, "lr": lr}.items() if value is not None}
+    return presets[preset]._replace(**given)
+
+
+def prepare(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "windows length"],
+    quant: WeightQuant | None,
+    activations: ActivationQuant,
+    preset: Preset,
+    seed: int,
+    R3: bool,
+    R4: bool,
+    start: Rotation | None,
+    local: bool,
+) -> tuple[Family, Rotation]:
+    """The checked model and the start of learning; raises ValueError for what can't be done."""
+    token_ids("calibration", calibration, 2, model)
+    whole_number("steps", preset.steps, 1)
+    positive("lr", preset.lr)
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"learning through the network needs a float32 model, not {model.dtype}: "
+            "load it with dtype=torch.float32"
+        )
+    family = original(model)
+    check_activations(family, activations)
+    if quant is not None:
+        check_quantizable(family, quant)
+    elif activations.bits == FULL and activations.kv_bits == FULL:
+        raise ValueError(
+            "nothing is rounded, so there is nothing to learn from: "
+            "give a WeightQuant, or activations below 16 bits"
+        )
+    if len(calibration) < preset.batch:
+        raise ValueError(
+            f"{len(calibration)} calibration windows are too few for batches of {preset.batch}"
+        )
+    return family, starting_point(family, seed, R3, R4, start, local)

@@ -1,0 +1,101 @@
+"""Where learning starts and how it ends: a checked model, a first rotation, an orthogonal last one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from rotlib.checks import whole_number, yes_or_no
+from rotlib.models.families import (
+    Family,
+    adapt,
+    check_finite,
+    check_not_rounding,
+    is_quantized,
+    is_rotated,
+)
+from rotlib.rotations.drawn import random_hadamard, random_orthogonal, sampled, signed_hadamard
+from rotlib.rotations.fuse import check_rotation
+from rotlib.rotations.online import check_online
+from rotlib.rotations.rotation import Rotation, as_blocks, as_matrix
+
+DRIFT = 1e-4  # what float32 may add up to before the projection in float64
+
+
+def original(model: PreTrainedModel) -> Family:
+    """The family of a model that a rotation can be learned on.
+
+    Raises ValueError for one that is rotated, quantized or being rounded, or holds no numbers.
+    """
+    family = adapt(model)
+    if is_rotated(model) or is_quantized(model):
+        raise ValueError(
+            "this model is already rotated or quantized: learn the rotation on the original"
+        )
+    check_not_rounding(model)
+    check_finite(model)
+    return family
+
+
+def starting_point(
+    family: Family,
+    seed: int,
+    R3: bool = False,
+    R4: bool = False,
+    start: Rotation | None = None,
+    local: bool = False,
+) -> Rotation:
+    """Where learning starts, in float32: `start`, or a random Hadamard rotation.
+
+    Where no Hadamard matrix fits it is a random orthogonal one. R1 is a matrix, or where it is to
+    stay `local` the blocks on its diagonal. Raises ValueError for a start that can't be one, or an
+    online rotation that the model can't carry.
+    """
+    whole_number("seed", seed, 0)
+    yes_or_no("local", local)
+    check_online(family, Rotation(None, None, R3, R4).online)
+    if start is None:
+        try:
+            start = sampled(family, seed, signed_hadamard, random_hadamard)
+        except ValueError:  # no Hadamard matrix of this width, or of head_dim
+            start = sampled(family, seed, random_orthogonal, random_orthogonal)
+    elif not isinstance(start, Rotation) or start.R1 is None or start.R2 is None or start.scales:
+        raise ValueError(
+            "the start must be a Rotation with R1 and R2 and without scales, "
+            "such as rl.gsr_rotation(model, block=64)"
+        )
+    check_rotation(family, start)
+    if start.online and (start.R3, start.R4) != (R3, R4):
+        raise ValueError(
+            f"the start has {' and '.join(start.online)} on: "
+            f"learn with R3={start.R3} and R4={start.R4}, or start without"
+        )
+    R1 = (as_blocks if local else as_matrix)(start.R1)
+    # copies: learning may move them in place
+    R1, R2 = (R.to(family.device, torch.float32, copy=True) for R in (R1, start.R2))
+    return Rotation(R1, R2, R3, R4)
+
+
+def finished(rotation: Rotation) -> Rotation:
+    """The nearest exactly orthogonal rotation to one learned in float32.
+
+    Raises RuntimeError where it has drifted away.
+    """
+    if not (drift := rotation.orthogonality_error()) < DRIFT:
+        raise RuntimeError(f"learning lost orthogonality: max|R Rᵀ − I| is {drift:.1e} in float32")
+    return rotation.projected(rotation.R1.device)
+
+
+@contextmanager
+def coarse_products() -> Iterator[None]:
+    """Let matrix products round to bfloat16 or TF32 where the hardware does that fast.
+
+    That is far below the noise of sampling.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,1 @@
+"""Measures, tensors in and numbers out: fidelity, incoherence, bounds, outliers, zero-shot."""

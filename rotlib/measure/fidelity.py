@@ -1,0 +1,149 @@
+"""Perplexity and KL divergence: how far a quantized model is from the model it came from.
+
+Perplexity follows the WikiText-2 protocol: disjoint windows, the tail dropped, exp of the mean over
+windows of the mean cross-entropy of each window's next tokens. The KL divergence KL(reference ‖
+model) is the mean over the same tokens, in nats; it compares whole distributions with the
+reference's and is far less noisy than perplexity. Logits exist for a few positions at a time.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from math import exp
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotlib.checks import token_ids, whole_number
+from rotlib.models.families import adapt
+from rotlib.models.text import windows as cut
+from rotlib.models.walk import final_hidden
+
+CHUNK = 128  # positions whose logits exist at a time
+
+
+@dataclass
+class Evaluation:
+    """Per window, in nats per token: cross-entropy, and beside a reference its own and the KL.
+
+    >>> Evaluation(cross_entropy=[0.0, 0.0]).perplexity
+    1.0
+    """
+
+    cross_entropy: list[float] = field(default_factory=list)
+    reference_cross_entropy: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        return exp(fmean(self.cross_entropy))
+
+    @property
+    def reference_perplexity(self) -> float:
+        return exp(fmean(self.reference_cross_entropy))
+
+    @property
+    def kl_divergence(self) -> float:
+        return fmean(self.kl)
+
+
+class Reference:
+    """A model's hidden states over some windows, from which its logits are one product away.
+
+    Comparing many quantized models with one original then runs the original once; raises like
+    `adapt`.
+
+    >>> evaluate(model, tokens, Reference(model, tokens)).kl_divergence < 1e-6
+    True
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "windows length"]):
+        family = adapt(model)
+        token_ids("windows", windows, 2, model)
+        self.windows = windows
+        self.lm_head = deepcopy(family.lm_head)  # the model may be rotated in place later on
+        self.hidden = final_hidden(family, windows)
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "windows length"],
+    reference: Reference | None = None,
+) -> Evaluation:
+    """Cross-entropy window by window, and KL divergence from a reference over the same windows.
+
+    >>> len(evaluate(model, tokens).cross_entropy) == len(tokens)
+    True
+    """
+    family = adapt(model)
+    token_ids("windows", windows, 2, model)
+    if reference is not None and not isinstance(reference, Reference):
+        raise ValueError(
+            "the reference must be a rl.Reference(model, windows), "
+            f"not a {type(reference).__name__}"
+        )
+    if reference is not None and not torch.equal(reference.windows, windows):
+        raise ValueError(
+            "the reference was taken over other tokens: build it from the same windows"
+        )
+    result = Evaluation()
+    sides = [(family.lm_head, final_hidden(family, windows))]
+    if reference is not None:
+        sides.append((reference.lm_head, reference.hidden))
+    heads = [head for head, _ in sides]
+    with family.on_device(*heads):
+        for number, ids in enumerate(windows):
+            labels = ids[1:].to(family.device)
+            streams = [hidden[number].to(family.device).split(CHUNK) for _, hidden in sides]
+            sums = torch.zeros(3, dtype=torch.float64)
+            for next_ids, *read in zip(labels.split(CHUNK), *streams, strict=True):
+                both = zip(heads, read, strict=True)
+                logprobs, *truth = (head(x).float().log_softmax(-1) for head, x in both)
+                sums[0] += F.nll_loss(logprobs, next_ids, reduction="sum").item()
+                for target in truth:
+                    sums[1] += F.nll_loss(target, next_ids, reduction="sum").item()
+                    sums[2] += F.kl_div(logprobs, target, reduction="sum", log_target=True).item()
+            means = (sums / len(labels)).tolist()
+            result.cross_entropy.append(means[0])
+            if reference is not None:
+                result.reference_cross_entropy.append(means[1])
+                result.kl.append(means[2])
+    return result
+
+
+def perplexity(model: PreTrainedModel, tokens: Int[Tensor, " n"], window: int = 1024) -> float:
+    """Perplexity over the disjoint windows of a token stream.
+
+    Raises ValueError where it holds no whole window.
+
+    >>> perplexity(model, tokens.flatten(), window=32) > 1
+    True
+    """
+    return evaluate(model, _all_windows(tokens, window)).perplexity
+
+
+def kl_divergence(
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " n"],
+    window: int = 1024,
+) -> float:
+    """KL(reference ‖ model) in nats per token over the disjoint windows of a token stream.
+
+    Raises like `perplexity`.
+
+    >>> kl_divergence(model, model, tokens.flatten(), window=32) < 1e-6
+    True
+    """
+    ids = _all_windows(tokens, window)
+    return evaluate(model, ids, Reference(reference, ids)).kl_divergence
+
+
+def _all_windows(tokens: Tensor, window: int) -> Int[Tensor, "windows length"]:
+    token_ids("tokens", tokens, 1)
+    return cut(tokens, window, max(1, len(tokens) // whole_number("window", window, 2)))

@@ -1,0 +1,242 @@
+"""Where each model family keeps what a rotation touches.
+
+A `Family` names the embedding, the norms, the seven linears of a decoder layer and the head of one
+transformers model; nothing else in rotlib knows a module's path. Supporting a new family is one
+small class here, if its norms are plain RMSNorms that sit *before* the attention and the MLP. A
+norm between a writer (o_proj, down_proj) and the residual stream stands in R1's way; such models
+are refused with the module's name.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+# the order in which a decoder layer calls its linears; those of one tuple read the same input
+READERS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+
+
+class Family:
+    """The Llama layout, which Mistral and Qwen2 share (Qwen2's q, k, v biases are read off the
+    linears).
+    """
+
+    model_types = ("llama", "mistral", "qwen2")
+    linear_paths: ClassVar = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
+    norm_paths: ClassVar = {
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    }
+    other_paths: ClassVar[tuple[str, ...]] = ()  # modules with weights that no rotation touches
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.config = model.config
+        self.decoder = model.model
+        self.layers = model.model.layers
+        self.embedding = model.model.embed_tokens
+        self.final_norm = model.model.norm
+        self.lm_head = model.lm_head
+        self.width = self.config.hidden_size
+        self.kv_heads = self.config.num_key_value_heads
+        self.head_dim = (
+            getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes. One that doesn't fit there is kept on the host (`zoo.load`) and
+        sends a layer at a time.
+        """
+        return getattr(self.model, "rotlib_device", self.embedding.weight.device)
+
+    @contextmanager
+    def on_device(self, *modules: Module) -> Iterator[None]:
+        """These modules where the model computes, while open; then back where its weights are kept."""
+        home = self.embedding.weight.device
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for module in modules:
+                module.to(home)
+
+    def linears(self, layer: int) -> dict[str, nn.Linear]:
+        """q, k, v, o, gate, up and down of one layer, by those names."""
+        return {
+            name: self.layers[layer].get_submodule(path) for name, path in self.linear_paths.items()
+        }
+
+    def norms(self, layer: int) -> dict[str, Module]:
+        """The two norms of one layer: attention_norm is read by q, k, v and mlp_norm by gate, up."""
+        return {
+            name: self.layers[layer].get_submodule(path) for name, path in self.norm_paths.items()
+        }
+
+    def attention(self, layer: int) -> Module:
+        """The attention of one layer, as the module that calls the attention function."""
+        return self.layers[layer].self_attn
+
+    def query_key_norms(self, layer: int) -> tuple[Module, ...]:
+        """The norms on a layer's query and key heads, where the family has them."""
+        return ()
+
+    def untie(self) -> None:
+        """Give lm_head a weight of its own and let the config say so; folding the final norm needs
+        it.
+        """
+        if self.lm_head.weight is self.embedding.weight:
+            self.lm_head.weight = nn.Parameter(
+                self.embedding.weight.detach().clone(), requires_grad=False
+            )
+        self.config.tie_word_embeddings = False
+
+
+class Qwen3(Family):
+    """Llama's layout with a norm on each query and key head, which R1 and R2 pass by."""
+
+    model_types = ("qwen3",)
+    other_paths = ("self_attn.q_norm", "self_attn.k_norm")
+
+    def query_key_norms(self, layer: int) -> tuple[Module, ...]:
+        return tuple(self.layers[layer].get_submodule(path) for path in self.other_paths)
+
+
+FAMILIES = (Family, Qwen3)
+
+# families whose blocks end in a norm: its gain sits between a writer and the residual stream
+_POST_NORM = {
+    "gemma2": "post_attention_layernorm",
+    "gemma3_text": "post_attention_layernorm",
+    "gemma3": "post_attention_layernorm",
+    "olmo2": "post_attention_layernorm",
+}
+
+
+def adapt(model: PreTrainedModel) -> Family:
+    """The family of a model.
+
+    Raises ValueError with one sentence for an architecture that rotlib doesn't know or that R1
+    can't be fused into, naming the first module that stands in the way.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a transformers model is needed, not a {type(model).__name__}: rl.load returns (model, tokenizer)"
+        )
+    model_type = model.config.model_type
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            if stranger := _stranger(model, family):
+                raise ValueError(
+                    _refusal(model, stranger, f"has no place in the {model_type} layout")
+                )
+            if (online := getattr(model.config, "rotlib_online", None)) and not hasattr(
+                model, "rotlib_online"
+            ):
+                raise ValueError(
+                    f"this model was saved with the online rotations {', '.join(online)} on: rl.load restores them"
+                )
+            return family(model)
+    if norm := _POST_NORM.get(model_type):
+        path = next(name for name, _ in model.named_modules() if name.endswith(f"layers.0.{norm}"))
+        raise ValueError(
+            _refusal(
+                model,
+                path,
+                "puts a gain between a writer and the residual stream, so R1 can't be fused",
+            )
+        )
+    if stranger := _stranger(model, Family):
+        raise ValueError(_refusal(model, stranger, "has no place in the layouts it knows"))
+    norm = type(model.model.layers[0].get_submodule(Family.norm_paths["attention_norm"])).__name__
+    reason = f"is a {norm}, whose gain it doesn't know how to fold"
+    raise ValueError(_refusal(model, "model.layers.0.input_layernorm", reason))
+
+
+def is_rotated(model: PreTrainedModel) -> bool:
+    """True once a rotation has been fused; the config carries the mark through save and load."""
+    return bool(getattr(model.config, "rotlib_rotated", False))
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """True once the weights have been put on a grid; the config carries the mark."""
+    return bool(getattr(model.config, "rotlib_quantized", False))
+
+
+def check_not_rounding(model: PreTrainedModel) -> None:
+    """Raises ValueError inside `quantized_activations`: what follows would see rounded activations,
+    or round them twice.
+    """
+    if getattr(model, "rotlib_rounding", False):
+        raise ValueError(
+            "this model's activations are being rounded: leave quantized_activations first"
+        )
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raises ValueError naming the first parameter that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{name} holds NaN or infinite weights: reload the model from a sound checkpoint"
+            )
+
+
+@contextmanager
+def norms_in_model_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """Compute RMSNorms in the model's dtype while open; transformers computes them in float32 even
+    in a float64 model.
+
+    The exactness of a fused rotation shows only so: float32 norms alone move float64 logits by
+    1e-6.
+    """
+
+    def exact(norm: Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        x = args[0]
+        return (
+            norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        )
+
+    with ExitStack() as stack:
+        for norm in model.modules():
+            if hasattr(norm, "variance_epsilon"):
+                stack.callback(norm.register_forward_hook(exact).remove)
+        yield
+
+
+def _stranger(model: PreTrainedModel, family: type[Family]) -> str | None:
+    """The first module holding weights that the family's layout has no place for."""
+    inside = {*family.linear_paths.values(), *family.norm_paths.values(), *family.other_paths}
+    outside = {"model.embed_tokens", "model.norm", "lm_head"}
+    for name, _ in _holders(model):
+        path = name.split(".", 3)
+        in_layer = path[:2] == ["model", "layers"] and len(path) == 4 and path[3] in inside
+        if not in_layer and name not in outside:
+            return name
+    return None
+
+
+def _holders(model: PreTrainedModel) -> Iterator[tuple[str, Module]]:
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    )
+
+
+def _refusal(model: PreTrainedModel, module: str, reason: str) -> str:
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    return f"rotlib can't rotate {type(model).__name__}: the module {module} {reason} (known families: {known})"

@@ -1,0 +1,187 @@
+"""Corpora as token streams, split into calibration and test text by a fixed rule and known by their
+sha256.
+
+`wikipedia-mini` is a slice of English Wikipedia that ships inside gensim: every fourth article is
+test, the others are calibration. `wikitext2` follows the usual protocol (all rows of
+wikitext-2-raw-v1 joined with a blank line; train calibrates, test tests) and `c4` takes the first
+shards of its English train and validation sets. Both come through `datasets`, or from the folder
+`ROTLIB_DATA`: `wikitext2/wiki.{train,test}.raw`, `c4/c4-train.00000-of-01024.json.gz`,
+`c4/c4-validation.00000-of-00008.json.gz`.
+"""
+
+import bz2
+import gzip
+import json
+import os
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import sha256
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rotlib.checks import one_of, token_ids, whole_number
+from rotlib.models.zoo import on_hub
+
+WHOLE = 1024
+SPLITS = ("calibration", "test")
+_GENSIM_SLICE = (
+    "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+)
+C4_DOCUMENTS = 4000
+_C4_FILES = {
+    "calibration": "c4-train.00000-of-01024.json.gz",
+    "test": "c4-validation.00000-of-00008.json.gz",
+}
+_WIKITEXT_SPLIT = {"calibration": "train", "test": "test"}
+
+
+def load_tokens(
+    name: str, tokenizer: PreTrainedTokenizerBase, split: str = "calibration"
+) -> Int[Tensor, " n"]:
+    """One split of a corpus as a single stream of token ids, tokenized once, special tokens as the
+    tokenizer adds them.
+
+    The tail beyond a multiple of 1024 is dropped, so that `tokens.view(-1, 1024)` works; windows of
+    that size lose nothing. Raises ValueError for an unknown corpus or split, or where the corpus is
+    neither in `ROTLIB_DATA` nor in reach.
+    """
+    check_text(name, split)
+    text = CORPORA[name](split)
+    if not text.strip():
+        raise ValueError(f"the {split} split of {name} is empty: check the files in ROTLIB_DATA")
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return ids[: len(ids) // WHOLE * WHOLE] if len(ids) >= WHOLE else ids
+
+
+def check_text(name: str, split: str = "calibration") -> None:
+    """Raises ValueError for an unknown corpus or split."""
+    one_of("text", name, CORPORA)
+    one_of("split", split, SPLITS)
+
+
+def windows(
+    tokens: Int[Tensor, " n"], length: int, count: int, seed: int | None = None
+) -> Int[Tensor, "count length"]:
+    """`count` disjoint windows: the first ones of the stream, or a random choice of them where a
+    seed is given.
+
+    Raises ValueError where the stream is too short.
+    """
+    token_ids("tokens", tokens, 1)
+    available = len(tokens) // whole_number("a window's length", length, 2)
+    whole_number("the number of windows", count, 1)
+    if not available:
+        raise ValueError(
+            f"this text has {len(tokens)} tokens, fewer than one window of {length}: use shorter windows or a longer text"
+        )
+    if count > available:
+        raise ValueError(
+            f"{count} windows of {length} tokens were asked for, but this text has {available}: choose 1 to {available}"
+        )
+    cut = tokens[: available * length].view(available, length)
+    if seed is None:
+        return cut[:count]
+    whole_number("seed", seed, 0)
+    return cut[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def fingerprint(tokens: Int[Tensor, "..."]) -> str:
+    """sha256 of the token ids as little-endian 64-bit integers."""
+    return sha256(tokens.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _wikipedia_mini(split: str) -> str:
+    return "\n\n".join(split_articles(_articles())[split])
+
+
+def split_articles(articles: Sequence[str]) -> dict[str, list[str]]:
+    """Every fourth article is test, the others are calibration."""
+    return {
+        "calibration": [article for i, article in enumerate(articles) if i % 4 != 3],
+        "test": [article for i, article in enumerate(articles) if i % 4 == 3],
+    }
+
+
+@lru_cache
+def _articles() -> tuple[str, ...]:
+    """The slice's articles as prose: no redirects, no markup, no reference lists."""
+    # slow to import, and only this corpus needs it
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+
+    path = Path(find_spec("gensim").submodule_search_locations[0]) / _GENSIM_SLICE
+    with bz2.open(path, "rt", encoding="utf-8") as dump:
+        pages = [
+            text
+            for _, text, _ in extract_pages(dump, ("0",))
+            if not re.match(r"\s*#redirect", text, re.IGNORECASE)
+        ]
+    cleaned = (prose(filter_wiki(page)) for page in pages)
+    return tuple(article for article in cleaned if article)
+
+
+def prose(text: str) -> str:
+    """An article without headings' marks, bold, italics, and what stands from "See also" on."""
+    text = re.split(
+        r"\n=+ *(?:See also|Notes|References|Further reading|External links|Bibliography) *=+", text
+    )[0]
+    text = re.sub(r"'{2,}", "", text)  # bold and italics
+    text = re.sub(r"^(=+) *(.*?) *\1$", r"\2", text, flags=re.MULTILINE)  # headings
+    return re.sub(r"\s*\n\s*", "\n\n", text).strip()
+
+
+def _wikitext2(split: str) -> str:
+    part = _WIKITEXT_SPLIT[split]
+    if raw := _local("wikitext2", f"wiki.{part}.raw"):
+        with raw.open(encoding="utf-8", newline="\n") as file:
+            lines = list(file)  # str.splitlines would also split at form feeds and their like
+        return "\n\n".join(line if line.strip() else "" for line in lines)
+    rows = _from_hub(
+        f"wikitext2/wiki.{part}.raw", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part
+    )
+    return "\n\n".join(row["text"] for row in rows)
+
+
+def _c4(split: str) -> str:
+    if raw := _local("c4", _C4_FILES[split]):
+        with gzip.open(raw, "rt", encoding="utf-8") as lines:
+            return "\n\n".join(json.loads(line)["text"] for line in islice(lines, C4_DOCUMENTS))
+    part = "train" if split == "calibration" else "validation"
+    files = {part: f"en/{_C4_FILES[split]}"}
+    rows = _from_hub(
+        f"c4/{_C4_FILES[split]}", "allenai/c4", data_files=files, split=part, streaming=True
+    )
+    return "\n\n".join(row["text"] for row in islice(rows, C4_DOCUMENTS))
+
+
+def _local(corpus: str, file: str) -> Path | None:
+    folder = os.environ.get("ROTLIB_DATA")
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        raise ValueError(f"ROTLIB_DATA names {folder!r}, which is no folder")
+    path = Path(folder) / corpus / file
+    if not path.is_file():
+        raise ValueError(f"ROTLIB_DATA is set, but there is no file {corpus}/{file} in it")
+    return path
+
+
+def _from_hub(file: str, dataset: str, *args, **kwargs):
+    """A dataset, or one sentence that names the file to supply in its place."""
+    if not on_hub(dataset, repo_type="dataset"):
+        raise ValueError(
+            f"the dataset {dataset} can't be reached: connect to the Hugging Face Hub, put the file {file} into a folder named by "
+            "ROTLIB_DATA, or use the text 'wikipedia-mini', which needs no network"
+        )
+    from datasets import load_dataset  # slow to import, and only needed here
+
+    return load_dataset(dataset, *args, **kwargs)
+
+
+CORPORA = {"wikipedia-mini": _wikipedia_mini, "wikitext2": _wikitext2, "c4": _c4}

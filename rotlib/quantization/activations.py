@@ -1,0 +1,174 @@
+"""Rounding activations: what every quantized linear reads, and every head's keys and values.
+
+The grids are those of the weights with a token in the place of an output channel, and their scales are taken from each token as it comes ("dynamic"). The step is
+absmax/(2^(b−1)−1), or spans [min, max] with a rounded zero point, times a clip ratio. Papers differ
+in what they leave unsaid, so a `Protocol` says it for all arms of a table: QuaRot's and SpinQuant's
+as their public code has them, and this project's own, which clips by the bits: one step off each
+end of the range is much at 4 bits and next to nothing at 8. Values are rounded and stay
+floating-point.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rotlib.checks import one_of, whole_number
+from rotlib.models.families import Family, adapt, check_not_rounding
+from rotlib.models.walk import hooks
+from rotlib.quantization.grids import WeightQuant, grid_at
+from rotlib.rotations.online import HeadStep, check_attention, head_steps
+
+FULL = 16  # bits of what is left alone
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How activations meet their grid.
+
+    `clip` None is 1 − 2^(1−bits). With `o_per_head` what o_proj reads has one scale a head, else
+    one a token. Keys and values have an asymmetric grid a head in every protocol.
+    """
+
+    symmetric: bool
+    clip: float | None
+    o_per_head: bool
+    kv_clip: float
+
+
+PROTOCOLS = {
+    "quarot": Protocol(symmetric=True, clip=0.9, o_per_head=False, kv_clip=0.95),
+    "spinquant": Protocol(symmetric=False, clip=1.0, o_per_head=True, kv_clip=1.0),
+    "rotlib": Protocol(symmetric=False, clip=None, o_per_head=False, kv_clip=1.0),
+}
+
+
+@dataclass(frozen=True)
+class ActivationQuant:
+    """Bits of the linears' inputs and of keys and values, 2–8 or 16 for none, and the protocol.
+
+    The first `sinks` tokens of every sequence, attention's sinks, keep unrounded inputs; that needs
+    whole sequences, not steps of a cached generation. Raises ValueError at construction for a value
+    outside the choices.
+
+    >>> ActivationQuant(bits=4, protocol="quarot").input_grid()[1]  # the clip ratio
+    0.9
+    """
+
+    bits: int = FULL
+    kv_bits: int = FULL
+    protocol: str = "rotlib"
+    sinks: int = 0
+
+    def __post_init__(self):
+        for name, bits in (("activation_bits", self.bits), ("kv_bits", self.kv_bits)):
+            _check_bits(name, bits)
+        one_of("protocol", self.protocol, PROTOCOLS)
+        whole_number("sinks", self.sinks, 0)
+
+    def input_grid(self) -> tuple[WeightQuant, float]:
+        """The grid of a linear's input and its clip ratio."""
+        protocol = PROTOCOLS[self.protocol]
+        clip = 1 - 2 ** (1 - self.bits) if protocol.clip is None else protocol.clip
+        return WeightQuant(self.bits, None, protocol.symmetric, "full", clip_search=False), clip
+
+    def kv_grid(self) -> tuple[WeightQuant, float]:
+        """The grid of one head's key or value and its clip ratio."""
+        grid = WeightQuant(self.kv_bits, None, False, "full", clip_search=False)
+        return grid, PROTOCOLS[self.protocol].kv_clip
+
+
+@contextmanager
+def quantized_activations(
+    model: PreTrainedModel, quant: ActivationQuant
+) -> Iterator[PreTrainedModel]:
+    """Round activations while open; the model is as it was afterwards.
+
+    Open it around `evaluate`, or around `gptq` too if calibration shall see rounded activations.
+    Raises like `check_activations`.
+
+    >>> before = model(tokens).logits
+    >>> with quantized_activations(model, ActivationQuant(bits=4)):
+    ...     rounded = model(tokens).logits
+    >>> torch.equal(rounded, before), torch.equal(model(tokens).logits, before)
+    (False, True)
+    """
+    family = adapt(model)
+    check_activations(family, quant)
+    o_per_head = PROTOCOLS[quant.protocol].o_per_head
+    with ExitStack() as stack:
+        model.rotlib_rounding = True
+        stack.callback(delattr, model, "rotlib_rounding")
+        if quant.bits != FULL:
+            grid, clip = quant.input_grid()
+            rounded = (
+                (linear, _rounded_input(grid, clip, per_head, quant.sinks))
+                for layer in range(len(family.layers))
+                for name, linear in family.linears(layer).items()
+                for per_head in [family.head_dim if name == "o" and o_per_head else None]
+            )
+            stack.enter_context(hooks(rounded))
+        if quant.kv_bits != FULL:
+            stack.enter_context(head_steps(family, _rounded_heads(*quant.kv_grid())))
+        yield model
+
+
+def check_activations(family: Family, quant: ActivationQuant) -> None:
+    """Raises ValueError where a model can't carry these quantizers.
+
+    They are of the wrong type, its keys are out of reach, or its activations are being rounded.
+    """
+    if not isinstance(quant, ActivationQuant):
+        raise ValueError(
+            f"an ActivationQuant such as ActivationQuant(bits=8) is needed, not {quant!r}"
+        )
+    check_not_rounding(family.model)
+    if quant.kv_bits != FULL:
+        check_attention(family.model)
+
+
+def round_tokens(
+    x: Float[Tensor, "... n"], grid: WeightQuant, clip: float, width: int | None = None
+) -> Float[Tensor, "... n"]:
+    """Every token of x, or every `width` of its coordinates, on a grid of its own.
+
+    In float32 at least; a gradient passes straight through.
+    """
+    rows = x.detach().reshape(-1, width or x.shape[-1])
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rounded = grid_at(rows, grid, clip).round(rows).view(x.shape).to(x.dtype)
+    return x + (rounded - x.detach()) if x.requires_grad else rounded
+
+
+def _rounded_input(grid: WeightQuant, clip: float, width: int | None, sinks: int) -> Callable:
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        x = args[0]
+        if sinks and x.shape[-2] <= sinks:
+            raise RuntimeError(
+                f"{sinks} sinks need sequences of more tokens than that: "
+                "turn the cache off (use_cache=False)"
+            )
+        rounded = round_tokens(x[..., sinks:, :], grid, clip, width)
+        return (torch.cat([x[..., :sinks, :], rounded], dim=-2) if sinks else rounded, *args[1:])
+
+    return hook
+
+
+def _rounded_heads(grid: WeightQuant, clip: float) -> HeadStep:
+    return lambda query, key, value: (
+        query,
+        round_tokens(key, grid, clip),
+        round_tokens(value, grid, clip),
+    )
+
+
+def _check_bits(name: str, bits: object) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*range(2, 9), FULL):
+        raise ValueError(
+            f"{name} must be a whole number from 2 to 8, or {FULL} to leave them alone, "
+            f"not {bits!r}"
+        )

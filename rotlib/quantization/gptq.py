@@ -1,0 +1,322 @@
+"""GPTQ: quantize column by column, each column making up for the rounding of those before it.
+
+With H = E[x xᵀ] of a layer's inputs the error to keep small is tr(ΔW H ΔWᵀ). Written as H = M Mᵀ
+with M upper triangular, every column's rounding error is spread over the columns still to come by
+the rows of U = M⁻¹ (Frantar et al., arXiv 2210.17323, Algorithm 1; the same as LDLQ with D =
+diag(M)², QuIP, arXiv 2307.13304, Theorem 6). Layers are walked in the order q,k,v → o → gate,up →
+down; every input is produced by what is already quantized, weights that read the same input share
+one Hessian and one factorisation, and groups take their scale from the updated weights. GPTAQ
+(arXiv 2504.02692) also makes up for the inputs' own drift: with x̃ what the unquantized model would
+read, column q hands ``w_q P_q`` on to the columns behind it, P = α · triu(E[(x̃ − x) xᵀ] Uᵀ, 1) U.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rotlib.checks import positive, share, token_ids, yes_or_no
+from rotlib.models.families import READERS, Family, adapt
+from rotlib.models.walk import Batch, Stop, hooks, layer_inputs, run_layer, walk_layer
+from rotlib.quantization.grids import (
+    Grid,
+    QuantizedWeight,
+    WeightQuant,
+    check_quantizable,
+    fit_grid,
+    round_to_nearest,
+    set_weight,
+)
+from rotlib.quantization.hessian import DAMPING, Hessian, factorise
+
+BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
+_STRIP = 32  # columns whose errors reach the rest of the block in one product
+
+
+@dataclass
+class ModuleReport:
+    """One quantized weight: tr(ΔW H ΔWᵀ) an output, the damping it took, whether it fell to RTN."""
+
+    name: str
+    error: float
+    damping: float
+    fallback: bool
+
+
+@dataclass
+class Report:
+    """What GPTQ did, a line a weight, and what it stored, by names such as "layers.0.q"."""
+
+    modules: list[ModuleReport] = field(default_factory=list)
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
+    seconds: float = 0.0
+
+    @property
+    def fallbacks(self) -> int:
+        """How many weights could not be factorised and were rounded to nearest instead."""
+        return sum(module.fallback for module in self.modules)
+
+    def add(self, other: "Report") -> None:
+        """Append what was done elsewhere."""
+        self.modules += other.modules
+        self.weights |= other.weights
+        self.seconds += other.seconds
+
+
+class Layers(Protocol):
+    """Keeps finished layers' reports, so that an interrupted run goes on from the last of them."""
+
+    def get(self, layer: int) -> Report | None: ...
+
+    def put(self, layer: int, report: Report) -> None: ...
+
+
+@torch.no_grad()
+def gptq(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "windows length"],
+    quant: WeightQuant,
+    act_order: bool = False,
+    damping: float = DAMPING,
+    asymmetry: float = 0.0,
+    kept: Layers | None = None,
+) -> Report:
+    """Quantize every linear of every decoder layer in place (Frantar et al., arXiv 2210.17323).
+
+    `damping` is a fraction of the mean of H's diagonal. With `act_order` columns are visited by
+    falling H_jj and groups keep the scales of the original weights. `asymmetry` is GPTAQ's α (0.25
+    in its paper, 0 for GPTQ); it costs a second pass through every layer, and one layer's inputs of
+    the whole calibration text on the host. Layers that `kept` holds are put back instead of
+    quantized, and the others are handed to it. Raises ValueError before any work for unsuitable
+    models, grids or tokens.
+
+    >>> report = gptq(model, tokens, WeightQuant(bits=4, group_size=16))
+    >>> report.fallbacks, report.weights["layers.0.q"].codes.dtype
+    (0, torch.int8)
+    """
+    family = adapt(model)
+    check_quantizable(family, quant)
+    token_ids("calibration", calibration, 2, model)
+    positive("damping", damping)
+    yes_or_no("act_order", act_order)
+    share("asymmetry", asymmetry)
+    solve = Solver(quant, act_order, damping)
+    batches = layer_inputs(family, calibration)
+    # marked before it is: an interrupted model is neither the original nor quantized
+    model.config.rotlib_quantized = True
+    unrounded = _Unrounded(family, batches, asymmetry) if asymmetry else None
+    report = Report()
+    for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
+        start = time.perf_counter()
+        if unrounded:
+            unrounded.walk(layer)
+        if done := kept and kept.get(layer):
+            for site, linear in family.linears(layer).items():
+                set_weight(linear, done.weights[f"layers.{layer}.{site}"])
+            batches = walk_layer(family, layer, batches)
+        else:
+            done = Report()
+            with family.on_device(family.layers[layer]):
+                batches = _quantize_layer(family, layer, batches, solve, done, unrounded)
+            done.seconds = time.perf_counter() - start
+            if kept:
+                kept.put(layer, done)
+        report.add(done)
+    return report
+
+
+@dataclass
+class Solver:
+    """Quantizes the weights that share one Hessian."""
+
+    quant: WeightQuant
+    act_order: bool = False
+    damping: float = DAMPING
+
+    def __call__(
+        self,
+        W: Float[Tensor, "out in"],
+        H: Float[Tensor, "in in"],
+        C: Float[Tensor, "in in"] | None = None,
+    ) -> tuple[QuantizedWeight, Float[Tensor, " out"], float, bool]:
+        """(quantized W, tr(ΔW H ΔWᵀ) of each row, damping used, fell back to RTN?)
+
+        C is GPTAQ's α E[(x̃ − x) xᵀ].
+        """
+        W = W.clone()
+        H = H.clone()
+        dead = H.diagonal() == 0
+        H.diagonal()[dead] = 1.0
+        W[:, dead] = 0.0
+        order = torch.arange(len(H), device=H.device)
+        if self.act_order:
+            order = H.diagonal().argsort(descending=True, stable=True)
+        M, damping = factorise(H[order][:, order], self.damping)
+        if M is None:
+            Q = round_to_nearest(W, self.quant)
+        else:
+            eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
+            U = torch.linalg.solve_triangular(M, eye, upper=True)  # Uᵀ U = H⁻¹
+            P = None if C is None else (C[order][:, order] @ U.T).triu(1) @ U
+            Q = self._solve(W, order, U, P)
+        difference = Q.dense() - W
+        error = (difference @ H * difference).sum(dim=1)
+        return Q, error, damping, M is None
+
+    def _solve(self, W: Tensor, order: Tensor, U: Tensor, P: Tensor | None) -> QuantizedWeight:
+        """Algorithm 1 of GPTQ (with P: of GPTAQ), columns laid out as rows, in blocks and strips."""
+        n = W.shape[1]
+        group = self.quant.group_size
+        block = BLOCK if group is None else group * max(1, BLOCK // group)
+        strip = group if group and (group < block or group % _STRIP) else _STRIP
+        grid_of, grids = self._grids(W, order)
+        X = W.T[order].contiguous()  # (in, out): the weights, made up for earlier errors
+        E = torch.empty_like(X)  # errors over the pivots
+        codes = torch.empty_like(X)
+
+        def carried(done: slice, to: slice | int) -> Tensor:
+            """What finished columns hand on to those of `to`."""
+            rounding = U.T[to, done] @ E[done]
+            return rounding if P is None else rounding - P.T[to, done] @ X[done]
+
+        for b in range(0, n, block):
+            block_end = min(b + block, n)
+            for s in range(b, block_end, strip):
+                end = min(s + strip, block_end)
+                X[s:end] -= carried(slice(b, s), slice(s, end))
+                for j in range(s, end):
+                    X[j] -= carried(slice(s, j), j)
+                    grid = grid_of(X, j)
+                    codes[j] = grid.codes(X[j])
+                    E[j] = (X[j] - (codes[j] - grid.zero).mul_(grid.scale)) / U[j, j]
+            X[block_end:] -= carried(slice(b, block_end), slice(block_end, n))
+        scale = torch.stack([grid.scale for grid in grids], dim=1)
+        zero = torch.stack([grid.zero for grid in grids], dim=1)
+        codes = codes[order.argsort()].T.contiguous()
+        return QuantizedWeight(codes.to(self.quant.storage), scale, zero)
+
+    def _grids(self, W: Tensor, order: Tensor) -> tuple[Callable[[Tensor, int], Grid], list[Grid]]:
+        """Which grid a column is rounded to, and all of them in the order of the inputs.
+
+        It is the row's, its own group's (act-order), or one fitted to the group's updated weights;
+        then the list is complete once every column has been asked for.
+        """
+        group = self.quant.group_size
+        if group is None:
+            grid = fit_grid(W, self.quant).row()
+            return lambda X, j: grid, [grid]
+        if self.act_order:
+            static = [fit_grid(part, self.quant).row() for part in W.split(group, dim=1)]
+            of_column = (order // group).tolist()
+            return lambda X, j: static[of_column[j]], static
+        fitted = []
+
+        def fresh(X: Tensor, j: int) -> Grid:
+            if j % group == 0:
+                fitted.append(fit_grid(X[j : j + group].T.contiguous(), self.quant).row())
+            return fitted[-1]
+
+        return fresh, fitted
+
+
+class _Unrounded:
+    """GPTAQ's second stream: what the unquantized model reads, one layer at a time."""
+
+    def __init__(self, family: Family, batches: list[Batch], asymmetry: float):
+        self._family, self._batches, self._asymmetry = family, batches, asymmetry
+
+    def walk(self, layer: int) -> None:
+        """Go through a layer that isn't quantized yet, and keep what its weights read there."""
+        self._inputs = defaultdict(list)
+
+        def keep(sites: tuple[str, ...]) -> Callable:
+            return lambda module, args: self._inputs[sites].append(args[0].cpu())
+
+        linears = self._family.linears(layer)
+        with hooks((linears[sites[0]], keep(sites)) for sites in READERS):
+            self._batches = walk_layer(self._family, layer, self._batches)
+
+    def drift(self, sites: tuple[str, ...], seen: list[Tensor]) -> Float[Tensor, "n n"]:
+        """α E[(x̃ − x) xᵀ] of some weights, from what they read of every batch."""
+        device = self._family.device
+        total, tokens = 0, 0
+        for original, x in zip(self._inputs.pop(sites), seen, strict=True):
+            original, x = (values.to(device).flatten(0, -2).float() for values in (original, x))
+            total, tokens = total + (original - x).T @ x, tokens + len(x)
+        return total * (self._asymmetry / tokens)
+
+
+def _quantize_layer(
+    family: Family,
+    index: int,
+    batches: list[Batch],
+    solve: Solver,
+    report: Report,
+    unrounded: _Unrounded | None,
+) -> list[Batch]:
+    """Quantize one layer and return the outputs it then has.
+
+    What o, gate, up and down read depends on the weights before them, so all batches must reach an
+    input before its weights are quantized, and none may pass before. The last batch walks through
+    the layer once: a hook at each input holds it there, sends the other batches as far (where they
+    are stopped by `Stop`), quantizes, and lets it go on. So a single batch needs a single pass.
+    """
+    layer = family.layers[index]
+    linears = family.linears(index)
+    *others, last = batches
+    quantized, reached = set(), set()
+    hessian = Hessian()
+    seen: list[Tensor] = []
+
+    def at_input(sites: tuple[str, ...]) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if sites in quantized:
+                return
+            hessian.add(args[0])
+            if unrounded:
+                seen.append(args[0].cpu())
+            if sites in reached:  # this is one of the others: it has been seen, and is sent again
+                raise Stop
+            reached.add(sites)
+            for batch in others:
+                with suppress(Stop):
+                    run_layer(layer, *batch)
+            in_order = seen[1:] + seen[:1]  # the last batch came first
+            C = unrounded.drift(sites, in_order) if unrounded else None
+            seen.clear()
+            weights = {name: linears[name] for name in sites}
+            _quantize_together(index, weights, hessian.take(), C, solve, report)
+            quantized.add(sites)
+
+        return hook
+
+    with hooks((linears[sites[0]], at_input(sites)) for sites in READERS):
+        final = run_layer(layer, *last)
+        return [(run_layer(layer, *batch), batch[1]) for batch in others] + [(final, last[1])]
+
+
+def _quantize_together(
+    index: int,
+    linears: dict[str, nn.Linear],
+    H: Float[Tensor, "in in"],
+    C: Float[Tensor, "in in"] | None,
+    solve: Solver,
+    report: Report,
+) -> None:
+    """Quantize the weights that read one input as a single tall matrix."""
+    W = torch.cat([linear.weight.float() for linear in linears.values()])
+    Q, error, damping, fallback = solve(W, H, C)
+    sizes = [linear.out_features for linear in linears.values()]
+    parts = zip(*(part.split(sizes) for part in Q), strict=True)
+    for (site, linear), part, e in zip(linears.items(), parts, error.split(sizes), strict=True):
+        name = f"layers.{index}.{site}"
+        report.weights[name] = set_weight(linear, QuantizedWeight(*part))
+        report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback))

@@ -1,0 +1,247 @@
+"""Integer grids for weights, the search for their scale, and round-to-nearest (RTN).
+
+A weight row (or a group of `group_size` of its entries) is written as ``scale · (code − zero)``
+with b-bit codes. The unclipped step is absmax/(2^(b−1)−½) ("half": GPTQ, compressed-tensors) or
+absmax/(2^(b−1)−1) ("full": QuaRot, SpinQuant); asymmetric grids span [min, max] with a rounded zero
+point. Clip search looks for the shrink factor among 1.00, 0.99 … 0.21 with the smallest Σ|w −
+q(w)|^2.4 (GPTQ's public code tries all 80; here 20 of them, coarse to fine).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rotlib.checks import one_of, whole_number, yes_or_no
+from rotlib.models.families import Family, adapt, check_finite, is_quantized
+from rotlib.rotations.rotation import placed_weights
+
+CLIP_NORM = 2.4
+CLIP_FACTORS = 1.0 - torch.arange(80) / 100  # 1.00 … 0.21
+# coarse to fine: steps from the best so far
+SEARCH = (tuple(range(0, 80, 8)), (-6, -4, -2, 0, 2, 4, 6), (-1, 0, 1))
+_CHUNK = 2**19  # entries searched at a time, so that temporaries stay in the processor's cache
+CONVENTIONS = ("half", "full")
+
+
+@dataclass(frozen=True)
+class WeightQuant:
+    """How weights are quantized: `bits` 2–8, a scale an output channel or every `group_size` inputs.
+
+    >>> WeightQuant(bits=3, group_size=128, symmetric=False).codes
+    (0, 7)
+
+    Raises ValueError at construction for bits or a convention outside the choices.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+    convention: str = "half"
+    clip_search: bool = True
+
+    def __post_init__(self):
+        whole_number("bits", self.bits, 2, 8)
+        if self.group_size is not None:
+            whole_number("group_size (unless it is None)", self.group_size, 1)
+        one_of("convention", self.convention, CONVENTIONS)
+        yes_or_no("symmetric", self.symmetric)
+        yes_or_no("clip_search", self.clip_search)
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        half = 2 ** (self.bits - 1)
+        return (-half, half - 1) if self.symmetric else (0, 2 * half - 1)
+
+    @property
+    def storage(self) -> torch.dtype:
+        """The integer type that holds the codes."""
+        return torch.int8 if self.symmetric else torch.uint8
+
+    def check_width(self, width: int, name: str) -> None:
+        """Raises ValueError where the groups don't divide an input width."""
+        if self.group_size and width % self.group_size:
+            raise ValueError(
+                f"group_size {self.group_size} doesn't divide the {width} inputs of {name}"
+            )
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight as it is stored: codes, and scale and zero point of every group of inputs.
+
+    A single group is a scale an output channel.
+
+    >>> codes = torch.tensor([[-1, 2]], dtype=torch.int8)
+    >>> QuantizedWeight(codes, scale=torch.tensor([[0.5]]), zero=torch.zeros(1, 1)).dense()
+    tensor([[-0.5000,  1.0000]])
+    """
+
+    codes: Int[Tensor, "out in"]  # int8, or uint8 on an asymmetric grid
+    scale: Float[Tensor, "out groups"]
+    zero: Float[Tensor, "out groups"]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The weight that the codes stand for."""
+        codes = self.codes.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
+        return codes.sub_(self.zero.unsqueeze(2)).mul_(self.scale.unsqueeze(2)).flatten(1)
+
+
+class Grid(NamedTuple):
+    """Scale and zero point of each row of a (rows, n) block, or of a column of rows entries."""
+
+    scale: Float[Tensor, "rows *one"]
+    zero: Float[Tensor, "rows *one"]
+    low: int
+    high: int
+
+    def codes(self, w: Float[Tensor, "rows *n"]) -> Float[Tensor, "rows *n"]:
+        """The codes of the nearest points of the grid."""
+        return (w / self.scale).add_(self.zero).round_().clamp_(self.low, self.high)
+
+    def round(self, w: Float[Tensor, "rows *n"]) -> Float[Tensor, "rows *n"]:
+        """The nearest points of the grid."""
+        return self.codes(w).sub_(self.zero).mul_(self.scale)
+
+    def row(self) -> "Grid":
+        """The same grid for a single column laid out as a vector of rows."""
+        return Grid(self.scale.squeeze(-1), self.zero.squeeze(-1), self.low, self.high)
+
+
+def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
+    """The grid of each row, with the clip factor searched where `quant` says so."""
+    if not quant.clip_search:
+        return grid_at(W, quant, 1.0)
+    rows = max(1, _CHUNK // W.shape[1])
+    factors = torch.cat([_best_factor(part, quant) for part in W.split(rows)])
+    return grid_at(W, quant, factors)
+
+
+def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> QuantizedWeight:
+    """W on its grid, per output channel or per group."""
+    grouped = W.reshape(-1, quant.group_size or W.shape[1])
+    grid = fit_grid(grouped, quant)
+    scale, zero = (part.view(len(W), -1) for part in (grid.scale, grid.zero))
+    return QuantizedWeight(grid.codes(grouped).view_as(W).to(quant.storage), scale, zero)
+
+
+def set_weight(linear: nn.Linear, weight: QuantizedWeight) -> QuantizedWeight:
+    """Give a linear the weight that its codes stand for, and the codes, kept on the host."""
+    linear.weight.copy_(weight.dense())
+    linear.quantized = QuantizedWeight(*(part.cpu() for part in weight))
+    return linear.quantized
+
+
+@torch.no_grad()
+def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight]:
+    """Round every linear of every decoder layer to its nearest grid point, in place.
+
+    Returns what was stored, by names such as "layers.0.q". Raises like `check_quantizable`.
+
+    >>> weights = rtn(model, WeightQuant(bits=4))
+    >>> weights["layers.1.down"].codes.shape == model.model.layers[1].mlp.down_proj.weight.shape
+    True
+    """
+    family = adapt(model)
+    check_quantizable(family, quant)
+    # marked before it is: an interrupted model is neither the original nor quantized
+    model.config.rotlib_quantized = True
+    weights = {}
+    every = list(placed_weights(family, quantized_only=True))
+    for placed in tqdm(every, desc="RTN", unit="weight"):
+        weight = placed.module.weight.to(family.device).float()
+        weights[placed.name] = set_weight(placed.module, round_to_nearest(weight, quant))
+    return weights
+
+
+@torch.no_grad()
+def restore(model: PreTrainedModel, weights: dict[str, QuantizedWeight]) -> PreTrainedModel:
+    """Put quantized weights into a model prepared as theirs was, in place.
+
+    They are what `rtn` returned, or `gptq` in its report's `weights`. Raises ValueError before
+    touching anything where they don't fit, or the model is quantized already.
+
+    >>> from copy import deepcopy
+    >>> original = deepcopy(model)
+    >>> weights = rtn(model, WeightQuant(bits=4))
+    >>> torch.equal(restore(original, weights)(tokens).logits, model(tokens).logits)
+    True
+    """
+    family = adapt(model)
+    if is_quantized(model):
+        raise ValueError(
+            "this model is already quantized: load the original again and prepare it as theirs was"
+        )
+    if not isinstance(weights, dict):
+        raise ValueError(
+            "quantized weights come as a dictionary, such as report.weights, "
+            f"not as a {type(weights).__name__}"
+        )
+    linears = {placed.name: placed.module for placed in placed_weights(family, quantized_only=True)}
+    for name in linears.keys() | weights.keys():
+        if name not in linears or not _fits(weights.get(name), linears[name].weight):
+            raise ValueError(f"these quantized weights belong to another model: {name} doesn't fit")
+    model.config.rotlib_quantized = True
+    for name, weight in weights.items():
+        set_weight(linears[name], weight)
+    return model
+
+
+def _fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
+    if not isinstance(weight, QuantizedWeight) or weight.codes.shape != shape_of.shape:
+        return False
+    rows, groups = weight.scale.shape
+    divided = rows == len(shape_of) and groups > 0 and shape_of.shape[1] % groups == 0
+    finite = bool(torch.isfinite(weight.scale).all())
+    return divided and finite and weight.scale.shape == weight.zero.shape
+
+
+def check_quantizable(family: Family, quant: WeightQuant) -> None:
+    """Raises ValueError where a model's weights can't be quantized so.
+
+    It is quantized already, the groups don't divide a width, or its weights aren't finite.
+    """
+    if not isinstance(quant, WeightQuant):
+        raise ValueError(f"quant must be a WeightQuant such as WeightQuant(bits=4), not {quant!r}")
+    if is_quantized(family.model):
+        raise ValueError(
+            "this model is already quantized: load the original again and quantize it once"
+        )
+    for name, linear in family.linears(0).items():
+        quant.check_width(linear.in_features, f"{name}_proj")
+    check_finite(family.model)
+
+
+def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | float) -> Grid:
+    """The grid of each row whose range is `factor` times the unclipped one; rows of zeros get step 1."""
+    low, high = quant.codes
+    if quant.symmetric:
+        steps = 2 ** (quant.bits - 1) - (0.5 if quant.convention == "half" else 1.0)
+        scale = W.abs().amax(dim=1, keepdim=True) * factor / steps
+        zero = torch.zeros_like(scale)
+    else:
+        bottom = W.amin(dim=1, keepdim=True).clamp(max=0) * factor
+        top = W.amax(dim=1, keepdim=True).clamp(min=0) * factor
+        scale = (top - bottom) / high
+        zero = (-bottom / torch.where(scale > 0, scale, 1)).round()
+    return Grid(torch.where(scale > 0, scale, 1), zero, low, high)
+
+
+def _best_factor(W: Tensor, quant: WeightQuant) -> Float[Tensor, "rows 1"]:
+    """The best clip factor of each row, coarse to fine over `CLIP_FACTORS`."""
+    factors = CLIP_FACTORS.to(W)
+    best = torch.zeros(len(W), 1, dtype=torch.long, device=W.device)
+    for offsets in SEARCH:
+        candidates = (best + torch.tensor(offsets, device=W.device)).clamp(0, len(factors) - 1)
+        shrunk = (factors[index].unsqueeze(1) for index in candidates.unbind(1))
+        errors = [_clip_error(W, quant, factor) for factor in shrunk]
+        best = candidates.gather(1, torch.stack(errors, dim=1).argmin(dim=1, keepdim=True))
+    return factors[best]
+
+
+def _clip_error(W: Tensor, quant: WeightQuant, factor: Tensor) -> Float[Tensor, " rows"]:
+    return grid_at(W, quant, factor).round(W).sub_(W).abs_().pow_(CLIP_NORM).sum(dim=1)

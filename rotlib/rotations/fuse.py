@@ -1,0 +1,111 @@
+"""Fuse a rotation into a model, in place, without changing what the model computes.
+
+Each weight is read once, lifted to float64, given the gain of the norm it reads, multiplied by its
+rotations and stored back in the model's dtype. Norm gains become ones (or what a diagonal scale
+leaves there), tied embeddings are untied first, biases turn with their output. With R1 and R2 the
+result is an ordinary transformers model of the same family: it needs no code of ours and costs
+nothing to run. R3 and R4, where they are on, are applied while the model runs (`online.py`); saved
+and read by plain transformers such a model is wrong, since its R4 would be missing: read it with
+`rl.load`.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from rotlib.models.families import (
+    Family,
+    adapt,
+    check_finite,
+    check_not_rounding,
+    is_quantized,
+    is_rotated,
+)
+from rotlib.rotations.hadamard import BlockHadamard
+from rotlib.rotations.online import attach, check_online
+from rotlib.rotations.rotation import Rotation, norm_gains, placed_weights, scale_shapes
+
+ORTHOGONALITY_TOLERANCE = 1e-6
+
+
+@torch.no_grad()
+def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
+    """Fold the norms, untie the head and fuse R1, R2 and R4's inverse in float64, in place.
+
+    Returns the model. Raises ValueError before touching anything for: a model that is already
+    rotated, an architecture that can't be rotated, a rotation of the wrong shape or not orthogonal
+    to 1e-6, an online rotation that the model can't carry, non-finite weights.
+
+    >>> before = model(tokens).logits
+    >>> rotated = fuse(model, Rotation(torch.eye(model.config.hidden_size).flip(0), None))
+    >>> torch.allclose(rotated(tokens).logits, before, atol=1e-4)
+    True
+    """
+    family = adapt(model)
+    if not isinstance(rotation, Rotation):
+        raise ValueError(
+            "fuse needs a Rotation, such as rl.optrot(model) returns, "
+            f"not a {type(rotation).__name__}"
+        )
+    if is_rotated(model):
+        raise ValueError(
+            "this model is already rotated: load the original again and fuse one rotation into it"
+        )
+    if is_quantized(model):
+        raise ValueError(
+            "this model is already quantized: load the original again, rotate it, then quantize it"
+        )
+    check_not_rounding(model)
+    check_rotation(family, rotation)
+    check_online(family, rotation.online)
+    check_finite(model)
+    # marked before it is: an interrupted model is neither the original nor rotated
+    model.config.rotlib_rotated = True
+    family.untie()
+    rotation = rotation.projected(family.device)
+    for placed in placed_weights(family):
+        for name, value in placed.rotated(rotation, family.device):
+            getattr(placed.module, name).copy_(value)
+    for layer in range(len(family.layers)):
+        for norm, gain in norm_gains(family, rotation, layer):
+            norm.weight.copy_(gain)
+    family.final_norm.weight.fill_(1.0)
+    attach(family, rotation.online)
+    return model
+
+
+def check_rotation(family: Family, rotation: Rotation) -> None:
+    """Raises ValueError for a rotation that doesn't fit the model, or isn't one."""
+    expected = {
+        "R1": (family.width, family.width),
+        "R2": (len(family.layers), family.kv_heads, family.head_dim, family.head_dim),
+    }
+    for name, shape in expected.items():
+        R = getattr(rotation, name)
+        if R is None:
+            continue
+        if name == "R1" and isinstance(R, BlockHadamard):
+            found = (R.n, R.n)
+        elif not isinstance(R, torch.Tensor) or not R.is_floating_point():
+            raise ValueError(
+                f"{name} must be a real floating-point tensor or None, not a {type(R).__name__}"
+            )
+        else:
+            blocks, *square = R.shape if name == "R1" and R.ndim == 3 else (1, *R.shape)
+            found = tuple(blocks * size for size in square)
+        if found != shape:
+            raise ValueError(f"{name} has shape {found}, but this model needs {shape}")
+    allowed = scale_shapes(family)
+    for name, scale in rotation.scales.items():
+        if name not in allowed:
+            raise ValueError(f"unknown scale {name!r}: a rotation may carry {', '.join(allowed)}")
+        if tuple(scale.shape) != allowed[name]:
+            raise ValueError(
+                f"the scale {name!r} has shape {tuple(scale.shape)}, but this model needs {allowed[name]}"
+            )
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"the scale {name!r} must be positive and finite everywhere")
+    error = rotation.orthogonality_error()
+    if not error < ORTHOGONALITY_TOLERANCE:
+        raise ValueError(
+            f"the rotation isn't orthogonal: max|R Rᵀ − I| is {error:.1e}, it must be below {ORTHOGONALITY_TOLERANCE:.0e}"
+        )

@@ -1,0 +1,346 @@
+"""What a rotation is, and where it touches the model: the one table, `SITES`.
+
+A linear layer is ``y = x Wᵀ``. Once the gains of the norms are folded into the weights that read
+them, the residual stream can be turned by an orthogonal R1 and every head's values by an R2, at no
+cost: readers become ``W R``, writers ``Rᵀ W`` and the model computes what it did before (QuaRot,
+arXiv 2404.00456, §4; SpinQuant, arXiv 2405.16406, §3). R3 and R4 are exact Hadamard matrices
+applied while the model runs (`online.py`): R3 to queries and keys behind RoPE, R4 to what down
+reads, undone in its weight. OSTQuant's diagonal scales (arXiv 2501.13987) multiply what one weight
+puts out and divide what the next one reads. Learning, fusing and tests read `SITES` and call
+`rotate_weight`; nobody else knows.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rotlib.checks import yes_or_no
+from rotlib.models.families import Family
+from rotlib.rotations.hadamard import BlockHadamard, apply_hadamard
+
+
+class Site(NamedTuple):
+    """How one weight meets the rotations: R on its input side, on its output side, behind RoPE; the
+    norm it reads.
+
+    Scales are named with the side they stand on and the power they have there: `row_scale`
+    multiplies the outputs by s (or, as ("query_key", -1), by 1/s) before the rotation,
+    `column_scale` the inputs before it. The scale of a norm's output, named like the norm, comes
+    behind R1: its readers' rotated columns are multiplied, the norm's gain divides.
+    """
+
+    reads: str | None
+    writes: str | None
+    norm: str | None = None
+    after_rope: str | None = None
+    row_scale: tuple[str, int] | None = None
+    column_scale: tuple[str, int] | None = None
+
+
+SITES = {
+    "embedding": Site(reads=None, writes="R1"),
+    "q": Site(
+        reads="R1", writes=None, norm="attention_norm", after_rope="R3", row_scale=("query_key", 1)
+    ),
+    "k": Site(
+        reads="R1", writes=None, norm="attention_norm", after_rope="R3", row_scale=("query_key", -1)
+    ),
+    "v": Site(reads="R1", writes="R2", norm="attention_norm", row_scale=("value", 1)),
+    "o": Site(reads="R2", writes="R1", column_scale=("value", -1)),
+    "gate": Site(reads="R1", writes=None, norm="mlp_norm"),
+    "up": Site(reads="R1", writes=None, norm="mlp_norm", row_scale=("up", 1)),
+    "down": Site(reads="R4", writes="R1", column_scale=("up", -1)),
+    "lm_head": Site(reads="R1", writes=None, norm="final_norm"),
+}
+
+
+# a rotation as `times` takes it: a matrix, the blocks on its diagonal (each for all query heads of
+# a KV head), a function, or none
+Turn = Tensor | Callable[[Tensor], Tensor] | None
+
+
+@dataclass
+class Rotation:
+    """R1 turns the residual stream, R2[layer, kv_head] the values of one KV head; None leaves that
+    side alone.
+
+    Both are float64 and orthogonal. R1 is one matrix, or the blocks of a block-diagonal one, or a
+    Hadamard matrix kept as its factors, and is applied as what it is. R3 and R4 say whether these
+    online Hadamard rotations are on. `scales` holds OSTQuant's positive diagonal scales, a row a
+    layer, by the names and shapes of `scale_shapes`; a missing one is all ones. `history` holds the
+    objective while the rotation was learned, if it was.
+    """
+
+    R1: Float[Tensor, "d d"] | Float[Tensor, "blocks b b"] | BlockHadamard | None
+    R2: Float[Tensor, "layers kv_heads head_dim head_dim"] | None
+    R3: bool = False
+    R4: bool = False
+    history: list[float] = field(default_factory=list)
+    scales: dict[str, Float[Tensor, "layers ..."]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("R3", "R4"):
+            yes_or_no(name, getattr(self, name))
+
+    @property
+    def online(self) -> list[str]:
+        """The online rotations that are on."""
+        return [name for name in ("R3", "R4") if getattr(self, name)]
+
+    def at(self, site: Site, layer: int | None) -> tuple[Turn, Turn]:
+        """The pair (R on the input side, R on the output side) of a site in one layer, with the
+        scales around it.
+        """
+        R2 = None if layer is None or self.R2 is None else self.R2[layer]
+        sides = {"R1": self.R1, "R2": R2, "R4": apply_hadamard if self.R4 else None, None: None}
+        reads = _between(
+            self.scale(site.column_scale, layer),
+            sides[site.reads],
+            self.scale((site.norm, 1), layer),
+        )
+        return reads, _between(self.scale(site.row_scale, layer), sides[site.writes], None)
+
+    def on_inputs(self, site: Site, layer: int) -> Turn:
+        """What happens to the inputs x that a site reads, so that its rotated weight puts out what
+        the weight did (rotated).
+        """
+        scales = (
+            self.scale(named and (named[0], -named[1]), layer)
+            for named in (site.column_scale, (site.norm, 1))
+        )
+        before, behind = scales
+        bare = replace(self, scales={})
+        return _between(before, bare.at(site, layer)[0], behind)
+
+    def scale(self, named: tuple[str | None, int] | None, layer: int | None) -> Tensor | None:
+        """One layer's scale, (name, power), where there is one; scales of RoPE's pairs are spelled
+        out.
+        """
+        name, power = named or (None, 0)
+        if layer is None or name not in self.scales:
+            return None
+        scale = self.scales[name][layer] ** power
+        return scale.repeat(1, 2) if name == "query_key" else scale
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Rotation":
+        """Its matrices and scales on a device, in a dtype."""
+        matrices = {name: R.to(device, dtype) for name, R in self._matrices().items()}
+        return replace(
+            self,
+            **matrices,
+            scales={name: scale.to(device, dtype) for name, scale in self.scales.items()},
+        )
+
+    def projected(self, device: torch.device | str = "cpu") -> "Rotation":
+        """The nearest exactly orthogonal rotation (polar factor) in float64, on one device."""
+        rotation = self.to(device, torch.float64)
+        return replace(rotation, **{name: polar(R) for name, R in rotation._matrices().items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that weights are rotated in: its matrices', float64 where it has none."""
+        return next((R.dtype for R in self._matrices().values()), torch.float64)
+
+    def orthogonality_error(self) -> float:
+        """The largest entry of |R Rᵀ − I| over R1 and all R2; a Hadamard matrix kept as its factors
+        has none.
+        """
+        return max((_defect(R) for R in self._matrices().values()), default=0.0)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything it holds, such as a digest of it reads."""
+        if isinstance(self.R1, BlockHadamard):
+            yield from (
+                part
+                for part in (torch.tensor([self.R1.n, self.R1.block]), self.R1.signs, self.R1.order)
+                if part is not None
+            )
+        yield from (*self._matrices().values(), *self.scales.values())
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """R1 and R2 where they are matrices."""
+        return {
+            name: R
+            for name, R in (("R1", self.R1), ("R2", self.R2))
+            if R is not None and not isinstance(R, BlockHadamard)
+        }
+
+
+class PlacedWeight(NamedTuple):
+    """One weight of the model with its site, and where that lies in the table: `gain` is the gain
+    of the norm it reads.
+    """
+
+    site: str
+    layer: int | None
+    module: nn.Module
+    gain: Tensor | None
+    at: Site
+
+    @property
+    def name(self) -> str:
+        """Such as "layers.0.q"."""
+        return self.site if self.layer is None else f"layers.{self.layer}.{self.site}"
+
+    def folded(
+        self, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+    ) -> Float[Tensor, "out in"]:
+        """The weight with the norm's gain folded in, where it is or on a device; the embedding is
+        turned so that its rows are outputs.
+        """
+        weight = self.module.weight.detach().to(device, dtype)
+        if self.site == "embedding":
+            weight = weight.mT
+        return weight if self.gain is None else weight * self.gain.detach().to(weight)
+
+    def rotated(
+        self, rotation: Rotation, device: torch.device | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """("weight", its value as the rotation on that device leaves it), and ("bias", …) where
+        there is one; in the rotation's dtype.
+        """
+        reads, writes = rotation.at(self.at, self.layer)
+        rotated = rotate_weight(self.folded(rotation.dtype, device), reads, writes)
+        yield "weight", rotated.mT if self.site == "embedding" else rotated
+        if getattr(self.module, "bias", None) is not None:
+            yield "bias", times(self.module.bias.detach().to(device, rotation.dtype), writes)
+
+
+def placed_weights(family: Family, quantized_only: bool = False) -> Iterator[PlacedWeight]:
+    """Every weight that a rotation touches, in the model's order; `quantized_only` leaves embedding
+    and head out.
+    """
+    if not quantized_only:
+        yield PlacedWeight("embedding", None, family.embedding, None, SITES["embedding"])
+    for layer in range(len(family.layers)):
+        yield from placed_in_layer(family, layer)
+    if not quantized_only:
+        yield PlacedWeight(
+            "lm_head", None, family.lm_head, family.final_norm.weight, SITES["lm_head"]
+        )
+
+
+def placed_in_layer(family: Family, layer: int) -> Iterator[PlacedWeight]:
+    """The seven linears of one decoder layer."""
+    norms = family.norms(layer)
+    for name, linear in family.linears(layer).items():
+        site = SITES[name]
+        if name in ("q", "k") and family.query_key_norms(
+            layer
+        ):  # the scale of queries and keys goes into those norms' gains
+            site = site._replace(row_scale=None)
+        yield PlacedWeight(
+            name, layer, linear, norms[site.norm].weight if site.norm else None, site
+        )
+
+
+def norm_gains(
+    family: Family, rotation: Rotation, layer: int
+) -> Iterator[tuple[nn.Module, Float[Tensor, " n"]]]:
+    """The norms of one layer whose gain a rotation changes, with what it becomes: ones, or one over
+    the norm's scale.
+    """
+    for name, norm in family.norms(layer).items():
+        scale = rotation.scale((name, -1), layer)
+        yield norm, torch.ones_like(norm.weight) if scale is None else scale
+    for norm, power in zip(family.query_key_norms(layer), (1, -1), strict=False):
+        if (scale := rotation.scale(("query_key", power), layer)) is not None:
+            yield norm, norm.weight.detach() * scale.squeeze(0).to(norm.weight.device)
+
+
+def scale_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    """The scales that a model can take, and their shapes: OSTQuant's five families.
+
+    attention_norm and mlp_norm lie between a norm and its readers, up between up and down, value
+    between v and o for every KV head, query_key between q and k, one for each pair of coordinates
+    that RoPE turns.
+    """
+    layers, heads = len(family.layers), family.kv_heads
+    return {
+        "attention_norm": (layers, family.width),
+        "mlp_norm": (layers, family.width),
+        "up": (layers, family.linears(0)["down"].in_features),
+        "value": (layers, heads, family.head_dim),
+        "query_key": (layers, 1 if family.query_key_norms(0) else heads, family.head_dim // 2),
+    }
+
+
+def _between(before: Tensor | None, R: Turn, behind: Tensor | None) -> Turn:
+    """A rotation with a scale before and one behind it."""
+    if before is None and behind is None:
+        return R
+
+    def apply(x: Tensor) -> Tensor:
+        x = times(x if before is None else _scaled(x, before), R)
+        return x if behind is None else _scaled(x, behind)
+
+    return apply
+
+
+def _scaled(x: Float[Tensor, "... n"], scale: Float[Tensor, "*heads b"]) -> Float[Tensor, "... n"]:
+    """x times a scale of every coordinate, or of every coordinate of a KV head, for all its query
+    heads alike.
+    """
+    if scale.ndim == 1:
+        return x * scale
+    heads, b = scale.shape
+    return (x.unflatten(-1, (heads, -1, b)) * scale.unsqueeze(1)).flatten(-3)
+
+
+def times(x: Float[Tensor, "... n"], R: Turn) -> Float[Tensor, "... n"]:
+    """``x R`` on the last axis. R is (n, n), a function that applies it, or (k, b, b): a block per
+    KV head for all its query heads.
+    """
+    if R is None:
+        return x
+    if callable(R):
+        return R(x)
+    if R.ndim == 2:
+        return x @ R
+    heads, b, _ = R.shape
+    return torch.einsum("...kgb,kbc->...kgc", x.unflatten(-1, (heads, -1, b)), R).flatten(-3)
+
+
+def rotate_weight(W: Float[Tensor, "out in"], reads: Turn, writes: Turn) -> Float[Tensor, "out in"]:
+    """``Wᵣ = R_outᵀ W R_in``: the effect of a rotation on a weight, defined here and nowhere else."""
+    return times(times(W, reads).mT, writes).mT
+
+
+def as_matrix(R1: Tensor | BlockHadamard) -> Float[Tensor, "d d"]:
+    """R1 as one matrix, for learning, where no factors survive."""
+    if isinstance(R1, BlockHadamard):
+        return R1.dense()
+    return torch.block_diag(*R1) if R1.ndim == 3 else R1
+
+
+def as_blocks(R1: Tensor | BlockHadamard) -> Float[Tensor, "blocks b b"]:
+    """The blocks on R1's diagonal; raises ValueError where it has a single one."""
+    if isinstance(R1, BlockHadamard) and R1.block < R1.n:
+        k = R1.n // R1.block
+        return (
+            R1.dense()
+            .unflatten(0, (k, -1))
+            .unflatten(2, (k, -1))
+            .diagonal(dim1=0, dim2=2)
+            .movedim(-1, 0)
+        )
+    if isinstance(R1, BlockHadamard) or R1.ndim == 2:
+        raise ValueError(
+            "R1 has no blocks to learn within: start from a block-diagonal one, such as rl.gsr_rotation(model, block=64)"
+        )
+    return R1
+
+
+def polar(R: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """The orthogonal matrix nearest to R."""
+    U, _, Vh = torch.linalg.svd(R)
+    return U @ Vh
+
+
+def _defect(R: Tensor) -> float:
+    R = R.double()
+    return (R @ R.mT - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).abs().max().item()

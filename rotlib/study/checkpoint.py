@@ -1,0 +1,50 @@
+"""From a recipe to a checkpoint with its card."""
+
+from pathlib import Path
+
+import torch
+
+from rotlib.checkpoints.gguf_file import check_holds, cut_of
+from rotlib.checkpoints.write import FORMATS, checked_folder, export
+from rotlib.checks import one_of
+from rotlib.models.zoo import load_tokenizer
+from rotlib.study.card import model_card
+from rotlib.study.pipeline import build, run
+from rotlib.study.recipe import Recipe
+
+
+def export_recipe(
+    recipe: Recipe,
+    folder: str | Path,
+    format: str = "compressed-tensors",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> Path:
+    """Run a recipe and export its model, its tokenizer and a card that says what was measured.
+
+    Kept rotations, weights and results are used again. Raises like `run` and `export`, before the
+    run where the recipe can't be exported.
+
+    >>> recipe = Recipe(model=tiny, rounding="rtn", window=32, test_windows=2)
+    >>> (export_recipe(recipe, folder / "W4") / "README.md").is_file()
+    True
+    """
+    one_of("format", format, FORMATS)
+    folder = checked_folder(folder, overwrite)
+    if recipe.online:
+        raise ValueError(
+            f"a plain checkpoint has no {' and '.join(recipe.online)}: "
+            "leave the online rotations out of the recipe"
+        )
+    if format == "gguf":
+        check_holds(recipe.quant)
+        cut_of(load_tokenizer(recipe.model))
+    if (format == "fused") != (recipe.rounding == "none"):
+        raise ValueError(
+            "'fused' goes with the rounding 'none', the packed formats with 'rtn' and 'gptq'"
+        )
+    result = run(recipe, device)
+    model, tokenizer = build(recipe, device)
+    card = model_card(recipe, result, format)
+    return export(model, folder, format, tokenizer, card, dtype, overwrite)

@@ -1,0 +1,265 @@
+"""The verdict on every claim, from stored results alone: which hold, on which model, how surely.
+
+A claim says that one recipe stays closer to the original than another; the rule of `tables.judge`,
+fixed before the data, decides it on their KL divergences. Where the papers' own grid is noise on a
+small model, a claim is judged on grids that carry information there, and its setting says which.
+Published figures stand in columns of their own, with the model that they are of. Tables come as
+Markdown, CSV and LaTeX, and a manifest says which results each file was made from.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import pandas
+
+from rotlib.checks import one_of
+from rotlib.study import store
+from rotlib.study.figures import figures_folder
+from rotlib.study.files import local_path, saved, write_text
+from rotlib.study.recipe import LEARNED, Recipe
+from rotlib.study.tables import Arm, judge, stored
+
+_RIVAL = {"steps": 32}  # the study's laptop preset
+_SHORT = {"steps": 16, "learning_windows": 16}  # and what it could afford below four bits
+_BELOW_FOUR = {"symmetric": False, "act_order": True, "calibration_windows": 8, "test_windows": 4}
+_GSR_GRIDS = ({"bits": 2, "group_size": 32}, {"bits": 3, "group_size": 64})
+_READ_BY_LEARNERS = ("learning_windows", "preset", "steps")  # read by some rotations alone
+SETTINGS = ("text", "window", "calibration_windows", "test_windows", *_READ_BY_LEARNERS)
+_W4A4KV4 = {"activation_bits": 4, "kv_bits": 4, "R3": True, "R4": True}
+_W2A4 = {"activation_bits": 4, "R4": True, **_GSR_GRIDS[0]}
+
+# (paper, measure, of which model, setting) -> {arm: what its authors print}; method.md's list, none
+# of them ours. OptRot's own tables were not available when this was written
+PUBLISHED = {
+    ("SpinQuant", "WikiText-2 perplexity", "Llama-3-8B", "W4A16 GPTQ"): {
+        "none": 7.2,
+        "hadamard": 6.4,
+        "spinquant": 6.4,
+    },
+    ("SpinQuant", "WikiText-2 perplexity", "Llama-3-8B", "W4A4KV4 GPTQ"): {
+        "hadamard": 8.0,
+        "spinquant": 7.3,
+    },
+    ("OSTQuant", "WikiText-2 perplexity", "Llama-3-8B", "W4A4KV4 GPTQ"): {
+        "spinquant": 7.35,
+        "ostquant": 7.29,
+    },
+    ("GSR", "WikiText-2 perplexity", "Llama-2-7B", "W2A16 g128 GPTQ"): {
+        "GH": 20.29,
+        "GW": 15.38,
+        "LH": 12.11,
+        "GSR": 11.59,
+    },
+    ("GSR", "WikiText-2 perplexity", "Llama-2-7B", "W2A4 g128 GPTQ"): {"GH": 31.33, "GSR": 15.23},
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and the two recipes that decide it: `better` should be closer to the
+    original than `worse`.
+    """
+
+    paper: str
+    text: str
+    better: Recipe
+    worse: Recipe
+
+
+def claims(model: str, settings: dict | None = None) -> list[Claim]:
+    """Every claim of both papers that the study decides, on one model; `settings`, some of
+    `SETTINGS`, replace the study's.
+    """
+    for name in settings or {}:
+        one_of("setting", name, SETTINGS)
+
+    def there(recipe: Recipe) -> Recipe:
+        unread = {
+            name for name in _READ_BY_LEARNERS if name not in LEARNED.get(recipe.rotation, ())
+        }
+        return replace(
+            recipe,
+            **{name: value for name, value in (settings or {}).items() if name not in unread},
+            model=model,
+        )
+
+    return [
+        replace(claim, better=there(claim.better), worse=there(claim.worse)) for claim in _claims()
+    ]
+
+
+def _claims() -> Iterator[Claim]:
+    def rotated(name: str, **settings) -> Recipe:
+        return Recipe(
+            rotation=name, **settings | (_RIVAL if name in ("spinquant", "ostquant") else {})
+        )
+
+    yield Claim(
+        "OptRot",
+        "a random Hadamard rotation is better than none",
+        rotated("hadamard"),
+        rotated("none"),
+    )
+    for rival, name in {
+        "hadamard": "Hadamard",
+        "spinquant": "SpinQuant",
+        "ostquant": "OSTQuant",
+    }.items():
+        yield Claim("OptRot", f"OptRot is better than {name}", rotated("optrot"), rotated(rival))
+    yield Claim("OptRot", "OptRot+ is better than OptRot", rotated("optrot+"), rotated("optrot"))
+    hadamard, optrot = (rotated(name, activation_bits=8) for name in ("hadamard", "optrot"))
+    yield Claim("OptRot", "OptRot helps 8-bit activations too", optrot, hadamard)
+    hadamard, optrot = (
+        rotated(name, activation_bits=4, R4=True) for name in ("hadamard", "optrot")
+    )
+    yield Claim("OptRot", "OptRot is worse than Hadamard with 4-bit activations", hadamard, optrot)
+    hadamard, optrot = (rotated(name, **_W4A4KV4) for name in ("hadamard", "optrot"))
+    yield Claim("OptRot", "OptRot is worse than Hadamard with a 4-bit cache too", hadamard, optrot)
+    spinquant, optrot = (rotated(name, rounding="rtn") for name in ("spinquant", "optrot"))
+    yield Claim("OptRot", "rounded to nearest, SpinQuant is better than OptRot", spinquant, optrot)
+    for grid in _GSR_GRIDS:
+        GH, GW = (
+            Recipe(rotation="gsr", R1_order=order, **_BELOW_FOUR, **grid)
+            for order in ("hadamard", "walsh")
+        )
+        LH, GSR = (replace(arm, block=grid["group_size"]) for arm in (GH, GW))
+        yield Claim("GSR", "GSR is better than a global Hadamard rotation", GSR, GH)
+        yield Claim(
+            "GSR",
+            "a global Hadamard rotation is better than none",
+            GH,
+            Recipe(**_BELOW_FOUR, **grid),
+        )
+        yield Claim("GSR", "sequency helps, on the whole width", GW, GH)
+        with_signs = (replace(arm, signs=True) for arm in (GW, GH))
+        yield Claim("GSR", "sequency helps, on the whole width, with random signs", *with_signs)
+        yield Claim("GSR", "sequency helps, within groups", GSR, LH)
+        yield Claim("GSR", "grouping helps, without order", LH, GH)
+        yield Claim("GSR", "grouping helps, with order", GSR, GW)
+    GH = Recipe(rotation="gsr", R1_order="hadamard", **_BELOW_FOUR, **_W2A4)
+    GSR = replace(GH, R1_order="walsh", block=64)  # the study's blocks here, two groups wide
+    yield Claim("GSR", "GSR is better than a global Hadamard rotation", GSR, GH)
+    for name, settings in {"OptRot": {}, "SpinQuant": _SHORT, "OSTQuant": _SHORT}.items():
+        learned = Recipe(rotation=name.lower(), **settings, **_BELOW_FOUR, **_GSR_GRIDS[1])
+        yield Claim(
+            "GSR",
+            f"GSR improves learned rotations: {name} that starts there",
+            replace(learned, start="gsr", block=64),
+            learned,
+        )
+
+
+def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame, list[Arm]]:
+    """(a row a claim, the arms that they were judged on); a claim whose arms haven't been run, or
+    on no seed in common, is "not run".
+    """
+    rows, used = [], []
+    for claim in claims(model, settings):
+        arms = stored([claim.better, claim.worse])
+        used += arms
+        row = {
+            "paper": claim.paper,
+            "claim": claim.text,
+            "model": model,
+            "setting": _setting(Arm(claim.better, ())),
+        }
+        if len(arms) == 2 and arms[0].values("kl").keys() & arms[1].values("kl").keys():
+            found = judge(*arms)
+            row |= {
+                "effect, nats": found.effect,
+                "standard error": found.standard_error,
+                "seeds": found.seeds,
+                "verdict": found.verdict,
+            }
+        else:
+            row |= {
+                "effect, nats": float("nan"),
+                "standard error": float("nan"),
+                "seeds": 0,
+                "verdict": "not run",
+            }
+        rows.append(row | {"stale": any(arm.stale for arm in arms)})
+    return pandas.DataFrame(rows), used
+
+
+def compared(
+    model: str, paper: str, settings: dict | None = None
+) -> tuple[pandas.DataFrame, list[Arm]]:
+    """(a paper's table: an arm a row, what is published and what was measured side by side, the
+    arms measured).
+
+    Measured is KL divergence in nats, mean ± standard error, with perplexity in brackets.
+    """
+    used = [
+        arm
+        for claim in claims(model, settings)
+        if claim.paper == paper
+        for arm in stored([claim.better, claim.worse])
+    ]
+    table: dict[str, dict[str, str]] = {}
+    for (source, measure, of, setting), figures in PUBLISHED.items():
+        if (source == "GSR") == (paper == "GSR"):
+            for arm, figure in figures.items():
+                table.setdefault(arm, {})[f"{source}'s paper: {of}, {setting}, {measure}"] = (
+                    f"{figure:g}"
+                )
+    for arm in used:
+        mean, error = arm.summary("kl")
+        spread = f" ± {error:.3f}" if error == error else ""
+        cell = (
+            f"{mean:.3f}{spread} ({arm.summary('perplexity')[0]:.2f})"
+            + " diverged" * arm.diverged
+            + " stale" * arm.stale
+        )
+        words = arm.rotation.split(" + ")[
+            0
+        ].split()  # whatever the block, and with R4 on or off: the column says
+        row = " ".join(word for word in words if not word.isdigit())
+        table.setdefault(row, {})[f"{model}, {_setting(arm)}"] = cell
+    frame = pandas.DataFrame.from_dict(table, orient="index").fillna("")
+    frame.index.name = "rotation"
+    return frame.reset_index(), used
+
+
+def _setting(arm: Arm) -> str:
+    """Such as "W4A16 GPTQ" or "W3A16 g64 GPTQ act-order"."""
+    return f"{arm.grid} {arm.rounding}" + (
+        f", {' '.join(arm.recipe.online)}" if arm.recipe.online else ""
+    )
+
+
+def save_table(frame: pandas.DataFrame, name: str) -> None:
+    """figures/<name>.md, .csv and .tex."""
+    forms = {
+        "md": frame.to_markdown(index=False, floatfmt=".3f") + "\n",
+        "csv": frame.to_csv(index=False, float_format="%.6g"),
+        "tex": frame.to_latex(index=False, float_format="%.3f", escape=True),
+    }
+    for kind, text in forms.items():
+        write_text(figures_folder() / f"{name}.{kind}", text)
+
+
+def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[str]]) -> None:
+    """figures/manifest.json: of every file named, its sha256, its results' and the commit.
+
+    `redrawn` names its files' results already, as `figures.redraw` does.
+    """
+    named = {
+        name: sorted({local_path(result.spec).name for arm in arms for result in arm.results})
+        for name, arms in made_from.items()
+    }
+    files = {}
+    for name, names in (redrawn | named).items():
+        results = {used: _digest(found[-1]) if (found := saved(used)) else None for used in names}
+        for path in sorted(figures_folder().glob(f"{name}.*")):
+            files[path.name] = {"results": results, "sha256": _digest(path)}
+    manifest = {"commit": store.commit(), "files": files}
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    write_text(figures_folder() / "manifest.json", text)
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()

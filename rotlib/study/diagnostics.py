@@ -1,0 +1,188 @@
+"""Measures of a recipe's model, kept like runs: outliers, bounds, groups, zero-shot accuracy.
+
+What they measure stands in `rotlib.measure`; here a recipe is resolved, its model and rotation are
+made, and the numbers are stored.
+"""
+
+from dataclasses import fields, replace
+
+import torch
+
+from rotlib.checks import whole_number
+from rotlib.learning.grouped import check_group
+from rotlib.measure.bounds import module_bounds
+from rotlib.measure.outliers import input_outliers, weight_histogram, weight_outliers
+from rotlib.measure.weights import group_spread
+from rotlib.measure.zeroshot import check_limit, load_tasks, task_names, zero_shot
+from rotlib.models.families import adapt
+from rotlib.models.text import fingerprint
+from rotlib.models.zoo import pick_device
+from rotlib.quantization.activations import quantized_activations
+from rotlib.quantization.grids import check_quantizable
+from rotlib.rotations.fuse import fuse
+from rotlib.rotations.online import check_online, load
+from rotlib.rotations.rotation import Rotation, placed_weights
+from rotlib.study import store
+from rotlib.study.pipeline import build, calibration_tokens, rotation_of
+from rotlib.study.recipe import Recipe
+from rotlib.study.store import Record, Result
+
+OUTLIER_WINDOWS = 2  # calibration windows that run through the model: kurtosis needs no more
+SHOWN_LAYER = 10  # whose coordinates' energies are kept, or the last layer of a smaller model
+
+
+def outliers(recipe: Recipe, device: str = "auto") -> Result:
+    """Outliers of the recipe's model under its rotation, over its first calibration windows.
+
+    Kept like a run.
+
+    >>> recipe = Recipe(model=tiny, rotation="random", window=32, calibration_windows=2)
+    >>> outliers(recipe).metrics["modules"][0]["kurtosis"] > 1
+    True
+    """
+    _check_recipe("outliers", recipe)
+    recipe = recipe.of_rotation("text", "window", "calibration_windows")
+    picked = pick_device(device)
+
+    @torch.no_grad()
+    def compute(record: Record) -> None:
+        calibration = calibration_tokens(recipe)
+        model, _ = load(recipe.model, str(picked))
+        rotation = rotation_of(recipe, model, record)
+        if rotation is not None:
+            fuse(model, rotation)
+        family = adapt(model)
+        with record.timed("weights"):
+            record.metrics["modules"] = weight_outliers(family)
+            record.metrics["histogram"] = weight_histogram(family).tolist()
+        with record.timed("activations"):
+            inputs = input_outliers(family, calibration[:OUTLIER_WINDOWS])
+        for module in record.metrics["modules"]:
+            module |= inputs[module["layer"], module["site"]]
+        record.tokens["calibration"] = fingerprint(calibration)
+
+    return store.once(recipe.spec() | {"task": "outliers"}, picked, compute)
+
+
+def compare_outliers(recipe: Recipe, rotations: tuple[str, ...]) -> dict[str, Result]:
+    """`outliers` of one recipe under several rotations; a name such as "hadamard + R4" has R4 on.
+
+    >>> recipe = Recipe(model=tiny, window=32, calibration_windows=2)
+    >>> list(compare_outliers(recipe, ("none", "hadamard + R4")))
+    ['none', 'hadamard + R4']
+    """
+    online = " + R4"
+
+    def turned(name: str) -> Recipe:
+        return replace(recipe, rotation=name.removesuffix(online), R4=name.endswith(online))
+
+    return {name: outliers(turned(name)) for name in rotations}
+
+
+def bounds(recipe: Recipe, every: int = 1, device: str = "auto") -> Result:
+    """Bounds and errors of every weight under the recipe's rotation and weight grid.
+
+    The inputs don't drift: a layer is measured as if those before it were unquantized. `every`
+    second, third … layer is measured; `measure.bounds.stage_bounds` says what a line of
+    `metrics["modules"]` holds. Kept like a run.
+
+    >>> recipe = Recipe(model=tiny, rotation="hadamard", window=32, calibration_windows=2)
+    >>> module = bounds(recipe).metrics["modules"][0]
+    >>> module["floor"] < module["tr_D"]
+    True
+    """
+    _check_recipe("bounds", recipe)
+    grid = (field.name for field in fields(recipe.quant))
+    recipe = recipe.of_rotation("text", "window", "calibration_windows", *grid)
+    picked = pick_device(device)
+    whole_number("every", every, 1)
+    spec = recipe.spec() | {"task": "bounds"} | ({"every": every} if every > 1 else {})
+
+    def compute(record: Record) -> None:
+        calibration = calibration_tokens(recipe)
+        model, _ = load(recipe.model, str(picked))
+        family = adapt(model)
+        check_quantizable(family, recipe.quant)
+        check_online(family, recipe.online)
+        rotation = rotation_of(recipe, model, record) or Rotation(None, None)
+        with record.timed("bounds"):
+            lines = module_bounds(family, rotation, calibration, recipe.quant, every)
+        record.metrics["modules"] = lines
+        record.tokens["calibration"] = fingerprint(calibration)
+
+    return store.once(spec, picked, compute)
+
+
+def groups(recipe: Recipe, group_size: int, device: str = "auto") -> Result:
+    """`group_spread` of every weight under the recipe's rotation, kept like a run.
+
+    `energies` holds, for the coordinates that q reads in one layer, Σ_i W_ij² over its mean. Raises
+    ValueError where the groups don't divide a weight's inputs.
+
+    >>> recipe = Recipe(model=tiny, rotation="gsr", block=16)
+    >>> sorted(groups(recipe, group_size=16).metrics["modules"][0])
+    ['layer', 'peak', 'site', 'within']
+    """
+    _check_recipe("groups", recipe)
+    whole_number("group_size", group_size, 1)
+    recipe = recipe.of_rotation()
+    picked = pick_device(device)
+
+    @torch.no_grad()
+    def compute(record: Record) -> None:
+        model, _ = load(recipe.model, str(picked))
+        family = adapt(model)
+        check_group(family, group_size)
+        rotation = rotation_of(recipe, model, record) or Rotation(None, None)
+        rotation = rotation.projected(family.device)
+        shown = ("q", min(SHOWN_LAYER, len(family.layers) - 1))
+        record.metrics["modules"] = []
+        for placed in placed_weights(family, quantized_only=True):
+            W = dict(placed.rotated(rotation, family.device))["weight"]
+            where = {"site": placed.site, "layer": placed.layer}
+            record.metrics["modules"].append(where | group_spread(W, group_size))
+            if (placed.site, placed.layer) == shown:
+                energy = W.square().sum(0)
+                energies = (energy / energy.mean()).tolist()
+                record.metrics["energies"] = [float(f"{value:.4g}") for value in energies]
+
+    spec = recipe.spec() | {"task": "groups", "groups_of": group_size}
+    return store.once(spec, picked, compute)
+
+
+def zero_shot_of(
+    recipe: Recipe,
+    tasks: str | list[str] = "offline",
+    limit: int | None = None,
+    device: str = "auto",
+) -> Result:
+    """`zero_shot` of a recipe's model, rebuilt from what is kept of it or computed.
+
+    Kept like a run. Raises like `zero_shot` and `run`.
+
+    >>> recipe = Recipe(model=tiny, window=32, calibration_windows=2)
+    >>> zero_shot_of(recipe, ["last_word"], limit=4).metrics["items"]
+    {'last_word': 4}
+    """
+    _check_recipe("zero_shot_of", recipe)
+    names = task_names(tasks)
+    check_limit(limit)
+    picked = pick_device(device)
+    asked = {"task": "zero-shot", "tasks": list(names), "limit": limit}
+    spec = replace(recipe, test_windows=Recipe.test_windows).spec() | asked
+
+    def compute(record: Record) -> None:
+        load_tasks(names, limit, recipe.text)  # refused before the model is made
+        with record.timed("build"):
+            model, tokenizer = build(recipe, device)
+        with record.timed("evaluate"), quantized_activations(model, recipe.activations):
+            record.metrics |= zero_shot(model, tokenizer, tasks, limit, recipe.text).metrics
+
+    return store.once(spec, picked, compute)
+
+
+def _check_recipe(name: str, recipe: object) -> None:
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"{name} takes a Recipe, such as rl.Recipe(rotation='optrot'), not {recipe!r}"
+        )

@@ -1,0 +1,83 @@
+"""What takes minutes to make is kept: rotations, quantized weights, an unfinished GPTQ's layers.
+
+A file beside the results is used again while the stages it read, torch, the kind of device and what
+it was made for are the same; another one, or a damaged one, counts as none. A file that can't be
+written costs the next run its time, and this one nothing.
+"""
+
+import warnings
+from contextlib import suppress
+from dataclasses import astuple
+
+import torch
+
+from rotlib.quantization.gptq import ModuleReport, Report
+from rotlib.quantization.grids import QuantizedWeight
+from rotlib.study import numerics
+from rotlib.study.files import local_path, write_atomically
+
+
+class Kept:
+    """The file of one specification; `made_for` names what else it depends on."""
+
+    def __init__(self, spec: dict, device: torch.device, made_for: str = "", suffix: str = ".pt"):
+        self.path = local_path(spec, suffix)
+        noted = numerics.digests(numerics.stages_of(spec))
+        self._maker = [noted, str(torch.__version__), device.type, made_for]
+
+    def read(self) -> dict | None:
+        with suppress(Exception):  # no file, or a damaged one: compute anew
+            contents = torch.load(self.path, map_location="cpu")
+            if contents["maker"] == self._maker:
+                return contents
+
+    def write(self, contents: dict) -> bool:
+        """Whether it is on disk now."""
+        try:
+            made = contents | {"maker": self._maker}
+            write_atomically(self.path, lambda scratch: torch.save(made, scratch))
+        except OSError as error:  # a full disk, say
+            what = f"{self.path} couldn't be written, so it won't be reused ({error})"
+            warnings.warn(what, stacklevel=2)
+            return False
+        return True
+
+
+class KeptLayers:
+    """The layers that an interrupted GPTQ has finished, a file each: `gptq.Layers`."""
+
+    def __init__(self, spec: dict, device: torch.device, made_for: str):
+        self._how = spec, device, made_for
+
+    def _of_layer(self, layer: int | str) -> Kept:
+        return Kept(*self._how, f".layer-{layer}.pt")
+
+    def get(self, layer: int) -> Report | None:
+        if contents := self._of_layer(layer).read():
+            return Report(
+                [ModuleReport(*module) for module in contents["modules"]],
+                unpacked(contents["weights"]),
+                contents["seconds"],
+            )
+        return None
+
+    def put(self, layer: int, report: Report) -> None:
+        modules = [astuple(module) for module in report.modules]
+        self._of_layer(layer).write(
+            {"weights": packed(report.weights), "modules": modules, "seconds": report.seconds}
+        )
+
+    def clear(self) -> None:
+        every = self._of_layer("*").path  # with a star where the number stands: a pattern
+        for path in every.parent.glob(every.name):
+            path.unlink(missing_ok=True)
+
+
+def packed(weights: dict[str, QuantizedWeight]) -> dict[str, tuple]:
+    """Plain tuples: a file is read without running code of ours."""
+    return {name: tuple(weight) for name, weight in weights.items()}
+
+
+def unpacked(weights: dict[str, tuple]) -> dict[str, QuantizedWeight]:
+    """What `packed` was given."""
+    return {name: QuantizedWeight(*parts) for name, parts in weights.items()}

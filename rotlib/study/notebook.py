@@ -1,0 +1,111 @@
+"""What every notebook shares: the check of its parameters.
+
+papermill only warns of a mistyped parameter and hands over whatever type it parsed;
+`check_parameters` turns both into one sentence in a notebook's first code cell, before any work.
+"""
+
+import inspect
+from difflib import get_close_matches
+
+from rotlib.checks import inner_share, whole_number
+from rotlib.models.zoo import resolve
+from rotlib.study.claims import claims
+from rotlib.study.recipe import Recipe
+
+PARAMETERS = {
+    "model": str,
+    "text": str,
+    "seeds": list,
+    "side_seeds": list,
+    "extra_seeds": list,
+    "shares": list,
+    "budgets": list,
+    "steps": int,
+    "every": int,
+    "block": int,
+    "items": int,
+    "bits": int,
+    "group_size": int | None,
+    "compare": bool,
+    "settings": dict,
+    "folder": str | None,
+    "window": int,
+    "calibration_windows": int,
+    "learning_windows": int,
+    "test_windows": int,
+}
+_LEARNING = (
+    "steps",
+    "learning_windows",
+)  # of the rotations learned on data alone: the notebook gives them to those
+_COUNTS = ("every", "block", "items")  # what a notebook hands on itself: not every recipe reads it
+_OTHERS = ("compare", "folder", "settings")  # no recipe reads them
+# what one entry of a list is; the other lists hold seeds
+_ENTRY = {"shares": "share", "budgets": "budget"}
+
+
+def check_parameters() -> Recipe:
+    """Check the calling notebook's parameters; returns the recipe they describe, of the first seed.
+
+    A notebook without a text reads results alone: there the model's name isn't looked up. Raises
+    ValueError for a name that no notebook has, a wrong type, a value that a recipe refuses, or an
+    unknown model.
+    """
+    namespace = inspect.stack()[1].frame.f_globals
+    given = {name: value for name, value in namespace.items() if name in PARAMETERS}
+    if not namespace.get("_parameters_checked"):  # later the notebook's own variables are there too
+        _refuse_strangers(namespace)
+    for name, value in given.items():
+        _check_type(name, value)
+    if not given.get("seeds", [0]):
+        raise ValueError("the parameter seeds must hold at least one seed")
+    learning = {name: value for name, value in given.items() if name in _LEARNING}
+    Recipe(rotation="spinquant", **learning)
+    for name in _COUNTS:  # a single item has no standard error
+        whole_number(name, given.get(name, 2), 2 if name == "items" else 1)
+    apart = (*_LEARNING, *_COUNTS, *_OTHERS)
+    settings = {
+        name: value
+        for name, value in given.items()
+        if PARAMETERS[name] is not list and name not in apart
+    }
+    recipe = Recipe(**settings, seed=given.get("seeds", [0])[0])
+    if "settings" in given:
+        claims(recipe.model, given["settings"])  # refuses what no claim can be judged under
+    if "text" in given:
+        resolve(recipe.model)
+    namespace["_parameters_checked"] = True
+    return recipe
+
+
+def _refuse_strangers(namespace: dict) -> None:
+    """Raises ValueError for a variable that can only be a mistyped parameter."""
+    kinds = bool | int | float | str | list | tuple | dict | None
+    for name, value in namespace.items():
+        own = name.startswith("_") or name in ("In", "Out") or name in PARAMETERS
+        if not own and isinstance(value, kinds):
+            match = get_close_matches(name, PARAMETERS)
+            hint = f" (did you mean {match[0]}?)" if match else ""
+            raise ValueError(
+                f"unknown parameter {name}{hint}: the notebooks know {', '.join(PARAMETERS)}"
+            )
+
+
+def _check_type(name: str, value: object) -> None:
+    """Raises ValueError where a parameter has the wrong type, or a list the wrong entries."""
+    kind = PARAMETERS[name]
+    if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise ValueError(
+            f"the parameter {name} must be of type {wanted}, not {type(value).__name__} ({value!r})"
+        )
+    if kind is not list:
+        return
+    entry = _ENTRY.get(name, "seed")
+    for one in value:
+        if entry == "share":
+            inner_share(f"every share in {name}", one)
+        else:
+            whole_number(f"every {entry} in {name}", one, 1 if entry == "budget" else 0)
+    if len(set(value)) < len(value):
+        raise ValueError(f"the parameter {name} names a {entry} twice: {value!r}")

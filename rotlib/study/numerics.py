@@ -1,0 +1,277 @@
+"""Which results today's code still stands behind: ``python -m rotlib.study.numerics`` (make numerics).
+
+`numerics.json` holds, for every stage of the computation, the numbers that its canary should give,
+the constants behind them and a digest (`canaries.py`). A result notes the digests of the entries it
+read. It is stale where an entry has changed since: nothing in that depends on how code is written,
+on the processor or on Python's version. A run first checks, once a process, that the stages it
+reads still compute what their entries say.
+
+A new number or a new constant changes no digest, since nothing was computed with another one; a
+changed or dropped one does.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import date
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from rotlib.models.zoo import PACKAGED
+from rotlib.quantization.activations import FULL
+from rotlib.study import own
+from rotlib.study.files import write_text
+from rotlib.study.recipe import LEARNED, OWN, THROUGH_NETWORK, Recipe
+
+FILE = Path(__file__).with_name("numerics.json")
+_FORMAT = 1
+_OWN = "rotation "  # before the name of one's own, which is a stage too
+TORCH = "2.11 to 2.13"  # what the canaries are tested with
+
+_OPTROT = ("objective", "row sampling", "descent")
+_OF_ROTATION = {
+    "optrot": _OPTROT,
+    "optrot+": (*_OPTROT, "covariance", "optrot+"),
+    "kurtail": (*_OPTROT, "token sample"),
+    "mixed": (*_OPTROT, "token sample"),
+    "spinquant": ("network", "spinquant"),
+    "ostquant": ("network", "ostquant", "covariance"),
+}
+_OF_TASK = {
+    "quantize": ("evaluation",),
+    "outliers": ("outliers",),
+    "bounds": ("bounds", "covariance", "grids", "gptq"),
+    "groups": ("group spread",),
+    "zero-shot": ("zero-shot",),
+    "rotation": (),
+    "weights": (),
+}
+
+
+def stages_of(spec: dict) -> list[str]:
+    """The stages that a result, a kept rotation or kept weights of this specification read.
+
+    >>> stages_of({"task": "quantize", "rotation": "hadamard", "rounding": "rtn"})
+    ['drawn rotations', 'evaluation', 'fusing', 'grids', 'recipe', 'smollm2-135m', 'text', ...]
+    """
+    task, rotation = spec["task"], spec.get("rotation", "none")
+
+    def setting(name: str) -> object:
+        return spec.get(name, getattr(Recipe, name))
+
+    stages = {"recipe", "text", *_OF_TASK[task]}
+    stages |= {name for name in (setting("model"), setting("text")) if name in _inputs()}
+    if rotation != "none":
+        stages |= {"drawn rotations", *_OF_ROTATION.get(rotation, ())}
+        stages |= {_OWN + rotation} if rotation not in _shipped() else set()
+        stages |= {"fusing"} if task != "rotation" else set()
+    if setting("grouped"):
+        stages.add("grouped")
+    if setting("R3") or setting("R4"):
+        stages.add("online rotations")
+    rounded = setting("activation_bits") != FULL or setting("kv_bits") != FULL
+    learned_on = setting("learned_on") if rotation in THROUGH_NETWORK else None
+    if rounded and (task in ("quantize", "zero-shot", "weights") or learned_on == "activations"):
+        stages.add("activations")
+    if learned_on == "weights":
+        stages.add("grids")
+    if task in ("quantize", "zero-shot", "weights") and setting("rounding") != "none":
+        stages.add("grids")
+        if setting("rounding") == "gptq":
+            stages |= {"covariance", "gptq"} | ({"gptaq"} if setting("asymmetry") else set())
+    return sorted(stages)
+
+
+def _shipped() -> tuple[str, ...]:
+    return ("none", "random", "hadamard", "gsr", *LEARNED)
+
+
+def _inputs() -> tuple[str, ...]:
+    """Models and texts that are the same everywhere, and have an entry of their own."""
+    return (*PACKAGED, "wikipedia-mini")
+
+
+@lru_cache
+def entries() -> dict[str, dict]:
+    """Every stage's committed entry; raises ValueError for a file that `make numerics` didn't write."""
+    file = json.loads(FILE.read_text(encoding="utf-8"))
+    if file.get("format") != _FORMAT:
+        raise ValueError(
+            f"{FILE.name} has the format {file.get('format')!r} and this version of rotlib reads "
+            f"{_FORMAT}: take both from one commit"
+        )
+    if file.get("sum") != _digest(file.get("stages"), 64):
+        raise ValueError(
+            f"{FILE.name} was changed by hand: restore it with git, and let `make numerics` write it"
+        )
+    return file["stages"]
+
+
+def digests(stages: Iterable[str]) -> dict[str, str | None]:
+    """What a result notes of the stages it reads: their entries' digests.
+
+    A rotation of one's own has that of its source, None while it isn't registered.
+    """
+    return {stage: _digest_of(stage) for stage in stages}
+
+
+def _digest_of(stage: str) -> str | None:
+    if stage.startswith(_OWN):
+        make = OWN.get(stage.removeprefix(_OWN))
+        return make and own.source_digest(make)
+    return entries()[stage]["digest"]
+
+
+def unknown(stages: Iterable[str]) -> list[str]:
+    """Those of these stages that have no entry."""
+    return [stage for stage in stages if not stage.startswith(_OWN) and stage not in entries()]
+
+
+def changed_since(noted: dict[str, str]) -> list[str]:
+    """The stages whose entries aren't those that a result has noted."""
+    return [stage for stage, digest in noted.items() if _digest_of(stage) != digest]
+
+
+@lru_cache
+def drift(stage: str) -> str | None:
+    """What a stage computes otherwise, here and now, than its entry says; None where it doesn't."""
+    from rotlib.study.canaries import CANARIES, INPUTS  # it imports every numeric module
+
+    if stage.startswith(_OWN):
+        return None
+    if unknown([stage]):
+        return "it has no entry yet"
+    entry, found = entries()[stage], (INPUTS | CANARIES)[stage]
+    for name, value in entry["constants"].items():
+        if (now := found.constants.get(name)) != value:
+            return f"{name} is {now}, not {value}"
+    numbers = found.numbers()
+    for name, value in entry["numbers"].items():
+        if not agree(numbers.get(name), value, found.tolerance):
+            return f"{name} is {_short(numbers.get(name))}, not {_short(value)}"
+    return None
+
+
+def agree(found: object, expected: object, tolerance: float) -> bool:
+    """Equal, or for numbers within the tolerance times the largest magnitude."""
+    if isinstance(expected, list):
+        if not isinstance(found, list) or len(found) != len(expected):
+            return False
+        flat, wanted = list(_flat(found)), list(_flat(expected))
+        if len(flat) != len(wanted) or not all(isinstance(x, float | int) for x in flat + wanted):
+            return found == expected
+        largest = max(map(abs, wanted), default=0.0)
+        return all(abs(x - y) <= tolerance * largest for x, y in zip(flat, wanted, strict=True))
+    if isinstance(expected, float) and isinstance(found, float | int):
+        return abs(found - expected) <= tolerance * abs(expected)
+    return found == expected
+
+
+def _flat(values: list) -> Iterator:
+    for value in values:
+        yield from _flat(value) if isinstance(value, list) else (value,)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check(stages: Iterable[str]) -> None:
+    """Raises ValueError, naming the stage, where the code computes something else than its entry."""
+    for stage in stages:
+        if what := drift(stage):
+            raise ValueError(
+                f"the stage {stage!r} computes something else here than {FILE.name} says: {what}. "
+                "If the code was meant to change, run `make numerics`, which says what that makes "
+                f"stale; if not, this torch ({torch.__version__}) or processor computes otherwise: "
+                f"rotlib is tested with torch {TORCH}"
+            )
+
+
+def rewritten(reason: str) -> tuple[dict[str, dict], list[str]]:
+    """(every stage's entry as the code is now, the stages whose digest changes).
+
+    An entry within its tolerance keeps its numbers and digest.
+    """
+    from rotlib.study.canaries import CANARIES, INPUTS, plain
+
+    before = entries() if FILE.exists() else {}
+    after, changed = {}, []
+    for stage, found in (INPUTS | CANARIES).items():
+        numbers, old = plain(found.numbers()), before.get(stage)
+        entry = {"numbers": numbers, "constants": found.constants}
+        if old is None:
+            after[stage] = entry | {"digest": _digest(entry), "reasons": []}
+            continue
+        kept = {
+            name: value
+            for name, value in old["numbers"].items()
+            if agree(numbers.get(name), value, found.tolerance)
+        }
+        same = len(kept) == len(old["numbers"]) and all(
+            found.constants.get(name) == value for name, value in old["constants"].items()
+        )
+        entry["numbers"] |= kept
+        if same:
+            after[stage] = entry | {"digest": old["digest"], "reasons": old["reasons"]}
+        else:
+            changed.append(stage)
+            told = {"date": date.today().isoformat(), "reason": reason, "was": old["digest"]}
+            after[stage] = entry | {"digest": _digest(entry), "reasons": [*old["reasons"], told]}
+    changed += [stage for stage in before if stage not in after]
+    return after, changed
+
+
+def _digest(thing: object, digits: int = 12) -> str:
+    return sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:digits]
+
+
+def write(stages: dict[str, dict]) -> None:
+    """Write the file, atomically."""
+    file = {"format": _FORMAT, "sum": _digest(stages, 64), "stages": stages}
+    write_text(FILE, json.dumps(file, indent=1, sort_keys=True) + "\n")
+    entries.cache_clear()
+    drift.cache_clear()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rotlib.study.numerics",
+        description="Bring numerics.json up to what the code computes, and say what is stale then.",
+    )
+    parser.add_argument("--reason", default="", help="why the numbers change; asked for if needed")
+    options = parser.parse_args(arguments)
+    from rotlib.study.store import load_results
+
+    try:
+        after, changed = rewritten(options.reason)
+    except ValueError as error:
+        parser.error(str(error))
+    before = entries() if FILE.exists() else {}
+    if after == before:
+        print("every stage computes what its entry says")
+        return 0
+    if changed:
+        stale = [r for r in load_results() if set(changed) & set(r.provenance["stages"])]
+        for stage in changed:
+            what = drift(stage) if stage in after else "it is no stage any more"
+            count = sum(stage in result.provenance["stages"] for result in stale)
+            print(f"{stage}: {what}; {count} results read it")
+        print(f"{len(stale)} results become stale")
+        reason = options.reason or (input("why? ") if sys.stdin.isatty() else "")
+        if not reason.strip():
+            parser.error("say why: make numerics REASON='...'")
+        after, _ = rewritten(reason.strip())
+    write(after)
+    added = sorted(after.keys() - before.keys())
+    print(f"{FILE.name}: {len(changed)} stages changed, {len(added)} new")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

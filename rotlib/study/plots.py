@@ -1,0 +1,571 @@
+"""Figures, drawn from saved results: one function a figure, colour-blind-safe, the same bytes on
+every run.
+
+A function takes arms and results rather than numbers made of them (but for rotation matrices and
+files' sizes, which no result holds), and its figure remembers them, so that `figures.py` can draw
+it again without the notebook that called it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
+from itertools import cycle
+from statistics import fmean
+
+import matplotlib.pyplot as plt
+import pandas
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from rotlib.measure.outliers import HISTOGRAM_EDGES
+from rotlib.models.families import Family
+from rotlib.study.store import Result
+from rotlib.study.tables import Arm, judge, recipe_of
+
+# load the backend now: loaded inside the first figure's rc_context, its settings would end with it,
+# and notebooks show no second figure
+plt.switch_backend(plt.get_backend())
+
+WIDTH = 7.0  # inches
+# Okabe and Ito's palette, one colour and marker a rotation in every figure
+STYLE = {
+    "none": ("#000000", "o"),
+    "random": ("#56B4E9", "s"),
+    "hadamard": ("#E69F00", "^"),
+    "optrot": ("#009E73", "D"),
+    "kurtail": ("#CC79A7", "v"),
+    "mixed": ("#0072B2", "P"),
+    "optrot+": ("#005F45", "d"),
+    "spinquant": ("#D55E00", "X"),
+    "ostquant": ("#7F6BB3", "p"),
+    "GH": ("#E69F00", "^"),
+    "GW": ("#A86F00", "<"),
+    "LH": ("#56B4E9", "s"),
+    "GSR": ("#0072B2", "D"),
+}
+_RC = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "figure.dpi": 110,
+}
+
+
+def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the study's style, and let the figure know from what: `figure.drawn_from` is (the
+    function's name, its arguments by name).
+    """
+
+    @wraps(draw)
+    def drawn(*given, **named) -> Figure:
+        with plt.rc_context(_RC):
+            figure = draw(*given, **named)
+        figure.drawn_from = (draw.__name__, signature(draw).bind(*given, **named).arguments)
+        return figure
+
+    return drawn
+
+
+@_figure
+def kl_bars(arms: Sequence[Arm]) -> Figure:
+    """KL divergence of each arm from the original, one bar an arm."""
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.2), layout="constrained")
+    for height, arm in enumerate(reversed(arms)):
+        value, _ = arm.summary("kl")
+        axis.barh(height, value, color=_style(arm.rotation)["color"], height=0.6)
+        axis.annotate(
+            f"{value:.2f}", (value, height), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axis.set_yticks(range(len(arms)), [arm.rotation for arm in reversed(arms)])
+    axis.set_xlabel("KL divergence from the original, nats per token")
+    axis.margins(x=0.15)
+    return figure
+
+
+@_figure
+def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) -> Figure:
+    """`quantity` ("kurtosis", "incoherence", "input_kurtosis") of every module over the layers, a
+    panel a site.
+    """
+    sites = list(Family.linear_paths)
+    if quantity == "input_kurtosis":
+        sites = ["q", "o", "gate", "down"]
+    columns = min(4, len(sites))
+    rows = -(-len(sites) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(WIDTH, 1.9 * rows),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, site in zip(axes.flat, sites, strict=False):
+        for rotation, result in results.items():
+            modules = [module for module in result.metrics["modules"] if module["site"] == site]
+            axis.plot(
+                [m["layer"] for m in modules],
+                [m[quantity] for m in modules],
+                ms=2.5,
+                lw=0.8,
+                label=rotation,
+                **_style(rotation),
+            )
+        axis.set_title(
+            {"q": "q, k, v", "gate": "gate, up"}.get(site, site)
+            if quantity == "input_kurtosis"
+            else site
+        )
+        if quantity != "incoherence":
+            axis.axhline(3, color="0.7", lw=0.8, zorder=0)
+    values = [
+        module[quantity] for result in results.values() for module in result.metrics["modules"]
+    ]
+    if max(values) > 10 * min(values):
+        axes.flat[0].set_yscale("log")  # the panels share it
+        if max(values) < 1000:
+            _plain_log_ticks(axes.flat[0].yaxis, (1, 2, 5))
+    for axis in axes.flat[len(sites) :]:
+        axis.set_axis_off()
+    figure.supxlabel("layer")
+    figure.supylabel(ylabel)
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results)
+    )
+    return figure
+
+
+@_figure
+def weight_tails(results: dict[str, Result]) -> Figure:
+    """The share of weights larger than k times their matrix's root mean square."""
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.6), layout="constrained")
+    for rotation, result in results.items():
+        counts = result.metrics["histogram"]
+        above = [sum(counts[i:]) / sum(counts) for i in range(len(counts))]
+        kept = [
+            (edge, share) for edge, share in zip(HISTOGRAM_EDGES, above, strict=False) if share > 0
+        ]
+        axis.plot(*zip(*kept, strict=True), color=_style(rotation)["color"], label=rotation)
+    axis.set_yscale("log")
+    axis.set_xlabel("|w| / root mean square of its matrix")
+    axis.set_ylabel("share of weights above")
+    axis.legend()
+    return figure
+
+
+@_figure
+def learning_curves(arm: Arm) -> Figure:
+    """The objective, estimated at every draw of rows, a curve a seed; the points are the exact
+    values at the end.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.6), layout="constrained")
+    for result, dashes in zip(arm.results, cycle(("-", "--", ":")), strict=False):
+        history = result.metrics["objective_history"]
+        color, marker = STYLE["optrot"]
+        axis.plot(
+            range(len(history)),
+            history,
+            dashes,
+            lw=0.9,
+            color=color,
+            label=f"seed {recipe_of(result).seed}",
+        )
+        axis.plot(len(history), result.metrics["objective"], marker, color=color, ms=4)
+    axis.set_xlabel("draw of rows")
+    axis.set_ylabel("sum of fourth powers")
+    axis.legend()
+    return figure
+
+
+@_figure
+def arm_comparison(arms: Sequence[Arm]) -> Figure:
+    """KL divergence of every arm, mean and standard error with the seeds behind: a line a rotation,
+    a panel a grid and rounding.
+
+    Diverged arms are left out.
+    """
+    arms = [arm for arm in arms if not arm.diverged]
+    panels: dict[tuple[str, str], list[Arm]] = {}
+    for arm in arms:
+        panels.setdefault((arm.grid, arm.rounding), []).append(arm)
+    rotations = list(dict.fromkeys(arm.rotation for arm in arms))
+    means = [[arm.summary("kl")[0] for arm in shown] for shown in panels.values()]
+    wide = any(max(panel) > 8 * min(panel) for panel in means)
+    size = (WIDTH, 0.9 + 0.24 * len(rotations))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, ((grid, rounding), shown) in zip(axes[0], panels.items(), strict=True):
+        for arm in shown:
+            place = rotations.index(arm.rotation)
+            values = list(arm.values("kl").values())
+            mean, error = arm.summary("kl")
+            axis.plot(values, [place] * len(values), ".", color="0.75", ms=4, zorder=1)
+            axis.errorbar(
+                mean,
+                place,
+                xerr=error if error == error else None,
+                ms=5,
+                capsize=3,
+                **_style(arm.rotation),
+            )
+        if wide:
+            axis.set_xscale("log")
+            _plain_log_ticks(axis.xaxis, (1, 2, 5))
+        else:
+            axis.set_xlim(0, 1.08 * axis.get_xlim()[1])
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.set_title(grid + ("" if rounding == "none" else f", {rounding}"))
+        axis.grid(axis="x", color="0.9", lw=0.6)
+    axes[0][0].set_yticks(range(len(rotations)), rotations)
+    axes[0][0].invert_yaxis()
+    axes[0][0].margins(y=0.12)
+    figure.supxlabel("KL divergence from the original, nats per token", fontsize=9)
+    return figure
+
+
+@_figure
+def weights_against_inputs(results: dict[str, Result], quantity: str = "input_kurtosis") -> Figure:
+    """Kurtosis of what a module reads (all tokens, or "sink_kurtosis") against that of its weight:
+    a point a layer.
+    """
+    sites = ("q", "o", "gate", "down")
+    figure, axes = plt.subplots(
+        1, len(sites), figsize=(WIDTH, 2.5), layout="constrained", sharex=True, sharey=True
+    )
+    for axis, site in zip(axes, sites, strict=True):
+        for rotation, result in results.items():
+            modules = [module for module in result.metrics["modules"] if module["site"] == site]
+            at = [[module[side] for module in modules] for side in ("kurtosis", quantity)]
+            axis.plot(*at, ls="", ms=3, alpha=0.7, label=rotation, **_style(rotation))
+        axis.axhline(3, color="0.8", lw=0.8, zorder=0)
+        axis.axvline(3, color="0.8", lw=0.8, zorder=0)
+        axis.set_title(site)
+    axes[0].xaxis.set_major_locator(MaxNLocator(4))
+    axes[0].set_yscale("log")
+    _plain_log_ticks(axes[0].yaxis, (1, 3))
+    figure.supxlabel("kurtosis of the weights", fontsize=9)
+    figure.supylabel(
+        {
+            "input_kurtosis": "kurtosis of the inputs",
+            "sink_kurtosis": "kurtosis of the first token",
+        }[quantity],
+        fontsize=9,
+    )
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results)
+    )
+    return figure
+
+
+@_figure
+def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
+    """Each rotation's KL at one precision against its KL at another, mean and standard error;
+    "mixed" in λ's order is one line.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.4), layout="constrained")
+    line = []
+    for pair in pairs:
+        (x, dx), (y, dy) = (arm.summary("kl") for arm in pair)
+        errors = {"xerr": dx, "yerr": dy} if dx == dx else {}
+        axis.errorbar(x, y, **errors, ms=6, capsize=2, lw=0.8, **_style(pair[0].rotation))
+        axis.annotate(pair[0].rotation, (x, y), xytext=(6, 5), textcoords="offset points")
+        if pair[0].recipe.rotation in ("optrot", "mixed", "kurtail"):
+            line.append(
+                (
+                    pair[0].recipe.activation_share or float(pair[0].recipe.rotation == "kurtail"),
+                    x,
+                    y,
+                )
+            )
+    axis.plot(
+        *zip(*[point[1:] for point in sorted(line)], strict=True), color="0.7", lw=1, zorder=0
+    )
+    xlabel, ylabel = (f"KL at {arm.recipe.precision}, nats per token" for arm in pairs[0])
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.margins(0.2)
+    return figure
+
+
+@_figure
+def bounds_against_errors(results: dict[str, Result]) -> Figure:
+    """The error of every module against its bound, a panel a rounding: on the grey line the bound
+    would be reached.
+    """
+    roundings = {"rtn": "RTN", "gptq": "GPTQ"}
+    figure, axes = plt.subplots(
+        1, 2, figsize=(WIDTH, 3.0), layout="constrained", sharex=True, sharey=True
+    )
+    for axis, (rounding, title) in zip(axes, roundings.items(), strict=True):
+        for rotation, result in results.items():
+            modules = result.metrics["modules"]
+            at = [
+                [module[f"{rounding}_{quantity}"] for module in modules]
+                for quantity in ("bound", "error")
+            ]
+            axis.plot(*at, ls="", ms=3, alpha=0.6, label=rotation, **_style(rotation))
+        axis.axline((1e-3, 1e-3), (1, 1), color="0.7", lw=0.8, zorder=0)
+        axis.set(xscale="log", yscale="log", title=title)
+    figure.supxlabel("bound on the error", fontsize=9)
+    figure.supylabel("error tr(ΔW H ΔWᵀ)", fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results)
+    )
+    return figure
+
+
+@_figure
+def pivots_by_layer(results: dict[str, Result]) -> Figure:
+    """tr(D) / tr(H) of what every module reads, over the layers; the grey area lies below the floor
+    that no rotation passes.
+    """
+    sites = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
+    figure, axes = plt.subplots(
+        1, len(sites), figsize=(WIDTH, 2.3), layout="constrained", sharex=True, sharey=True
+    )
+    for axis, (site, title) in zip(axes, sites.items(), strict=True):
+        for rotation, result in results.items():
+            modules = [module for module in result.metrics["modules"] if module["site"] == site]
+            layers = [module["layer"] for module in modules]
+            axis.plot(
+                layers,
+                [m["tr_D"] / m["tr_H"] for m in modules],
+                ms=2.5,
+                lw=0.8,
+                label=rotation,
+                **_style(rotation),
+            )
+        axis.fill_between(
+            layers, [m["floor"] / m["tr_H"] for m in modules], color="0.85", lw=0, zorder=0
+        )
+        axis.set_title(title)
+    axes[0].set_ylim(0, 1)
+    figure.supxlabel("layer", fontsize=9)
+    figure.supylabel("tr(D) / tr(H)", fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results)
+    )
+    return figure
+
+
+@_figure
+def errors_against_kl(bounds: dict[str, Result], arms: Sequence[Arm]) -> Figure:
+    """Each arm's KL against the sum of its rotation's layer errors: filled by GPTQ, hollow by
+    rounding to nearest.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2), layout="constrained")
+    for arm in arms:
+        kl, _ = arm.summary("kl")
+        rounding = arm.recipe.rounding
+        error = sum(
+            module[f"{rounding}_error"] / module["energy"]
+            for module in bounds[arm.rotation].metrics["modules"]
+        )
+        fill = {"label": arm.rotation} if rounding == "gptq" else {"mfc": "white"}
+        axis.plot(error, kl, ls="", ms=6, **_style(arm.rotation) | fill)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="sum of the layers' errors, each over its energy tr(W H Wᵀ)",
+    )
+    axis.set_ylabel("KL divergence, nats per token")
+    _plain_log_ticks(axis.xaxis, (1, 2, 5))
+    _plain_log_ticks(axis.yaxis, (1, 2, 5))
+    axis.margins(0.15)
+    axis.legend()
+    return figure
+
+
+@_figure
+def coordinate_energies(named: dict[str, Result], group_size: int) -> Figure:
+    """Energy of every coordinate that q reads in one layer, over their mean: a panel a rotation, a
+    grey line between every two groups.
+    """
+    rows = -(-len(named) // 2)
+    size = (WIDTH, 0.6 + 1.1 * rows)
+    figure, axes = plt.subplots(
+        rows, 2, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    for axis, (name, result) in zip(axes.flat, named.items(), strict=False):
+        energies = result.metrics["energies"]
+        axis.plot(energies, lw=0.6, color=_style(name)["color"])
+        for edge in range(group_size, len(energies), group_size):
+            axis.axvline(edge, color="0.85", lw=0.6, zorder=0)
+        axis.set_title(name)
+        axis.margins(x=0)
+    for axis in axes.flat[len(named) :]:
+        axis.set_axis_off()
+    figure.supxlabel("coordinate", fontsize=9)
+    figure.supylabel("energy / mean energy", fontsize=9)
+    return figure
+
+
+@_figure
+def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]]) -> Figure:
+    """What a change brings, in nats saved, with two standard errors: a panel a change, a line a
+    grid with the arms after and before it.
+
+    Right of zero it helps.
+    """
+    grids = list(dict.fromkeys(grid for pairs in changes.values() for grid in pairs))
+    size = (WIDTH, 0.9 + 0.22 * len(grids))
+    figure, axes = plt.subplots(
+        1, len(changes), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, (change, pairs) in zip(axes[0], changes.items(), strict=True):
+        axis.axvline(0, color="0.7", lw=0.8, zorder=0)
+        for grid, pair in pairs.items():
+            verdict = judge(*pair)
+            spread = (
+                2 * verdict.standard_error
+                if verdict.standard_error == verdict.standard_error
+                else None
+            )
+            axis.errorbar(
+                verdict.effect,
+                grids.index(grid),
+                xerr=spread,
+                fmt="o",
+                ms=4,
+                capsize=2,
+                lw=0.9,
+                color="#0072B2",
+            )
+        axis.set_title(change)
+        axis.xaxis.set_major_locator(MaxNLocator(2))
+    axes[0][0].set_yticks(range(len(grids)), grids)
+    axes[0][0].invert_yaxis()
+    axes[0][0].margins(y=0.15)
+    figure.supxlabel("nats of KL divergence saved, ± two standard errors", fontsize=9)
+    return figure
+
+
+@_figure
+def claims(
+    labels: Sequence[str],
+    effects: Sequence[float],
+    errors: Sequence[float],
+    verdicts: Sequence[str],
+) -> Figure:
+    """Every claim's effect with two standard errors, a line a claim: right of zero it goes the
+    claimed way.
+    """
+    colors = {"reproduced": "#009E73", "not reproduced": "#D55E00"}
+    size = (WIDTH, 0.8 + 0.2 * len(labels))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.axvline(0, color="0.7", lw=0.8, zorder=0)
+    for place, (effect, error, verdict) in enumerate(zip(effects, errors, verdicts, strict=True)):
+        spread = 2 * error if error == error else None
+        axis.errorbar(
+            effect,
+            place,
+            xerr=spread,
+            fmt="o",
+            ms=4,
+            capsize=2,
+            lw=0.9,
+            color=colors.get(verdict, "0.5"),
+        )
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    figure.supxlabel(
+        "nats of KL divergence in the claimed direction, ± two standard errors", fontsize=9
+    )
+    return figure
+
+
+@_figure
+def checkpoint_sizes(predicted: dict[str, dict[str, float]], on_disk: dict[str, float]) -> Figure:
+    """Megabytes that the bits predict, by kind, a bar a checkpoint; the black marks are the files."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 2.4), layout="constrained")
+    pandas.DataFrame(predicted).T[::-1].plot.barh(
+        stacked=True, color=["#999999", "#009E73", "#E69F00"], width=0.6, ax=axis, legend=False
+    )
+    axis.plot(list(on_disk.values())[::-1], range(len(on_disk)), "k|", ms=14, label="on disk")
+    axis.set_xlabel("megabytes")
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
+@_figure
+def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
+    """KL against the seconds that the rotation was learned for: a line a method, a point a number
+    of steps.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2), layout="constrained")
+    for name, arms in methods.items():
+        at = sorted((arm.seconds("rotate"), *arm.summary("kl")) for arm in arms)
+        seconds, means, errors = zip(*at, strict=True)
+        axis.errorbar(
+            seconds,
+            means,
+            yerr=[e if e == e else 0 for e in errors],
+            ms=5,
+            lw=0.9,
+            capsize=2,
+            label=name,
+            **_style(name),
+        )
+    axis.set(xscale="log", xlabel="seconds of learning", ylabel="KL divergence, nats per token")
+    _plain_log_ticks(axis.xaxis, (1, 2, 5))
+    axis.legend()
+    return figure
+
+
+@_figure
+def training_losses(arms: Sequence[Arm]) -> Figure:
+    """Each method's own loss over its steps as a share of its first eighth's mean, a thin line a
+    seed, smoothed over an eighth.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.8), layout="constrained")
+    for arm in arms:
+        for number, result in enumerate(arm.results):
+            history = result.metrics["objective_history"]
+            width = max(1, len(history) // 8)
+            smooth = [fmean(history[i : i + width]) for i in range(len(history) - width + 1)]
+            steps = [(i + width / 2) / len(history) for i in range(len(smooth))]
+            label = arm.rotation if number == 0 else None
+            axis.plot(
+                steps,
+                [value / smooth[0] for value in smooth],
+                lw=0.9,
+                color=_style(arm.rotation)["color"],
+                label=label,
+            )
+    axis.set(xlabel="share of the steps", ylabel="loss / loss at the start")
+    axis.legend()
+    return figure
+
+
+def _style(rotation: str) -> dict:
+    """Color and marker of a rotation by its first word: hollow where R3 or R4 is on, or signs are
+    drawn, or it is a variant.
+    """
+    color, marker = STYLE.get(rotation.split()[0], ("#666666", "h"))
+    variant = any(mark in rotation for mark in (" + ", "±", " from ", " within ", " for "))
+    return {"color": color, "marker": marker} | ({"mfc": "white"} if variant else {})
+
+
+def _plain_log_ticks(axis: Axis, steps: Sequence[int]) -> None:
+    """Label a logarithmic axis at these multiples of the powers of ten, as ordinary numbers."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
+@_figure
+def matrices(named: dict[str, object]) -> Figure:
+    """Rotation matrices as pictures, each on the scale of its own largest entry."""
+    figure, axes = plt.subplots(
+        1, len(named), figsize=(WIDTH, 2.6), layout="constrained", squeeze=False
+    )
+    for axis, (name, R) in zip(axes[0], named.items(), strict=True):
+        limit = R.abs().max().item()
+        axis.imshow(R, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.set(title=f"{name}\nlargest entry {limit:.2f}", xticks=[], yticks=[])
+    return figure

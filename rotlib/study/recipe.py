@@ -1,0 +1,248 @@
+"""One run of the study, described: model → rotation → weights → activations → evaluation.
+
+A recipe is a dataclass whose defaults are the study's protocol; only what differs from them is its
+name, its hash and what is stored. `pipeline.py` computes it. Recipes that differ in their
+activations alone share their weights.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+
+from rotlib.checks import inner_share, one_of, share, whole_number, yes_or_no
+from rotlib.learning.network import PRESETS
+from rotlib.learning.optrot_plus import FORMS
+from rotlib.models.text import check_text
+from rotlib.quantization.activations import FULL, PROTOCOLS, ActivationQuant
+from rotlib.quantization.grids import WeightQuant
+from rotlib.rotations.drawn import DRAWN, R1_ORDERS
+from rotlib.rotations.rotation import Rotation
+
+STARTS = ("hadamard", "gsr")
+ROUNDINGS = ("rtn", "gptq", "none")
+ORDERS = ("weights-first", "activations-first")
+LEARNED_ON = ("weights", "activations")
+THROUGH_NETWORK = ("spinquant", "ostquant")
+
+_HADAMARD_R1 = ("block", "R1_order", "signs")
+_CALIBRATION = ("text", "window", "calibration_windows")
+_LEARNING = ("text", "window", "learning_windows", "steps")
+_STARTING = ("start", *_HADAMARD_R1, "local")
+# what the learning of a rotation reads of a recipe, besides model and seed; through the network
+# also the grid that is learned on
+LEARNED = {
+    "optrot": ("R4", "steps", "grouped", *_STARTING),
+    "optrot+": ("form", "R4", *_LEARNING),
+    "kurtail": _CALIBRATION,
+    "mixed": ("activation_share", "R4", *_CALIBRATION),
+    "spinquant": ("learned_on", "preset", "R4", *_LEARNING, *_STARTING),
+    "ostquant": ("learned_on", "preset", "R4", *_LEARNING, *_STARTING),
+}
+# the settings that some learned rotations read and nothing else does
+_LEARNERS_OWN = (
+    *("activation_share", "form", "learned_on", "preset", "learning_windows", "steps"),
+    *("grouped", "start", "local"),
+)
+_WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
+_ACTIVATION_GRID = ("activation_bits", "kv_bits", "protocol", "sinks")
+
+# rotations of one's own, by name: `own.register_rotation` fills it
+OWN: dict[str, Callable[..., Rotation]] = {}
+
+
+def rotations() -> tuple[str, ...]:
+    """What a recipe's rotation can be."""
+    return ("none", *DRAWN, "gsr", *LEARNED, *OWN)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run; what differs from the defaults is its name.
+
+    The rotation "gsr" is `gsr_rotation` with `block`, `R1_order` and `signs`; one that is learned
+    from the `start` "gsr" begins there, and where it is `local` stays in those blocks. `grouped`
+    learns OptRot's objective for groups of `group_size`. `activation_share` is λ of "mixed", `form`
+    OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
+    recipe's grid, by a `preset` whose `steps` can be replaced. `rounding` "none" keeps 16-bit
+    weights; `asymmetry` is GPTAQ's α. `order` "weights-first" calibrates GPTQ on unrounded
+    activations, "activations-first" on rounded ones. Raises ValueError at construction for a value
+    outside the choices, or one that would go unread.
+
+    >>> Recipe(rotation="optrot", bits=3).spec()
+    {'task': 'quantize', 'rotation': 'optrot', 'bits': 3}
+    """
+
+    model: str = "smollm2-135m"
+    text: str = "wikipedia-mini"
+    rotation: str = "none"
+    block: int | None = None
+    R1_order: str = R1_ORDERS[0]
+    signs: bool = False
+    start: str = STARTS[0]
+    local: bool = False
+    grouped: bool = False
+    activation_share: float | None = None
+    form: str = FORMS[0]
+    learned_on: str = "weights"
+    preset: str = "laptop"
+    steps: int | None = None
+    R3: bool = False
+    R4: bool = False
+    rounding: str = "gptq"
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+    convention: str = "half"
+    clip_search: bool = True
+    act_order: bool = False
+    asymmetry: float = 0.0
+    activation_bits: int = FULL
+    kv_bits: int = FULL
+    protocol: str = "rotlib"
+    sinks: int = 0
+    order: str = "weights-first"
+    window: int = 1024
+    calibration_windows: int = 16
+    learning_windows: int = 32
+    test_windows: int = 8
+    seed: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.model, str):
+            raise ValueError(f"a model is named by a string, not {self.model!r}")
+        choices = {
+            "rotation": rotations(),
+            "R1_order": R1_ORDERS,
+            "start": STARTS,
+            "rounding": ROUNDINGS,
+            "protocol": PROTOCOLS,
+            "order": ORDERS,
+            "form": FORMS,
+            "learned_on": LEARNED_ON,
+            "preset": PRESETS,
+        }
+        for name, allowed in choices.items():
+            one_of(name, getattr(self, name), allowed)
+        counts = ("calibration_windows", "learning_windows", "test_windows")
+        for name, least in {"window": 2, **dict.fromkeys(counts, 1), "seed": 0}.items():
+            whole_number(name, getattr(self, name), least)
+        for name in ("steps", "block"):
+            if getattr(self, name) is not None:
+                whole_number(f"{name} (unless it is None)", getattr(self, name), 1)
+        share("asymmetry", self.asymmetry)
+        for name in ("act_order", "R3", "R4", "signs", "local", "grouped"):
+            yes_or_no(name, getattr(self, name))
+        check_text(self.text)
+        self.quant, self.activations  # noqa: B018 - check bits, groups and convention
+        given = self.spec()
+        for name, reason in self._unread():
+            if name in given:  # a setting without effect would name two arms for one computation
+                raise ValueError(f"{name} {reason}")
+        self._check_together()
+
+    def _unread(self) -> Iterator[tuple[str, str]]:
+        """(setting, what would have to be so) for every setting that this recipe doesn't read."""
+        rounded = self.activation_bits != FULL or self.kv_bits != FULL
+        if self.rounding == "none":
+            for name in _WEIGHT_GRID:
+                yield name, "belongs to rounded weights, not to rounding 'none'"
+        if self.rounding != "gptq":
+            yield "act_order", "orders GPTQ's columns: it needs rounding 'gptq'"
+            yield "asymmetry", "corrects GPTQ for its inputs' drift: it needs rounding 'gptq'"
+        if self.rounding != "gptq" or not rounded:
+            yield "order", "needs rounding 'gptq', and activation_bits or kv_bits below 16"
+        if not self.symmetric:
+            yield "convention", "belongs to symmetric grids"
+        if self.kv_bits == FULL:
+            yield "R3", "turns keys for their quantizer: it needs kv_bits below 16"
+        if self.activation_bits == FULL:
+            yield "sinks", "needs activation_bits below 16"
+        if not rounded:
+            needs = "it needs activation_bits or kv_bits below 16"
+            yield "protocol", f"says how activations are rounded: {needs}"
+        if self.rotation != "gsr" and self.start != "gsr":
+            for name in _HADAMARD_R1:
+                yield (
+                    name,
+                    "describes a Hadamard R1: it needs the rotation 'gsr' or the start 'gsr'",
+                )
+        for name in _LEARNERS_OWN:
+            methods = [rotation for rotation, read in LEARNED.items() if name in read]
+            if self.rotation not in methods:
+                belongs = f"belongs to the rotations {', '.join(methods)}"
+                yield name, f"{belongs}, not to {self.rotation!r}"
+
+    def _check_together(self) -> None:
+        """Raises ValueError where one setting asks for another."""
+        if self.rotation == "mixed":
+            inner_share("activation_share", self.activation_share)
+        if self.local and (self.start != "gsr" or self.block is None):
+            raise ValueError("local keeps R1 in blocks: it needs the start 'gsr' and a block")
+        if self.grouped and self.group_size is None:
+            raise ValueError("grouped learns for groups of weights: it needs a group_size")
+        if self.rotation in THROUGH_NETWORK:
+            rounded = self.activation_bits != FULL or self.kv_bits != FULL
+            if self.learned_on == "activations" and not rounded:
+                raise ValueError(
+                    "learned_on 'activations' needs activation_bits or kv_bits below 16"
+                )
+            if self.learned_on == "weights" and self.rounding == "none":
+                raise ValueError(
+                    "learned_on 'weights' needs weights that are rounded: choose the rounding "
+                    "'rtn' or 'gptq'"
+                )
+
+    @property
+    def quant(self) -> WeightQuant:
+        """The weight grid this recipe asks for."""
+        return WeightQuant(**{name: getattr(self, name) for name in _WEIGHT_GRID})
+
+    @property
+    def activations(self) -> ActivationQuant:
+        """The activation grids this recipe asks for."""
+        return ActivationQuant(self.activation_bits, self.kv_bits, self.protocol, self.sinks)
+
+    @property
+    def rotation_reads(self) -> dict:
+        """The settings that this recipe's rotation depends on, R3 and R4 apart."""
+        read = _HADAMARD_R1 if self.rotation == "gsr" else LEARNED.get(self.rotation, ())
+        names = ("model", "rotation", "seed", *read, *self.learned_through)
+        return {name: getattr(self, name) for name in names}
+
+    def of_rotation(self, *others: str) -> "Recipe":
+        """The recipe that has this one's rotation, with R4, and of its other settings only these."""
+        others_of_it = {name: getattr(self, name) for name in ("R4", *others)}
+        return Recipe(**self.rotation_reads | others_of_it)
+
+    @property
+    def learned_through(self) -> tuple[str, ...]:
+        """The fields that say which grid the rotation is learned for, or through."""
+        if self.rotation not in THROUGH_NETWORK:
+            return ("group_size",) if self.grouped else ()
+        return _WEIGHT_GRID if self.learned_on == "weights" else (*_ACTIVATION_GRID, "R3")
+
+    @property
+    def online(self) -> list[str]:
+        """The online rotations that are on."""
+        return Rotation(None, None, self.R3, self.R4).online
+
+    @property
+    def precision(self) -> str:
+        """Such as W4A8 or W4A4KV4; 16 is unrounded."""
+        weights = FULL if self.rounding == "none" else self.bits
+        cache = f"KV{self.kv_bits}" if self.kv_bits != FULL else ""
+        return f"W{weights}A{self.activation_bits}{cache}"
+
+    def sharing_weights(self) -> "Recipe":
+        """The recipe that has this one's weights and nothing else of its own."""
+        reset = {"test_windows": Recipe.test_windows}
+        if self.order == "weights-first":
+            unrounded = {name: getattr(Recipe, name) for name in ("R3", *_ACTIVATION_GRID)}
+            learned = self.learned_through
+            reset |= {name: value for name, value in unrounded.items() if name not in learned}
+        return replace(self, **reset)
+
+    def spec(self) -> dict:
+        """What differs from the defaults; with `task`, this is the recipe's name in the store."""
+        default = {field.name: field.default for field in fields(self)}
+        given = {name: value for name, value in asdict(self).items() if value != default[name]}
+        return {"task": "quantize"} | given

@@ -1,0 +1,142 @@
+"""Run the notebooks in order at one scale: ``python -m rotlib.study.reproduce laptop [--only
+03_optrot_w4] [--in-place]``.
+
+A scale is configs/<scale>.yaml: for each notebook the parameters that differ from its own defaults,
+which are the smoke scale. Executed copies go to results/local/notebooks, figures to figures/, what
+they are drawn from to results/local/figures. Finished runs are read from the store, so the same
+command after an interruption goes on where it stopped.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from tqdm import tqdm
+from traitlets.config import Config
+
+from rotlib.study import store
+from rotlib.study.files import ROOT, absolute_folders, results_folder, write_atomically
+from rotlib.study.tables import arms, markdown, provenance
+
+NOTEBOOKS = ROOT / "notebooks"
+_IPC = Config(KernelManager={"transport": "ipc"})  # parallel runs would race for TCP ports
+_VOLATILE = ("papermill", "execution")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m rotlib.study.reproduce", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("scale", help="smoke, laptop, or another file in configs/")
+    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="run just these")
+    parser.add_argument(
+        "--in-place", action="store_true", help="store the outputs in notebooks/, ready to commit"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        plan = make_plan(options.scale, options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    absolute_folders()  # kernels run in notebooks/
+    scale = options.scale + "-in-place" * options.in_place
+    copies = results_folder() / "local" / "notebooks" / scale
+    progress = {"desc": f"{options.scale} scale", "unit": "notebook", "disable": False}
+    for path, parameters in tqdm(plan, **progress):
+        execute(path, copies / path.name, parameters, options.in_place)
+    if not options.in_place:
+        print(table())
+
+
+def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dict]]:
+    """Which notebooks run, in order, with which parameters.
+
+    Raises ValueError for an unknown scale, notebook or parameter, before anything runs.
+    """
+    notebooks = {path.stem: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    config = ROOT / "configs" / f"{scale}.yaml"
+    if not config.is_file():
+        known = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
+        raise ValueError(f"unknown scale {scale!r}: choose one of {known}")
+    parameters = _read_scale(config)
+    for name in [*(only or ()), *parameters]:
+        if name not in notebooks:
+            raise ValueError(f"unknown notebook {name!r}: choose among {', '.join(notebooks)}")
+    for name, given in parameters.items():
+        declared = papermill.inspect_notebook(str(notebooks[name]))
+        for parameter in given:
+            if parameter not in declared:
+                raise ValueError(
+                    f"{config.name}: {name} has no parameter {parameter!r}, "
+                    f"it has {', '.join(declared)}"
+                )
+    return [
+        (path, parameters.get(name, {}))
+        for name, path in notebooks.items()
+        if not only or name in only
+    ]
+
+
+def _read_scale(config: Path) -> dict[str, dict]:
+    try:
+        scale = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{config.name} isn't valid YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(scale, dict) or not all(isinstance(given, dict) for given in scale.values()):
+        raise ValueError(
+            f"{config.name} must map each notebook to its parameters, "
+            "such as 03_optrot_w4: {seeds: [0, 1, 2]}"
+        )
+    return scale
+
+
+def execute(path: Path, target: Path, parameters: dict, in_place: bool) -> None:
+    """Run one notebook through papermill.
+
+    In place, outputs and counts are kept, and what changes from run to run is dropped.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if in_place:
+        os.environ.update({"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    else:
+        os.environ.setdefault("ROTLIB_FIGURES", str(ROOT / "figures"))
+        _show_kernel_progress()
+    how = {"progress_bar": False, "log_output": not in_place, "config": _IPC}
+    papermill.execute_notebook(str(path), str(target), parameters, cwd=str(NOTEBOOKS), **how)
+    if in_place:
+        notebook = nbformat.read(target, as_version=4)
+        for holder in (notebook, *notebook.cells):
+            for key in _VOLATILE:
+                holder.metadata.pop(key, None)
+        notebook.metadata.get("language_info", {}).pop("version", None)
+        write_atomically(path, lambda scratch: nbformat.write(notebook, scratch))
+
+
+def table() -> str:
+    """Every arm that there is a result for, here or committed, and what they were computed with."""
+    results = store.load_results()
+    return f"{markdown(arms(results))}\n\n{provenance(results)}"
+
+
+def _show_kernel_progress() -> None:
+    """Of what papermill logs, a kernel's progress bars and rotlib's own words go to the terminal."""
+    logger = logging.getLogger("papermill")
+    if logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.terminator = ""
+    handler.addFilter(lambda record: re.match(r"rotlib: |.*\r", record.getMessage(), re.DOTALL))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Results on disk: one JSON file per finished run, written atomically, with where it came from.
+
+`results/study/` holds the committed study; `results/local/` is what this machine computed and wins
+where both have a result. A run is finished when its file is there and no stage of the computation
+that it read has changed since (`numerics.py`). Anything else is stale, and shown as such.
+"""
+
+import json
+import platform
+import re
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from rotlib.study import numerics
+from rotlib.study.files import ROOT, local_path, saved, write_atomically, write_text
+
+_VERSIONS = ("torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass
+class Result:
+    """One finished run: what was asked for, what came out, what it took and where it ran.
+
+    A step that reused a kept rotation or kept weights shows the seconds that making them took; the
+    peak memory is this run's.
+    """
+
+    spec: dict
+    metrics: dict
+    seconds: dict[str, float]
+    peak_memory_mb: float
+    provenance: dict
+
+    @property
+    def stale(self) -> bool:
+        """True where a stage that it read computes something else by now."""
+        return bool(numerics.changed_since(self.provenance["stages"]))
+
+
+@dataclass
+class Record:
+    """What a run notes down while it goes.
+
+    Metrics, seconds by step, the sha256 of each token stream, the model's commit on the Hub.
+    """
+
+    metrics: dict = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    model_commit: str | None = None
+
+    @contextmanager
+    def timed(self, name: str):
+        """Time the block under this name."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
+
+
+def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) -> Result:
+    """The finished result of a specification, or else computed now, saved and returned.
+
+    Raises ValueError where a stage computes something else here than its committed entry says.
+    """
+    if result := find(spec):
+        return result
+    _check_writable(local_path(spec).parent)
+    numerics.check(numerics.stages_of(spec))
+    origin = _origin(spec, device)  # as it is now: the code may be edited while the run goes on
+    record = Record()
+    _reset_peak_memory(device)
+    compute(record)
+    memory = peak_memory_mb(device)
+    origin |= {"tokens": record.tokens, "model_commit": record.model_commit}
+    result = Result(spec, record.metrics, record.seconds, memory, origin)
+    save(result, local_path(spec))
+    return result
+
+
+def save(result: Result, path: Path) -> None:
+    """Write a result's file."""
+    write_text(path, json.dumps(asdict(result), indent=1, sort_keys=True) + "\n")
+
+
+def find(spec: dict) -> Result | None:
+    """This machine's finished result for a specification, unless it is stale."""
+    result = read(local_path(spec))
+    return None if result is None or result.stale else result
+
+
+def load_results() -> list[Result]:
+    """Every result, sorted by file name: this machine's, then the committed it hasn't recomputed."""
+    return [result for path in saved("*.json") if (result := read(path)) is not None]
+
+
+def load_result(name: str) -> Result:
+    """The result in the file of this name, this machine's before the committed one.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    for path in saved(name):
+        if result := read(path):
+            return result
+    raise FileNotFoundError(f"the result {name} is neither in results/local nor in results/study")
+
+
+def read(path: Path) -> Result | None:
+    """The result in a file, None where there is no file; raises ValueError, naming it, for another."""
+    try:
+        result = Result(**json.loads(path.read_text(encoding="utf-8")))
+        result.spec["task"]
+        noted = result.provenance["stages"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} isn't a result of rotlib: delete it and run again ({error})"
+        ) from error
+    if strangers := numerics.unknown(noted):
+        raise ValueError(
+            f"{path} notes the stage {strangers[0]!r}, which this version of rotlib hasn't: "
+            "it is of another version; delete it and run again"
+        )
+    return result
+
+
+def commit() -> str | None:
+    """The checkout's, None where it is no git repository."""
+    return _git("rev-parse", "HEAD")
+
+
+def _origin(spec: dict, device: torch.device) -> dict:
+    """Commit, stages, versions and device."""
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", "rotlib")
+    versions = {name: version(name) for name in _VERSIONS}
+    threads = f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "commit": commit(),
+        "uncommitted_changes": bool(changes),
+        "stages": numerics.digests(numerics.stages_of(spec)),
+        "versions": versions | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
+    }
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError now rather than after hours of work."""
+    try:
+        write_atomically(folder / ".writable", lambda scratch: scratch.touch())
+    except OSError as error:
+        raise ValueError(
+            f"results can't be written to {folder}: let ROTLIB_RESULTS name a writable folder "
+            f"({error.strerror})"
+        ) from error
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # Linux: start the high-water mark again from what is resident now
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The device's peak where it has memory of its own, else the process's since the reset.
+
+    Elsewhere than on Linux it is the process's since it began.
+    """
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    with suppress(OSError, TypeError):
+        status = Path("/proc/self/status").read_text()
+        return round(int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 2**10)
+    unit = 2**20 if platform.system() == "Darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", ROOT, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else None

@@ -1,0 +1,281 @@
+"""Run a sweep: ``python -m rotlib.study.sweep configs/sweeps/gsr.yaml --workers 4 [--dry-run]``.
+
+Many recipes from one YAML file (`sweep_file.py`) are run by local processes or on a Ray cluster
+(`engines.py`). Results go where `run` keeps them, one file a recipe, written as the run's last act:
+a sweep that was killed goes on where it stopped, and the workers need nothing but the folder they
+share.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+import yaml
+from tqdm import tqdm
+
+from rotlib.checks import whole_number
+from rotlib.study import memory, numerics, store
+from rotlib.study.engines import ENGINES, NoCluster
+from rotlib.study.files import absolute_folders, clear_leftovers, local_path, results_folder
+from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
+from rotlib.study.sweep_file import FIELDS, read_sweep
+
+# which windows the time of a step grows with
+_TOKENS = {
+    "quantize": "calibration_windows",
+    "evaluate": "test_windows",
+    "rotate": "learning_windows",
+}
+
+
+class Estimate(NamedTuple):
+    """What a recipe should take.
+
+    Seconds a step are judged by the finished run that is most like it, memory by the model's config.
+    """
+
+    seconds: dict[str, float] | None
+    memory_gb: float | None
+
+
+class State(NamedTuple):
+    """How a recipe stands, and for "stale" why.
+
+    "complete" here or "committed" in results/study, "stale" (a stage it read has changed since),
+    "damaged" (its file can't be read), "partial" (weights are kept) or "missing".
+    """
+
+    name: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})" if self.why else self.name
+
+
+def state_of(recipe: Recipe) -> State:
+    """How a recipe stands, without running anything but the canaries."""
+    spec = recipe.spec()
+    path = local_path(spec)
+    try:
+        if result := store.read(path):
+            return _fresh_or_stale(result, "complete")
+    except ValueError:
+        return State("damaged")
+    weights = recipe.sharing_weights().spec() | {"task": "weights"}
+    if local_path(weights, ".pt").exists():
+        return State("partial")
+    with suppress(ValueError):  # a damaged one of the study is no hindrance
+        if result := store.read(results_folder() / "study" / path.name):
+            return _fresh_or_stale(result, "committed")
+    return State("missing")
+
+
+def _fresh_or_stale(result: store.Result, fresh: str) -> State:
+    noted = result.provenance["stages"]
+    changed = [f"{stage} has changed" for stage in numerics.changed_since(noted)]
+    drifted = [f"{stage}: {what}" for stage in noted if (what := numerics.drift(stage))]
+    return State("stale", "; ".join(changed + drifted)) if changed or drifted else State(fresh)
+
+
+def tasks_of(recipes: list[Recipe]) -> list[list[Recipe]]:
+    """Recipes that share a learned rotation, or else their weights, belong to one worker."""
+    groups: dict[object, list[Recipe]] = {}
+    for recipe in recipes:
+        learned = recipe.rotation in LEARNED
+        shared = tuple(recipe.rotation_reads.items()) if learned else recipe.sharing_weights()
+        groups.setdefault(shared, []).append(recipe)
+    return list(groups.values())
+
+
+def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
+    """The time of the finished run of the same model with most settings in common, by the tokens.
+
+    What learns through the network takes at least the memory that the run did. Either is None where
+    it can't be told here.
+    """
+    memory_gb = None
+    with suppress(ValueError, ImportError):  # the run itself will tell
+        needed = memory.estimate(recipe)
+        memory_gb = (needed.beside if torch.cuda.is_available() else needed.host) / memory.GB
+    wanted, defaults = asdict(recipe), asdict(Recipe())
+
+    def settings_of(result: store.Result) -> dict:
+        return defaults | {name: v for name, v in result.spec.items() if name in defaults}
+
+    def likeness(result: store.Result) -> int:
+        settings = settings_of(result)
+        common = sum(settings[name] == value for name, value in wanted.items())
+        return common + 10 * (settings["rotation"] == recipe.rotation)
+
+    comparable = [
+        result
+        for result in finished
+        if result.spec["task"] == "quantize" and settings_of(result)["model"] == recipe.model
+    ]
+    if not comparable:
+        return Estimate(None, memory_gb)
+    result = max(comparable, key=likeness)
+    settings = settings_of(result)
+    if recipe.rotation in THROUGH_NETWORK:
+        memory_gb = max(memory_gb or 0, result.peak_memory_mb * 2**20 / memory.GB)
+    learns_on_text = "learning_windows" in LEARNED.get(recipe.rotation, ())
+    scale = {
+        step: recipe.window * wanted[name] / (settings["window"] * settings[name])
+        for step, name in _TOKENS.items()
+        if step != "rotate" or learns_on_text
+    }
+    seconds = {step: taken * scale.get(step, 1.0) for step, taken in result.seconds.items()}
+    return Estimate(seconds, memory_gb)
+
+
+def plan(recipes: list[Recipe], rerun_stale: bool) -> tuple[dict[Recipe, State], Counter]:
+    """(what has to run and its state, how many recipes stand how)"""
+    states = {recipe: state_of(recipe) for recipe in recipes}
+    wanted = {"missing", "partial", "damaged", "committed"} | ({"stale"} if rerun_stale else set())
+    todo = {recipe: state for recipe, state in states.items() if state.name in wanted}
+    return todo, Counter(str(state) for state in states.values())
+
+
+def estimates_of(todo: list[Recipe]) -> dict[Recipe, Estimate]:
+    """Every recipe's estimate, by the results that there are."""
+    finished = []
+    with suppress(ValueError):  # a damaged result, of any sweep, takes no more than the estimates
+        finished = store.load_results()
+    return {recipe: estimate(recipe, finished) for recipe in todo}
+
+
+def forecast(estimates: dict[Recipe, Estimate], workers: int) -> str:
+    """A line of what is to come: runs, time, memory; what several runs share counts once."""
+    if not estimates:
+        return "nothing to run"
+    steps: dict[tuple, float] = {}
+    for recipe, (seconds, _) in estimates.items():
+        reads = tuple(recipe.rotation_reads.items())
+        shared = {"rotate": reads, "quantize": recipe.sharing_weights()}
+        for step, taken in (seconds or {}).items():
+            steps[step, shared.get(step, recipe)] = taken
+    tasks = len(tasks_of(list(estimates)))
+    line = f"{len(estimates)} to run in {tasks} tasks"
+    if most := _most_memory(estimates.values()):
+        line += f", up to {most:.1f} GB a worker"
+    if steps:
+        line += f", about {sum(steps.values()) / 60 / min(workers, tasks):.0f} minutes"
+    unknown = sum(found.seconds is None for found in estimates.values())
+    return line + (f"; the time of {unknown} is unknown" if unknown else "")
+
+
+def _most_memory(estimates: Iterable[Estimate]) -> float:
+    return max((found.memory_gb or 0 for found in estimates), default=0)
+
+
+def _options(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m rotlib.study.sweep",
+        description="Run every recipe of a sweep that has no result here.",
+    )
+    parser.add_argument("sweep", type=Path, help="such as configs/sweeps/gsr.yaml")
+    parser.add_argument("--engine", choices=ENGINES, default="local")
+    parser.add_argument("--workers", type=int, default=max(1, torch.cuda.device_count()))
+    parser.add_argument("--address", help="of a running Ray cluster; 'auto' finds it")
+    only = {"nargs": "+", "default": [], "metavar": "FIELD=VALUE"}
+    parser.add_argument("--only", **only, help="just the recipes with these settings")
+    parser.add_argument("--rerun-stale", action="store_true", help="compute what is stale anew")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, run nothing")
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser, options = _options(arguments)
+    absolute_folders()
+    try:
+        whole_number("workers", options.workers, 1)
+        recipes = _chosen(read_sweep(options.sweep), options.only)
+        if options.address and options.engine != "ray":
+            raise ValueError("--address is of a Ray cluster: it needs --engine ray")
+        if options.engine == "ray" and find_spec("ray") is None:
+            raise ValueError("the engine 'ray' isn't installed: pip install ray")
+    except ValueError as error:
+        parser.error(str(error))
+    todo, counts = plan(recipes, options.rerun_stale)
+    estimates = estimates_of(list(todo))
+    found = ", ".join(f"{count} {state}" for state, count in counts.items())
+    done = counts["complete"] + counts["committed"]
+    print(f"{done} of {len(recipes)} recipes have a result that today's code stands behind")
+    print(f"{len(recipes)} recipes: {found}; {forecast(estimates, options.workers)}")
+    if counts["committed"]:
+        print("committed are of other machines: copied to results/local they count as complete")
+    if options.dry_run:
+        for recipe, state in todo.items():
+            print(f"{state.name:9} {recipe.spec()}")
+        return 0
+    tasks = tasks_of(list(todo))
+    memory_gb = [_most_memory(estimates[recipe] for recipe in task) for task in tasks]
+    needed = sum(sorted(memory_gb)[-options.workers :])
+    free = psutil.virtual_memory().available / memory.GB
+    if options.engine == "local" and options.workers > 1 and memory.SURE * needed > free:
+        parser.error(
+            f"{options.workers} workers may need {needed:.1f} GB at a time, and {free:.1f} GB are "
+            "free: take fewer"
+        )
+    clear_leftovers()
+    place = {"address": options.address, "memory_gb": memory_gb} if options.engine == "ray" else {}
+    failed = 0
+    with tqdm(total=len(todo), desc="sweep", unit="run", disable=False) as bar:
+        try:
+            for number, failures in ENGINES[options.engine](tasks, options.workers, **place):
+                bar.update(len(tasks[number]))
+                for recipe, failure in zip(tasks[number], failures, strict=True):
+                    if failure:
+                        failed += 1
+                        bar.write(f"failed: {recipe.spec()}: {failure}", file=sys.stderr)
+        except KeyboardInterrupt:
+            bar.write("interrupted: the same command goes on from here", file=sys.stderr)
+            return 130
+        except NoCluster as error:
+            parser.error(str(error))
+    return 1 if failed else 0
+
+
+def _chosen(recipes: list[Recipe], only: list[str]) -> list[Recipe]:
+    """Those with one of the values given for each field."""
+    wanted: dict[str, list] = {}
+    for entry in only:
+        name, _, value = entry.partition("=")
+        if name not in FIELDS or not value:
+            raise ValueError(
+                f"--only takes a recipe's fields, such as rotation=optrot, not {entry!r}"
+            )
+        wanted.setdefault(name, []).append(_read_value(value))
+
+    def fits(recipe: Recipe) -> bool:
+        return all(getattr(recipe, name) in values for name, values in wanted.items())
+
+    chosen = [recipe for recipe in recipes if fits(recipe)]
+    if not chosen and only:
+        raise ValueError(f"no recipe of this sweep has {' and '.join(only)}")
+    if not chosen:
+        raise ValueError("this sweep holds no recipes")
+    return chosen
+
+
+def _read_value(text: str) -> object:
+    """As YAML has it, which takes 1e-2 for a word."""
+    value: object = text
+    with suppress(yaml.YAMLError):
+        value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

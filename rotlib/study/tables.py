@@ -1,0 +1,276 @@
+"""Arms of a comparison, runs that differ only in their seed, and verdicts between two arms.
+
+A claim "A is better than B" is judged by a rule fixed before the data: on the difference of KL
+divergences, paired by seed, it is *reproduced* if A is lower by more than two standard errors, *not
+reproduced* if it is higher by more than two, and *undecided* otherwise, with fewer than three
+seeds, or where an arm has diverged. With a margin m it reads "A is below m times B".
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import sqrt
+from statistics import fmean, stdev
+
+from rotlib.checks import positive
+from rotlib.study.files import local_path
+from rotlib.study.recipe import OWN, Recipe, rotations
+from rotlib.study.store import Result, load_results
+
+_HEADER = "| rotation | precision | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | settings |"
+DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
+# the settings that an arm's name and precision tell
+_NAMED = (
+    *("rotation", "block", "R1_order", "signs", "start", "local", "grouped", "activation_share"),
+    *("R3", "R4", "rounding", "act_order", "bits", "activation_bits", "kv_bits", "seed"),
+)
+_YARDSTICK = ("model", "text", "window", "test_windows")  # what two arms must share to be compared
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs of one recipe over its seeds, in the seeds' order."""
+
+    recipe: Recipe
+    results: tuple[Result, ...]
+
+    @property
+    def rotation(self) -> str:
+        """How tables and figures name the arm: "hadamard", "GSR 64", "optrot + R3 R4"."""
+        recipe = self.recipe
+        name = _hadamard_R1(recipe) if recipe.rotation == "gsr" else recipe.rotation
+        name += " for groups" if recipe.grouped else ""
+        if recipe.start == "gsr":
+            name += f" {'within' if recipe.local else 'from'} {_hadamard_R1(recipe)}"
+        name += f" {recipe.activation_share:g}" if recipe.activation_share else ""
+        return name + (f" + {' '.join(recipe.online)}" if recipe.online else "")
+
+    @property
+    def grid(self) -> str:
+        """Such as "W3A16 g64": the precision, and the group where there is one."""
+        group_size = self.recipe.group_size
+        return self.recipe.precision + (f" g{group_size}" if group_size else "")
+
+    @property
+    def rounding(self) -> str:
+        """Of the weights: GPTQ, GPTQ act-order, RTN or none."""
+        name = {"none": "none", "rtn": "RTN", "gptq": "GPTQ"}[self.recipe.rounding]
+        return name + (" act-order" if self.recipe.act_order else "")
+
+    @property
+    def settings(self) -> str:
+        """Whatever else differs from the defaults, and whether today's code would compute it anew."""
+        told = ("task", *_NAMED)
+        spec = self.recipe.spec()
+        others = [f"{name} {value}" for name, value in spec.items() if name not in told]
+        return ", ".join(others + ["diverged"] * self.diverged + ["stale"] * self.stale)
+
+    @property
+    def stale(self) -> bool:
+        return any(result.stale for result in self.results)
+
+    @property
+    def diverged(self) -> bool:
+        """True where some seed's perplexity is beyond `DIVERGED`, or no number.
+
+        Its divergence is noise, and no claim is judged on it.
+        """
+        return any(not result.metrics["perplexity"] < DIVERGED for result in self.results)
+
+    def values(self, metric: str) -> dict[int, float]:
+        """A metric of every seed."""
+        return {recipe_of(result).seed: result.metrics[metric] for result in self.results}
+
+    def summary(self, metric: str) -> tuple[float, float]:
+        """Mean and standard error of a metric over the seeds."""
+        return mean_and_error(self.values(metric).values())
+
+    def seconds(self, step: str) -> float:
+        """Of its fastest seed: whatever else a machine does only adds."""
+        return min(result.seconds[step] for result in self.results)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison of two arms says."""
+
+    effect: float  # mean of (margin · worse − better) in nats of KL, paired by seed
+    standard_error: float
+    ratio: float  # of the two mean divergences
+    seeds: int
+    verdict: str
+
+    def __str__(self) -> str:
+        if self.effect != self.effect:
+            return self.verdict
+        spread = " nats, one seed"
+        if self.seeds > 1:
+            spread = f" ± {self.standard_error:.3f} nats over {self.seeds} seeds"
+        return f"{self.verdict} ({self.effect:+.3f}{spread}, ratio of the means {self.ratio:.2f})"
+
+
+def _hadamard_R1(recipe: Recipe) -> str:
+    """GSR's names: GH and GW global, LH and GSR in blocks of this size; ± with random signs."""
+    names = {"hadamard": ("GH", "LH"), "walsh": ("GW", "GSR")}[recipe.R1_order]
+    name = f"{names[1]} {recipe.block}" if recipe.block else names[0]
+    return name + " ±" * recipe.signs
+
+
+def recipe_of(result: Result) -> Recipe:
+    """The recipe that a result was computed from."""
+    try:
+        return Recipe(**{name: value for name, value in result.spec.items() if name != "task"})
+    except (TypeError, ValueError) as error:
+        name = local_path(result.spec).name
+        raise ValueError(
+            f"the result {name} comes from another version of rotlib: delete it ({error})"
+        ) from error
+
+
+def arms(results: Iterable[Result]) -> list[Arm]:
+    """Group quantization results into arms, in order of first appearance.
+
+    Those of rotations of one's own that aren't registered are left out, which is said once.
+    """
+    groups: dict[tuple, list[Result]] = {}
+    for result in results:
+        if result.spec["task"] == "quantize" and _is_known(result.spec.get("rotation", "none")):
+            groups.setdefault(_but_for_the_seed(result.spec), []).append(result)
+    found = []
+    for group in groups.values():
+        group.sort(key=lambda result: recipe_of(result).seed)
+        found.append(Arm(recipe_of(group[0]), tuple(group)))
+    return found
+
+
+@lru_cache
+def _warn_of(rotation: str) -> None:
+    logging.getLogger("rotlib").warning(
+        f"rotlib: results of the rotation {rotation!r} are left out: "
+        "it isn't registered here (rl.register_rotation)"
+    )
+
+
+def _is_known(rotation: str) -> bool:
+    if rotation not in rotations():
+        _warn_of(rotation)
+    return rotation in rotations()
+
+
+def stored(recipes: Iterable[Recipe], own: bool = False) -> list[Arm]:
+    """The arms of these recipes, in their order, with every seed there is, here or committed.
+
+    With `own`, beside an arm with a random Hadamard rotation stand those with rotations of one's
+    own, all else the same.
+    """
+    found = {_but_for_the_seed(arm.recipe.spec()): arm for arm in arms(load_results())}
+    asked = {}
+    for recipe in recipes:
+        beside = OWN if own and recipe.rotation == "hadamard" else ()
+        for one in (recipe, *(replace(recipe, rotation=name) for name in beside)):
+            asked[_but_for_the_seed(one.spec())] = None
+    return [found[key] for key in asked if key in found]
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard error; the error of a single value is NaN."""
+    values = list(values)
+    return fmean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else float("nan")
+
+
+def judge(better: Arm, worse: Arm, margin: float = 1.0) -> Verdict:
+    """Is `better` better, by the rule above?
+
+    Raises ValueError where the arms share no seed, or were measured on other text.
+    """
+    positive("margin", margin)
+    for name in _YARDSTICK:
+        if getattr(better.recipe, name) != getattr(worse.recipe, name):
+            raise ValueError(
+                f"{better.rotation} and {worse.rotation} differ in {name}: "
+                "compare arms with the same"
+            )
+    a, b = better.values("kl"), worse.values("kl")
+    seeds = sorted(a.keys() & b.keys())
+    if diverged := [arm.rotation for arm in (better, worse) if arm.diverged]:
+        return Verdict(*[float("nan")] * 3, len(seeds), f"undecided, {diverged[0]} diverged")
+    if not seeds:
+        raise ValueError(
+            f"{better.rotation} and {worse.rotation} have no seed in common: "
+            "run both on the same seeds"
+        )
+    effect, error = mean_and_error(margin * b[seed] - a[seed] for seed in seeds)
+    verdict = "undecided"
+    if len(seeds) >= 3 and abs(effect) > 2 * error:
+        verdict = "reproduced" if effect > 0 else "not reproduced"
+    ratio = fmean(a[seed] for seed in seeds) / fmean(b[seed] for seed in seeds)
+    return Verdict(effect, error, ratio, len(seeds), verdict)
+
+
+def verdict(arms: Mapping[tuple, Arm], better: tuple, worse: tuple, margin: float = 1.0) -> str:
+    """`judge` of two arms by their keys, as a sentence; one that has not been run is named."""
+    for key in (better, worse):
+        if key not in arms:
+            return f"undecided (no run of {', '.join(map(str, key))})"
+    return str(judge(arms[better], arms[worse], margin))
+
+
+def markdown(arms: Iterable[Arm]) -> str:
+    """The table of arms; ± is the standard error over seeds."""
+    lines = [_HEADER, "|" + "---|" * (_HEADER.count("|") - 1)]
+    for arm in arms:
+        cells = (_cell(*arm.summary("perplexity"), 2), _cell(*arm.summary("kl"), 4))
+        times = (f"{arm.seconds('rotate'):.0f}", f"{arm.seconds('quantize'):.0f}")
+        named = (arm.rotation, arm.recipe.precision, arm.rounding, str(len(arm.results)))
+        lines.append(f"| {' | '.join((*named, *cells, *times, arm.settings))} |")
+    return "\n".join(lines)
+
+
+def provenance(results: Iterable[Result]) -> str:
+    """What results were computed with, and how many no run at a recorded commit stands behind."""
+    results = list(results)
+    kinds = Counter(
+        f"{name} {number}" for r in results for name, number in r.provenance["versions"].items()
+    )
+    kinds |= Counter(
+        f"model commit {c}" for r in results if (c := r.provenance.get("model_commit"))
+    )
+    unverified = sum("unverified" in result.provenance for result in results)
+    made_with = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+    return f"{len(results)} results, {unverified} unverified, made with: {made_with}"
+
+
+def kl_by_precision(rows: Mapping[str, Mapping[str, Arm]]) -> str:
+    """KL of many arms as Markdown: a line a rotation, a column a precision and rounding.
+
+    A line also has what learning its first arm's rotation took. Memory is the process's peak up to the end of learning, model and reference included, of the
+    seed with the least: whatever the process did before only adds.
+    """
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    header = ("rotation", "tokens", "learning, s", "memory, GB", *columns)
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for name, row in rows.items():
+        arm = next(iter(row.values()))
+        cost = ("–", "–", "–")
+        known = [result.metrics for result in arm.results if "learning_tokens" in result.metrics]
+        if known:
+            tokens = max(metrics["learning_tokens"] for metrics in known)
+            memory = min(metrics["learning_memory_mb"] for metrics in known)
+            cost = (f"{tokens:,.0f}", f"{arm.seconds('rotate'):.0f}", f"{memory / 1024:.1f}")
+        cells = [_marked(row[column]) if column in row else "" for column in columns]
+        lines.append(f"| {' | '.join((name, *cost, *cells))} |")
+    return "\n".join(lines)
+
+
+def _marked(arm: Arm) -> str:
+    return _cell(*arm.summary("kl"), 3) + " (diverged)" * arm.diverged + " (stale)" * arm.stale
+
+
+def _but_for_the_seed(spec: dict) -> tuple:
+    return tuple(sorted((name, value) for name, value in spec.items() if name != "seed"))
+
+
+def _cell(mean: float, error: float, digits: int) -> str:
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
