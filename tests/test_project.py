@@ -166,7 +166,6 @@ def check(**parameters):
     [
         ({"sedes": [1]}, r"unknown parameter sedes \(did you mean seeds\?\)"),
         ({"seeds": "[0, 1]"}, "seeds must be of type list, not str"),
-        ({"seeds": []}, "at least one seed"),
         ({"seeds": [0.5]}, "every seed in seeds must be a whole number"),
         ({"seeds": [1, 1]}, "names a seed twice"),
         ({"side_seeds": [-1]}, "every seed in side_seeds must be a whole number"),

@@ -21,8 +21,9 @@ READERS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 class Family:
-    """The Llama layout, which Mistral and Qwen2 share (Qwen2's q, k, v biases are read off the
-    linears).
+    """The Llama layout, which Mistral and Qwen2 share.
+
+    Qwen2's q, k, v biases are read off the linears.
     """
 
     model_types = ("llama", "mistral", "qwen2")
@@ -57,14 +58,15 @@ class Family:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes. One that doesn't fit there is kept on the host (`zoo.load`) and
-        sends a layer at a time.
+        """Where the model computes.
+
+        A model that doesn't fit there is kept on the host and sends a layer at a time (`rl.load`).
         """
         return getattr(self.model, "rotlib_device", self.embedding.weight.device)
 
     @contextmanager
     def on_device(self, *modules: Module) -> Iterator[None]:
-        """These modules where the model computes, while open; then back where its weights are kept."""
+        """Hold these modules where the model computes while open, then where its weights are kept."""
         home = self.embedding.weight.device
         try:
             for module in modules:
@@ -81,7 +83,7 @@ class Family:
         }
 
     def norms(self, layer: int) -> dict[str, Module]:
-        """The two norms of one layer: attention_norm is read by q, k, v and mlp_norm by gate, up."""
+        """The two norms of one layer: q, k and v read attention_norm, gate and up read mlp_norm."""
         return {
             name: self.layers[layer].get_submodule(path) for name, path in self.norm_paths.items()
         }
@@ -95,8 +97,9 @@ class Family:
         return ()
 
     def untie(self) -> None:
-        """Give lm_head a weight of its own and let the config say so; folding the final norm needs
-        it.
+        """Give lm_head a weight of its own, and let the config say so.
+
+        Folding the final norm needs it.
         """
         if self.lm_head.weight is self.embedding.weight:
             self.lm_head.weight = nn.Parameter(
@@ -134,31 +137,26 @@ def adapt(model: PreTrainedModel) -> Family:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a transformers model is needed, not a {type(model).__name__}: rl.load returns (model, tokenizer)"
+            f"a transformers model is needed, not a {type(model).__name__}: "
+            "rl.load returns (model, tokenizer)"
         )
     model_type = model.config.model_type
     for family in FAMILIES:
         if model_type in family.model_types:
             if stranger := _stranger(model, family):
+                reason = f"has no place in the {model_type} layout"
+                raise ValueError(_refusal(model, stranger, reason))
+            online = getattr(model.config, "rotlib_online", None)
+            if online and not hasattr(model, "rotlib_online"):
                 raise ValueError(
-                    _refusal(model, stranger, f"has no place in the {model_type} layout")
-                )
-            if (online := getattr(model.config, "rotlib_online", None)) and not hasattr(
-                model, "rotlib_online"
-            ):
-                raise ValueError(
-                    f"this model was saved with the online rotations {', '.join(online)} on: rl.load restores them"
+                    f"this model was saved with the online rotations {', '.join(online)} on: "
+                    "rl.load restores them"
                 )
             return family(model)
     if norm := _POST_NORM.get(model_type):
         path = next(name for name, _ in model.named_modules() if name.endswith(f"layers.0.{norm}"))
-        raise ValueError(
-            _refusal(
-                model,
-                path,
-                "puts a gain between a writer and the residual stream, so R1 can't be fused",
-            )
-        )
+        reason = "puts a gain between a writer and the residual stream, so R1 can't be fused"
+        raise ValueError(_refusal(model, path, reason))
     if stranger := _stranger(model, Family):
         raise ValueError(_refusal(model, stranger, "has no place in the layouts it knows"))
     norm = type(model.model.layers[0].get_submodule(Family.norm_paths["attention_norm"])).__name__
@@ -167,7 +165,12 @@ def adapt(model: PreTrainedModel) -> Family:
 
 
 def is_rotated(model: PreTrainedModel) -> bool:
-    """True once a rotation has been fused; the config carries the mark through save and load."""
+    """True once a rotation has been fused; the config carries the mark through save and load.
+
+    >>> import rotlib as rl
+    >>> is_rotated(model), is_rotated(rl.fuse(model, rl.random_rotation(model)))
+    (False, True)
+    """
     return bool(getattr(model.config, "rotlib_rotated", False))
 
 
@@ -177,8 +180,9 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def check_not_rounding(model: PreTrainedModel) -> None:
-    """Raises ValueError inside `quantized_activations`: what follows would see rounded activations,
-    or round them twice.
+    """Raises ValueError inside `quantized_activations`.
+
+    What follows would see rounded activations, or round them twice.
     """
     if getattr(model, "rotlib_rounding", False):
         raise ValueError(
@@ -197,18 +201,16 @@ def check_finite(model: PreTrainedModel) -> None:
 
 @contextmanager
 def norms_in_model_dtype(model: PreTrainedModel) -> Iterator[None]:
-    """Compute RMSNorms in the model's dtype while open; transformers computes them in float32 even
-    in a float64 model.
+    """Compute RMSNorms in the model's dtype while open.
 
-    The exactness of a fused rotation shows only so: float32 norms alone move float64 logits by
-    1e-6.
+    Transformers computes them in float32 even in a float64 model. The exactness of a fused rotation
+    shows only so: float32 norms alone move float64 logits by 1e-6.
     """
 
     def exact(norm: Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         x = args[0]
-        return (
-            norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-        )
+        mean_square = x.square().mean(-1, keepdim=True)
+        return norm.weight * x * torch.rsqrt(mean_square + norm.variance_epsilon)
 
     with ExitStack() as stack:
         for norm in model.modules():
@@ -239,4 +241,7 @@ def _holders(model: PreTrainedModel) -> Iterator[tuple[str, Module]]:
 
 def _refusal(model: PreTrainedModel, module: str, reason: str) -> str:
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    return f"rotlib can't rotate {type(model).__name__}: the module {module} {reason} (known families: {known})"
+    return (
+        f"rotlib can't rotate {type(model).__name__}: the module {module} {reason} "
+        f"(known families: {known})"
+    )

@@ -1,8 +1,7 @@
-"""Corpora as token streams, split into calibration and test text by a fixed rule and known by their
-sha256.
+"""Corpora as token streams, split into calibration and test text by a fixed rule.
 
-`wikipedia-mini` is a slice of English Wikipedia that ships inside gensim: every fourth article is
-test, the others are calibration. `wikitext2` follows the usual protocol (all rows of
+A stream is known by its sha256. `wikipedia-mini` is a slice of English Wikipedia that ships inside
+gensim: every fourth article is test, the others are calibration. `wikitext2` follows the usual protocol (all rows of
 wikitext-2-raw-v1 joined with a blank line; train calibrates, test tests) and `c4` takes the first
 shards of its English train and validation sets. Both come through `datasets`, or from the folder
 `ROTLIB_DATA`: `wikitext2/wiki.{train,test}.raw`, `c4/c4-train.00000-of-01024.json.gz`,
@@ -45,12 +44,15 @@ _WIKITEXT_SPLIT = {"calibration": "train", "test": "test"}
 def load_tokens(
     name: str, tokenizer: PreTrainedTokenizerBase, split: str = "calibration"
 ) -> Int[Tensor, " n"]:
-    """One split of a corpus as a single stream of token ids, tokenized once, special tokens as the
-    tokenizer adds them.
+    """One split of a corpus as a single stream of token ids.
 
-    The tail beyond a multiple of 1024 is dropped, so that `tokens.view(-1, 1024)` works; windows of
-    that size lose nothing. Raises ValueError for an unknown corpus or split, or where the corpus is
-    neither in `ROTLIB_DATA` nor in reach.
+    The text is tokenized once, with special tokens as the tokenizer adds them. The tail beyond a
+    multiple of 1024 is dropped, so that `tokens.view(-1, 1024)` works; windows of that size lose
+    nothing. Raises ValueError for an unknown corpus or split, or where the corpus is neither in
+    `ROTLIB_DATA` nor in reach.
+
+    >>> load_tokens("wikipedia-mini", tokenizer, split="test").view(-1, 1024).shape[1]
+    1024
     """
     check_text(name, split)
     text = CORPORA[name](split)
@@ -69,21 +71,26 @@ def check_text(name: str, split: str = "calibration") -> None:
 def windows(
     tokens: Int[Tensor, " n"], length: int, count: int, seed: int | None = None
 ) -> Int[Tensor, "count length"]:
-    """`count` disjoint windows: the first ones of the stream, or a random choice of them where a
-    seed is given.
+    """`count` disjoint windows of a stream: the first ones, or with a seed a random choice.
 
     Raises ValueError where the stream is too short.
+
+    >>> windows(torch.arange(9), length=4, count=2)
+    tensor([[0, 1, 2, 3],
+            [4, 5, 6, 7]])
     """
     token_ids("tokens", tokens, 1)
     available = len(tokens) // whole_number("a window's length", length, 2)
     whole_number("the number of windows", count, 1)
     if not available:
         raise ValueError(
-            f"this text has {len(tokens)} tokens, fewer than one window of {length}: use shorter windows or a longer text"
+            f"this text has {len(tokens)} tokens, fewer than one window of {length}: "
+            "use shorter windows or a longer text"
         )
     if count > available:
         raise ValueError(
-            f"{count} windows of {length} tokens were asked for, but this text has {available}: choose 1 to {available}"
+            f"{count} windows of {length} tokens were asked for, but this text has {available}: "
+            f"choose 1 to {available}"
         )
     cut = tokens[: available * length].view(available, length)
     if seed is None:
@@ -128,9 +135,8 @@ def _articles() -> tuple[str, ...]:
 
 def prose(text: str) -> str:
     """An article without headings' marks, bold, italics, and what stands from "See also" on."""
-    text = re.split(
-        r"\n=+ *(?:See also|Notes|References|Further reading|External links|Bibliography) *=+", text
-    )[0]
+    tail = r"\n=+ *(?:See also|Notes|References|Further reading|External links|Bibliography) *=+"
+    text = re.split(tail, text)[0]
     text = re.sub(r"'{2,}", "", text)  # bold and italics
     text = re.sub(r"^(=+) *(.*?) *\1$", r"\2", text, flags=re.MULTILINE)  # headings
     return re.sub(r"\s*\n\s*", "\n\n", text).strip()
@@ -176,8 +182,9 @@ def _from_hub(file: str, dataset: str, *args, **kwargs):
     """A dataset, or one sentence that names the file to supply in its place."""
     if not on_hub(dataset, repo_type="dataset"):
         raise ValueError(
-            f"the dataset {dataset} can't be reached: connect to the Hugging Face Hub, put the file {file} into a folder named by "
-            "ROTLIB_DATA, or use the text 'wikipedia-mini', which needs no network"
+            f"the dataset {dataset} can't be reached: connect to the Hugging Face Hub, "
+            f"put the file {file} into a folder named by ROTLIB_DATA, "
+            "or use the text 'wikipedia-mini', which needs no network"
         )
     from datasets import load_dataset  # slow to import, and only needed here
 

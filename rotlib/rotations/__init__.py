@@ -1,1 +1,1 @@
-"""Rotations: what one is, where it touches a model (`SITES`), which are drawn, how they are fused."""
+"""Rotations: what one is, where it touches a model (`SITES`), how it is drawn and fused."""

@@ -110,7 +110,7 @@ def sampled(
     R3: bool = False,
     R4: bool = False,
 ) -> Rotation:
-    """R1, then every head's R2, each drawn by its sampler from one generator that the seed starts."""
+    """R1, then R2 of every head: each sampler draws from one generator that the seed starts."""
     whole_number("seed", seed, 0)
     generator = Generator().manual_seed(seed)
     R1 = sample_R1(family.width, generator)

@@ -100,12 +100,14 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
             raise ValueError(f"unknown scale {name!r}: a rotation may carry {', '.join(allowed)}")
         if tuple(scale.shape) != allowed[name]:
             raise ValueError(
-                f"the scale {name!r} has shape {tuple(scale.shape)}, but this model needs {allowed[name]}"
+                f"the scale {name!r} has shape {tuple(scale.shape)}, "
+                f"but this model needs {allowed[name]}"
             )
         if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ValueError(f"the scale {name!r} must be positive and finite everywhere")
     error = rotation.orthogonality_error()
     if not error < ORTHOGONALITY_TOLERANCE:
         raise ValueError(
-            f"the rotation isn't orthogonal: max|R Rᵀ − I| is {error:.1e}, it must be below {ORTHOGONALITY_TOLERANCE:.0e}"
+            f"the rotation isn't orthogonal: max|R Rᵀ − I| is {error:.1e}, "
+            f"it must be below {ORTHOGONALITY_TOLERANCE:.0e}"
         )

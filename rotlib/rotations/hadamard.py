@@ -33,13 +33,21 @@ def hadamard(n: int) -> Float[Tensor, "n n"]:
 
     Raises ValueError where none of the constructions reaches n; the message names the nearest
     orders that exist.
+
+    >>> H = hadamard(12)
+    >>> torch.allclose(H @ H.T, torch.eye(12, dtype=torch.float64))
+    True
     """
     return reduce(torch.kron, hadamard_factors(n), _ONE).double() / sqrt(n)
 
 
 def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
-    """``x @ hadamard(n)`` along the last axis as two small products, n(a + b) per row; raises like
-    `hadamard`.
+    """``x @ hadamard(n)`` along the last axis as two small products, n(a + b) per row.
+
+    Raises like `hadamard`.
+
+    >>> apply_hadamard(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     n = x.shape[-1]
     left, right = _balanced_on(n, x.dtype, x.device)
@@ -51,12 +59,14 @@ def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
 
 @dataclass(frozen=True, eq=False)
 class BlockHadamard:
-    """``x diag(signs) (I ⊗ H)``, a Hadamard matrix on every block of coordinates, applied through
-    H's factors.
+    """``x diag(signs) (I ⊗ H)``: a Hadamard matrix on every block, applied through its factors.
 
-    `signs` are ±1, None for none; `order` says which of H's columns comes where in every block,
-    None leaves them as they are. Raises ValueError for anything else, since fusing trusts it to be
-    orthogonal.
+    The n coordinates are cut into blocks. `signs` are ±1, None for none; `order` says which of H's
+    columns comes where in every block, None leaves them as they are. Raises ValueError for anything
+    else, since fusing trusts it to be orthogonal.
+
+    >>> BlockHadamard(n=4, block=2)(torch.tensor([3.0, 0.0, 0.0, 4.0]))
+    tensor([ 2.1213,  2.1213,  2.8284, -2.8284])
     """
 
     n: int
@@ -78,9 +88,9 @@ class BlockHadamard:
     def __call__(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         x = x if self.signs is None else x * self.signs.to(x)
         rotated = apply_hadamard(x.unflatten(-1, (-1, self.block)))
-        return (rotated if self.order is None else rotated[..., self.order.to(x.device)]).flatten(
-            -2
-        )
+        if self.order is not None:
+            rotated = rotated[..., self.order.to(x.device)]
+        return rotated.flatten(-2)
 
     def dense(self) -> Float[Tensor, "n n"]:
         """The one matrix that this is, in float64: to look at, or to learn from."""
@@ -88,24 +98,27 @@ class BlockHadamard:
 
 
 def walsh(n: int) -> Float[Tensor, "n n"]:
-    """The orthogonal Walsh matrix: the columns of `hadamard(n)` as rows, by rising sequency. Raises
-    like `hadamard`.
+    """The orthogonal Walsh matrix: the columns of `hadamard(n)` as rows, by rising sequency.
 
     For a power of two row s has s sign changes. Elsewhere the constructed matrix has no such
-    ladder; columns of equal sequency then keep their order, which is a convention of ours.
+    ladder; columns of equal sequency then keep their order, which is a convention of ours. Raises
+    like `hadamard`.
+
+    >>> sequency(walsh(8)).tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
     """
     return hadamard(n)[:, walsh_order(n)].mT
 
 
 def walsh_order(n: int) -> Int[Tensor, " n"]:
-    """The columns of `hadamard(n)` by rising sequency; for a power of two, column s is the
-    bit-reversed Gray code of s.
+    """The columns of `hadamard(n)` by rising sequency.
+
+    For a power of two, column s is the bit-reversed Gray code of s.
     """
     if n & (n - 1) == 0:
         bits = n.bit_length() - 1
-        return torch.tensor(
-            [int(f"{s ^ s >> 1:0{bits}b}"[::-1], 2) if bits else 0 for s in range(n)]
-        )
+        columns = [int(f"{s ^ s >> 1:0{bits}b}"[::-1], 2) if bits else 0 for s in range(n)]
+        return torch.tensor(columns)
     return sequency(reduce(torch.kron, hadamard_factors(n), _ONE).mT).argsort(stable=True)
 
 
@@ -125,8 +138,9 @@ def block_sizes(n: int) -> list[int]:
 
 @lru_cache
 def hadamard_factors(n: int) -> tuple[Int8[Tensor, "m m"], ...]:
-    """±1 matrices whose Kronecker product is the Hadamard matrix of order n; raises like
-    `hadamard`.
+    """±1 matrices whose Kronecker product is the Hadamard matrix of order n.
+
+    Raises like `hadamard`.
     """
     whole_number("a Hadamard matrix's order", n, 1, LARGEST)
     orders = _orders(n)
@@ -134,8 +148,10 @@ def hadamard_factors(n: int) -> tuple[Int8[Tensor, "m m"], ...]:
         below = next(m for m in range(n - 1, 0, -1) if _orders(m) is not None)
         above = next(m for m in range(n + 1, 2 * n + 2) if _orders(m) is not None)
         raise ValueError(
-            f"no Hadamard matrix of order {n} comes from Sylvester and Paley: the nearest orders are {below} and {above}, "
-            f"and a block-diagonal rotation with blocks of {n & -n} (the largest power of two that divides {n}) would fit"
+            f"no Hadamard matrix of order {n} comes from Sylvester and Paley: "
+            f"the nearest orders are {below} and {above}, "
+            f"and a block-diagonal rotation with blocks of {n & -n} "
+            f"(the largest power of two that divides {n}) would fit"
         )
     return tuple(_paley(order) if order > 2 else _SYLVESTER for order in orders)
 
@@ -145,20 +161,17 @@ def _orders(n: int) -> tuple[int, ...] | None:
     if n & (n - 1) == 0:
         return (2,) * (n.bit_length() - 1)
     for order in range(12, n + 1, 4):
-        if (
-            n % order == 0
-            and order & (order - 1)
-            and _paley_field(order)
-            and (rest := _orders(n // order)) is not None
-        ):
+        paley = n % order == 0 and order & (order - 1) and _paley_field(order)
+        if paley and (rest := _orders(n // order)) is not None:
             return (order, *rest)
     return None
 
 
 @lru_cache
 def _balanced(n: int) -> tuple[Int8[Tensor, "a a"], Int8[Tensor, "b b"]]:
-    """The factors multiplied together into two, a·b = n, with the smallest a + b that their order
-    allows.
+    """The factors multiplied together into two of orders a and b, a·b = n.
+
+    a + b is the smallest that the factors allow in their order.
     """
     factors = hadamard_factors(n)
     cuts = range(len(factors) + 1)
@@ -176,8 +189,9 @@ def _balanced_on(
 
 
 def _paley_field(order: int) -> tuple[int, int] | None:
-    """(p, k) of the field GF(p^k) that Paley's construction of this order uses: I where it exists,
-    else II.
+    """(p, k) of the field GF(p^k) that Paley's construction of this order uses, None without one.
+
+    It is construction I where that exists, else II.
     """
     for q, residue in ((order - 1, 3), (order // 2 - 1, 1)):
         factors = factorint(q)
@@ -193,26 +207,24 @@ def _paley(order: int) -> Int8[Tensor, "order order"]:
     bordered = torch.zeros(q + 1, q + 1, dtype=torch.int8)
     bordered[0, 1:] = 1
     bordered[1:, 1:] = jacobsthal
+    eye = torch.eye(q + 1, dtype=torch.int8)
     if q % 4 == 3:  # Paley I: I + S, S skew
         bordered[1:, 0] = -1
-        return torch.eye(q + 1, dtype=torch.int8) + bordered
-    bordered[1:, 0] = 1  # Paley II: C ⊗ [[1,1],[1,-1]] + I ⊗ [[1,-1],[-1,-1]], C symmetric
+        return eye + bordered
+    # Paley II: C ⊗ [[1,1],[1,-1]] + I ⊗ [[1,-1],[-1,-1]], C symmetric
+    bordered[1:, 0] = 1
     conference, diagonal = torch.tensor([[[1, 1], [1, -1]], [[1, -1], [-1, -1]]], dtype=torch.int8)
-    return torch.kron(bordered, conference) + torch.kron(
-        torch.eye(q + 1, dtype=torch.int8), diagonal
-    )
+    return torch.kron(bordered, conference) + torch.kron(eye, diagonal)
 
 
 def _jacobsthal(p: int, k: int) -> Int8[Tensor, "q q"]:
-    """Q[i, j] = χ(aᵢ − aⱼ) over GF(p^k): +1 where the difference is a non-zero square, −1 where it
-    is none, 0 at zero.
+    """Q[i, j] = χ(aᵢ − aⱼ) over GF(p^k).
 
-    Field elements are digit vectors in base p, subtracted digit by digit; products are taken modulo
+    χ is +1 at a non-zero square, −1 where the difference is no square, 0 at zero. Field elements are digit vectors in base p, subtracted digit by digit; products are taken modulo
     the first irreducible polynomial, so the matrix is the same on every machine.
     """
-    modulus = next(
-        poly for tail in product(range(p), repeat=k) if gf_irreducible_p(poly := [1, *tail], p, ZZ)
-    )
+    monic = ([1, *tail] for tail in product(range(p), repeat=k))
+    modulus = next(polynomial for polynomial in monic if gf_irreducible_p(polynomial, p, ZZ))
     digits = torch.tensor(list(product(range(p), repeat=k)))  # (q, k), most significant first
     place = p ** torch.arange(k - 1, -1, -1)
     character = -torch.ones(p**k, dtype=torch.int8)
@@ -225,7 +237,7 @@ def _jacobsthal(p: int, k: int) -> Int8[Tensor, "q q"]:
 
 
 def _trim(digits: list[int]) -> list[int]:
-    """sympy's dense polynomials carry no leading zeros."""
+    """The digits without leading zeros, as sympy's dense polynomials are."""
     while digits and digits[0] == 0:
         digits = digits[1:]
     return digits

@@ -51,9 +51,8 @@ def load(
     """
     model, tokenizer = open_model(name, device, dtype)
     if online := getattr(model.config, "rotlib_online", None):
-        model.rotlib_online = (
-            online  # `adapt` refuses a model whose config asks for more than it does
-        )
+        # `adapt` refuses a model whose config asks for more than it does
+        model.rotlib_online = online
         attach(adapt(model), online)
     return model, tokenizer
 
@@ -151,26 +150,29 @@ def _attention(
     attention_mask: Tensor | None,
     **kwargs,
 ):
-    if not hasattr(module, _HEADS) and "R3" in (
-        getattr(module.config, "rotlib_online", None) or ()
-    ):
-        raise RuntimeError(
-            "this model was saved with the online rotation R3 on: load it with rl.load, which restores it"
-        )
+    if not hasattr(module, _HEADS):
+        online = getattr(module.config, "rotlib_online", None) or ()
+        if "R3" in online:
+            raise RuntimeError(
+                "this model was saved with the online rotation R3 on: "
+                "load it with rl.load, which restores it"
+            )
     for step in getattr(module, _HEADS, ()):
         query, key, value = step(query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _check_not_bypassed(module: nn.Module, args: tuple) -> None:
-    """A later `set_attn_implementation` would leave the keys un-rotated and un-quantized in
-    silence.
+    """Raises RuntimeError where a later `set_attn_implementation` has replaced ours.
+
+    It would leave the keys un-rotated and un-quantized in silence.
     """
     found = module.config._attn_implementation
     if getattr(module, _HEADS) and found != ATTENTION:
         raise RuntimeError(
-            f"this model's keys are rotated or quantized in the attention implementation {ATTENTION!r}, but {found!r} was set "
-            f"since: call model.set_attn_implementation({ATTENTION!r})"
+            "this model's keys are rotated or quantized in the attention implementation "
+            f"{ATTENTION!r}, but {found!r} was set since: "
+            f"call model.set_attn_implementation({ATTENTION!r})"
         )
 
 

@@ -24,10 +24,10 @@ from rotlib.rotations.hadamard import BlockHadamard, apply_hadamard
 
 
 class Site(NamedTuple):
-    """How one weight meets the rotations: R on its input side, on its output side, behind RoPE; the
-    norm it reads.
+    """How one weight meets the rotations, and which norm it reads.
 
-    Scales are named with the side they stand on and the power they have there: `row_scale`
+    `reads` names the R on its input side, `writes` that on its output side, `after_rope` that
+    behind RoPE. Scales are named with the side they stand on and the power they have there: `row_scale`
     multiplies the outputs by s (or, as ("query_key", -1), by 1/s) before the rotation,
     `column_scale` the inputs before it. The scale of a norm's output, named like the norm, comes
     behind R1: its readers' rotated columns are multiplied, the norm's gain divides.
@@ -65,14 +65,17 @@ Turn = Tensor | Callable[[Tensor], Tensor] | None
 
 @dataclass
 class Rotation:
-    """R1 turns the residual stream, R2[layer, kv_head] the values of one KV head; None leaves that
-    side alone.
+    """R1 turns the residual stream, R2[layer, kv_head] the values of one KV head.
 
-    Both are float64 and orthogonal. R1 is one matrix, or the blocks of a block-diagonal one, or a
-    Hadamard matrix kept as its factors, and is applied as what it is. R3 and R4 say whether these
-    online Hadamard rotations are on. `scales` holds OSTQuant's positive diagonal scales, a row a
-    layer, by the names and shapes of `scale_shapes`; a missing one is all ones. `history` holds the
-    objective while the rotation was learned, if it was.
+    None leaves that side alone. Both are float64 and orthogonal. R1 is one matrix, or the blocks of
+    a block-diagonal one, or a Hadamard matrix kept as its factors, and is applied as what it is. R3
+    and R4 say whether these online Hadamard rotations are on. `scales` holds OSTQuant's positive
+    diagonal scales, a row a layer, by the names and shapes of `scale_shapes`; a missing one is all
+    ones. `history` holds the objective while the rotation was learned, if it was.
+
+    >>> rotation = Rotation(R1=torch.eye(48), R2=None, R4=True)
+    >>> rotation.online, rotation.orthogonality_error()
+    (['R4'], 0.0)
     """
 
     R1: Float[Tensor, "d d"] | Float[Tensor, "blocks b b"] | BlockHadamard | None
@@ -92,33 +95,30 @@ class Rotation:
         return [name for name in ("R3", "R4") if getattr(self, name)]
 
     def at(self, site: Site, layer: int | None) -> tuple[Turn, Turn]:
-        """The pair (R on the input side, R on the output side) of a site in one layer, with the
-        scales around it.
+        """(R on the input side, R on the output side) of a site in one layer.
+
+        Each comes with the scales around it.
         """
         R2 = None if layer is None or self.R2 is None else self.R2[layer]
         sides = {"R1": self.R1, "R2": R2, "R4": apply_hadamard if self.R4 else None, None: None}
-        reads = _between(
-            self.scale(site.column_scale, layer),
-            sides[site.reads],
-            self.scale((site.norm, 1), layer),
-        )
+        before, behind = self.scale(site.column_scale, layer), self.scale((site.norm, 1), layer)
+        reads = _between(before, sides[site.reads], behind)
         return reads, _between(self.scale(site.row_scale, layer), sides[site.writes], None)
 
     def on_inputs(self, site: Site, layer: int) -> Turn:
-        """What happens to the inputs x that a site reads, so that its rotated weight puts out what
-        the weight did (rotated).
+        """What happens to the inputs x that a site reads.
+
+        The rotated weight then puts out what the weight did (rotated).
         """
-        scales = (
-            self.scale(named and (named[0], -named[1]), layer)
-            for named in (site.column_scale, (site.norm, 1))
-        )
-        before, behind = scales
+        both = (site.column_scale, (site.norm, 1))
+        before, behind = (self.scale(named and (named[0], -named[1]), layer) for named in both)
         bare = replace(self, scales={})
         return _between(before, bare.at(site, layer)[0], behind)
 
     def scale(self, named: tuple[str | None, int] | None, layer: int | None) -> Tensor | None:
-        """One layer's scale, (name, power), where there is one; scales of RoPE's pairs are spelled
-        out.
+        """One layer's scale, named as (name, power), where there is one.
+
+        A scale of RoPE's pairs is spelled out for both coordinates of each.
         """
         name, power = named or (None, 0)
         if layer is None or name not in self.scales:
@@ -129,11 +129,8 @@ class Rotation:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Rotation":
         """Its matrices and scales on a device, in a dtype."""
         matrices = {name: R.to(device, dtype) for name, R in self._matrices().items()}
-        return replace(
-            self,
-            **matrices,
-            scales={name: scale.to(device, dtype) for name, scale in self.scales.items()},
-        )
+        scales = {name: scale.to(device, dtype) for name, scale in self.scales.items()}
+        return replace(self, **matrices, scales=scales)
 
     def projected(self, device: torch.device | str = "cpu") -> "Rotation":
         """The nearest exactly orthogonal rotation (polar factor) in float64, on one device."""
@@ -146,19 +143,17 @@ class Rotation:
         return next((R.dtype for R in self._matrices().values()), torch.float64)
 
     def orthogonality_error(self) -> float:
-        """The largest entry of |R Rᵀ − I| over R1 and all R2; a Hadamard matrix kept as its factors
-        has none.
+        """The largest entry of |R Rᵀ − I| over R1 and all R2.
+
+        A Hadamard matrix kept as its factors has no error.
         """
         return max((_defect(R) for R in self._matrices().values()), default=0.0)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything it holds, such as a digest of it reads."""
         if isinstance(self.R1, BlockHadamard):
-            yield from (
-                part
-                for part in (torch.tensor([self.R1.n, self.R1.block]), self.R1.signs, self.R1.order)
-                if part is not None
-            )
+            parts = (torch.tensor([self.R1.n, self.R1.block]), self.R1.signs, self.R1.order)
+            yield from (part for part in parts if part is not None)
         yield from (*self._matrices().values(), *self.scales.values())
 
     def _matrices(self) -> dict[str, Tensor]:
@@ -171,8 +166,9 @@ class Rotation:
 
 
 class PlacedWeight(NamedTuple):
-    """One weight of the model with its site, and where that lies in the table: `gain` is the gain
-    of the norm it reads.
+    """One weight of the model: where it is, its site's name, and that site `at` its table.
+
+    `gain` is that of the norm it reads.
     """
 
     site: str
@@ -189,8 +185,9 @@ class PlacedWeight(NamedTuple):
     def folded(
         self, dtype: torch.dtype = torch.float64, device: torch.device | None = None
     ) -> Float[Tensor, "out in"]:
-        """The weight with the norm's gain folded in, where it is or on a device; the embedding is
-        turned so that its rows are outputs.
+        """The weight with the norm's gain folded in, where it is or on a device.
+
+        The embedding is turned so that its rows are outputs.
         """
         weight = self.module.weight.detach().to(device, dtype)
         if self.site == "embedding":
@@ -200,8 +197,9 @@ class PlacedWeight(NamedTuple):
     def rotated(
         self, rotation: Rotation, device: torch.device | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """("weight", its value as the rotation on that device leaves it), and ("bias", …) where
-        there is one; in the rotation's dtype.
+        """("weight", its value as the rotation leaves it), and ("bias", …) where there is one.
+
+        Values are in the rotation's dtype and, like the rotation, on that device.
         """
         reads, writes = rotation.at(self.at, self.layer)
         rotated = rotate_weight(self.folded(rotation.dtype, device), reads, writes)
@@ -211,17 +209,17 @@ class PlacedWeight(NamedTuple):
 
 
 def placed_weights(family: Family, quantized_only: bool = False) -> Iterator[PlacedWeight]:
-    """Every weight that a rotation touches, in the model's order; `quantized_only` leaves embedding
-    and head out.
+    """Every weight that a rotation touches, in the model's order.
+
+    `quantized_only` leaves embedding and head out.
     """
     if not quantized_only:
         yield PlacedWeight("embedding", None, family.embedding, None, SITES["embedding"])
     for layer in range(len(family.layers)):
         yield from placed_in_layer(family, layer)
     if not quantized_only:
-        yield PlacedWeight(
-            "lm_head", None, family.lm_head, family.final_norm.weight, SITES["lm_head"]
-        )
+        gain = family.final_norm.weight
+        yield PlacedWeight("lm_head", None, family.lm_head, gain, SITES["lm_head"])
 
 
 def placed_in_layer(family: Family, layer: int) -> Iterator[PlacedWeight]:
@@ -229,20 +227,19 @@ def placed_in_layer(family: Family, layer: int) -> Iterator[PlacedWeight]:
     norms = family.norms(layer)
     for name, linear in family.linears(layer).items():
         site = SITES[name]
-        if name in ("q", "k") and family.query_key_norms(
-            layer
-        ):  # the scale of queries and keys goes into those norms' gains
+        if name in ("q", "k") and family.query_key_norms(layer):
+            # the scale of queries and keys goes into those norms' gains
             site = site._replace(row_scale=None)
-        yield PlacedWeight(
-            name, layer, linear, norms[site.norm].weight if site.norm else None, site
-        )
+        gain = norms[site.norm].weight if site.norm else None
+        yield PlacedWeight(name, layer, linear, gain, site)
 
 
 def norm_gains(
     family: Family, rotation: Rotation, layer: int
 ) -> Iterator[tuple[nn.Module, Float[Tensor, " n"]]]:
-    """The norms of one layer whose gain a rotation changes, with what it becomes: ones, or one over
-    the norm's scale.
+    """The norms of one layer whose gain a rotation changes, with the new gain.
+
+    It is ones, or one over the norm's scale. A norm on query or key heads takes up their scale.
     """
     for name, norm in family.norms(layer).items():
         scale = rotation.scale((name, -1), layer)
@@ -282,8 +279,9 @@ def _between(before: Tensor | None, R: Turn, behind: Tensor | None) -> Turn:
 
 
 def _scaled(x: Float[Tensor, "... n"], scale: Float[Tensor, "*heads b"]) -> Float[Tensor, "... n"]:
-    """x times a scale of every coordinate, or of every coordinate of a KV head, for all its query
-    heads alike.
+    """x times a scale of every coordinate, or of every coordinate of each KV head.
+
+    A KV head's scale serves all its query heads alike.
     """
     if scale.ndim == 1:
         return x * scale
@@ -292,8 +290,10 @@ def _scaled(x: Float[Tensor, "... n"], scale: Float[Tensor, "*heads b"]) -> Floa
 
 
 def times(x: Float[Tensor, "... n"], R: Turn) -> Float[Tensor, "... n"]:
-    """``x R`` on the last axis. R is (n, n), a function that applies it, or (k, b, b): a block per
-    KV head for all its query heads.
+    """``x R`` on the last axis.
+
+    R is (n, n), a function that applies it, or (k, b, b): a block per KV head for all its query
+    heads.
     """
     if R is None:
         return x
@@ -306,7 +306,7 @@ def times(x: Float[Tensor, "... n"], R: Turn) -> Float[Tensor, "... n"]:
 
 
 def rotate_weight(W: Float[Tensor, "out in"], reads: Turn, writes: Turn) -> Float[Tensor, "out in"]:
-    """``Wᵣ = R_outᵀ W R_in``: the effect of a rotation on a weight, defined here and nowhere else."""
+    """``Wᵣ = R_outᵀ W R_in``: what a rotation does to a weight, defined here and nowhere else."""
     return times(times(W, reads).mT, writes).mT
 
 
@@ -321,16 +321,12 @@ def as_blocks(R1: Tensor | BlockHadamard) -> Float[Tensor, "blocks b b"]:
     """The blocks on R1's diagonal; raises ValueError where it has a single one."""
     if isinstance(R1, BlockHadamard) and R1.block < R1.n:
         k = R1.n // R1.block
-        return (
-            R1.dense()
-            .unflatten(0, (k, -1))
-            .unflatten(2, (k, -1))
-            .diagonal(dim1=0, dim2=2)
-            .movedim(-1, 0)
-        )
+        cut = R1.dense().unflatten(0, (k, -1)).unflatten(2, (k, -1))
+        return cut.diagonal(dim1=0, dim2=2).movedim(-1, 0)
     if isinstance(R1, BlockHadamard) or R1.ndim == 2:
         raise ValueError(
-            "R1 has no blocks to learn within: start from a block-diagonal one, such as rl.gsr_rotation(model, block=64)"
+            "R1 has no blocks to learn within: start from a block-diagonal one, "
+            "such as rl.gsr_rotation(model, block=64)"
         )
     return R1
 

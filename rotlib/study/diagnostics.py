@@ -4,11 +4,12 @@ What they measure stands in `rotlib.measure`; here a recipe is resolved, its mod
 made, and the numbers are stored.
 """
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
 
-from rotlib.checks import whole_number
+from rotlib.checks import whole_number, yes_or_no
 from rotlib.learning.grouped import check_group
 from rotlib.measure.bounds import module_bounds
 from rotlib.measure.outliers import input_outliers, weight_histogram, weight_outliers
@@ -31,10 +32,10 @@ OUTLIER_WINDOWS = 2  # calibration windows that run through the model: kurtosis 
 SHOWN_LAYER = 10  # whose coordinates' energies are kept, or the last layer of a smaller model
 
 
-def outliers(recipe: Recipe, device: str = "auto") -> Result:
+def outliers(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
     """Outliers of the recipe's model under its rotation, over its first calibration windows.
 
-    Kept like a run.
+    Kept like a run. Without `run` nothing is computed: it is read here, or in results/study.
 
     >>> recipe = Recipe(model=tiny, rotation="random", window=32, calibration_windows=2)
     >>> outliers(recipe).metrics["modules"][0]["kurtosis"] > 1
@@ -61,10 +62,12 @@ def outliers(recipe: Recipe, device: str = "auto") -> Result:
             module |= inputs[module["layer"], module["site"]]
         record.tokens["calibration"] = fingerprint(calibration)
 
-    return store.once(recipe.spec() | {"task": "outliers"}, picked, compute)
+    return _once(recipe.spec() | {"task": "outliers"}, picked, compute, run)
 
 
-def compare_outliers(recipe: Recipe, rotations: tuple[str, ...]) -> dict[str, Result]:
+def compare_outliers(
+    recipe: Recipe, rotations: tuple[str, ...], run: bool = True
+) -> dict[str, Result]:
     """`outliers` of one recipe under several rotations; a name such as "hadamard + R4" has R4 on.
 
     >>> recipe = Recipe(model=tiny, window=32, calibration_windows=2)
@@ -76,10 +79,10 @@ def compare_outliers(recipe: Recipe, rotations: tuple[str, ...]) -> dict[str, Re
     def turned(name: str) -> Recipe:
         return replace(recipe, rotation=name.removesuffix(online), R4=name.endswith(online))
 
-    return {name: outliers(turned(name)) for name in rotations}
+    return {name: outliers(turned(name), run=run) for name in rotations}
 
 
-def bounds(recipe: Recipe, every: int = 1, device: str = "auto") -> Result:
+def bounds(recipe: Recipe, every: int = 1, device: str = "auto", run: bool = True) -> Result:
     """Bounds and errors of every weight under the recipe's rotation and weight grid.
 
     The inputs don't drift: a layer is measured as if those before it were unquantized. `every`
@@ -110,10 +113,10 @@ def bounds(recipe: Recipe, every: int = 1, device: str = "auto") -> Result:
         record.metrics["modules"] = lines
         record.tokens["calibration"] = fingerprint(calibration)
 
-    return store.once(spec, picked, compute)
+    return _once(spec, picked, compute, run)
 
 
-def groups(recipe: Recipe, group_size: int, device: str = "auto") -> Result:
+def groups(recipe: Recipe, group_size: int, device: str = "auto", run: bool = True) -> Result:
     """`group_spread` of every weight under the recipe's rotation, kept like a run.
 
     `energies` holds, for the coordinates that q reads in one layer, Σ_i W_ij² over its mean. Raises
@@ -147,7 +150,7 @@ def groups(recipe: Recipe, group_size: int, device: str = "auto") -> Result:
                 record.metrics["energies"] = [float(f"{value:.4g}") for value in energies]
 
     spec = recipe.spec() | {"task": "groups", "groups_of": group_size}
-    return store.once(spec, picked, compute)
+    return _once(spec, picked, compute, run)
 
 
 def zero_shot_of(
@@ -155,6 +158,7 @@ def zero_shot_of(
     tasks: str | list[str] = "offline",
     limit: int | None = None,
     device: str = "auto",
+    run: bool = True,
 ) -> Result:
     """`zero_shot` of a recipe's model, rebuilt from what is kept of it or computed.
 
@@ -178,7 +182,12 @@ def zero_shot_of(
         with record.timed("evaluate"), quantized_activations(model, recipe.activations):
             record.metrics |= zero_shot(model, tokenizer, tasks, limit, recipe.text).metrics
 
-    return store.once(spec, picked, compute)
+    return _once(spec, picked, compute, run)
+
+
+def _once(spec: dict, device: torch.device, compute: Callable, run: bool) -> Result:
+    yes_or_no("run", run)
+    return store.once(spec, device, compute) if run else store.known(spec)
 
 
 def _check_recipe(name: str, recipe: object) -> None:

@@ -47,7 +47,7 @@ _ENTRY = {"shares": "share", "budgets": "budget"}
 def check_parameters() -> Recipe:
     """Check the calling notebook's parameters; returns the recipe they describe, of the first seed.
 
-    A notebook without a text reads results alone: there the model's name isn't looked up. Raises
+    Without seeds a notebook shows what has been computed; the recipe's seed is 0 then. One without a text reads results alone: there the model's name isn't looked up. Raises
     ValueError for a name that no notebook has, a wrong type, a value that a recipe refuses, or an
     unknown model.
     """
@@ -57,8 +57,6 @@ def check_parameters() -> Recipe:
         _refuse_strangers(namespace)
     for name, value in given.items():
         _check_type(name, value)
-    if not given.get("seeds", [0]):
-        raise ValueError("the parameter seeds must hold at least one seed")
     learning = {name: value for name, value in given.items() if name in _LEARNING}
     Recipe(rotation="spinquant", **learning)
     for name in _COUNTS:  # a single item has no standard error
@@ -69,7 +67,7 @@ def check_parameters() -> Recipe:
         for name, value in given.items()
         if PARAMETERS[name] is not list and name not in apart
     }
-    recipe = Recipe(**settings, seed=given.get("seeds", [0])[0])
+    recipe = Recipe(**settings, seed=[*given.get("seeds", []), 0][0])
     if "settings" in given:
         claims(recipe.model, given["settings"])  # refuses what no claim can be judged under
     if "text" in given:

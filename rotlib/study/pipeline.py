@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rotlib.checks import yes_or_no
 from rotlib.learning.network import LearningFailed
 from rotlib.learning.optrot import kurtail, mixed, optrot
 from rotlib.learning.optrot_plus import optrot_plus
@@ -58,11 +59,12 @@ def run(recipe: Recipe, device: str = "auto") -> Result:
     return run_all([recipe], device)[0]
 
 
-def run_all(recipes: Iterable[Recipe], device: str = "auto") -> list[Result]:
+def run_all(recipes: Iterable[Recipe], device: str = "auto", run: bool = True) -> list[Result]:
     """Every recipe's result, under one progress bar; models' names are checked before the first run.
 
     Recipes that share their weights cost least in a row: the last model stays in memory until the
-    next needs other weights. Raises like `run`.
+    next needs other weights. Without `run` nothing is computed, and the results are those that
+    there are, here or in results/study. Raises like `run`.
 
     >>> recipe = Recipe(model=tiny, window=32, calibration_windows=2, test_windows=2)
     >>> [result.stale for result in run_all([recipe, replace(recipe, rotation="hadamard")])]
@@ -73,6 +75,9 @@ def run_all(recipes: Iterable[Recipe], device: str = "auto") -> list[Result]:
         raise ValueError(
             f"only Recipes can be run, such as rl.Recipe(rotation='optrot'), not {strangers[0]!r}"
         )
+    yes_or_no("run", run)
+    if not run:
+        return [store.known(recipe.spec()) for recipe in recipes]
     picked = pick_device(device)
     for name in {recipe.model for recipe in recipes}:
         resolve(name)

@@ -85,6 +85,19 @@ def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) ->
     return result
 
 
+def known(spec: dict) -> Result:
+    """The result that there is of a specification, this machine's or a committed one.
+
+    Raises ValueError where there is none.
+    """
+    try:
+        return load_result(local_path(spec).name)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"nothing is run, and there is no result of {spec} to show: run it first"
+        ) from error
+
+
 def save(result: Result, path: Path) -> None:
     """Write a result's file."""
     write_text(path, json.dumps(asdict(result), indent=1, sort_keys=True) + "\n")
