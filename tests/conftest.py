@@ -1,6 +1,8 @@
 """Tiny random models of every family, in float64, and nothing from the network."""
 
 import os
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from random import Random
@@ -12,6 +14,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from rotlib.checkpoints import stock
 from rotlib.models.families import norms_in_model_dtype
 from rotlib.models.zoo import load_tokenizer
 from rotlib.study.files import ROOT
@@ -111,7 +114,35 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     (tmp_path / "sweep.yaml").write_text(
-        f"base: {{model: {tmp_path / 'model'}, text: wikitext2, window: 64, calibration_windows: 2, test_windows: 2}}\n"
+        f"base: {{model: {tmp_path / 'model'}, text: wikitext2, "
+        "window: 64, calibration_windows: 2, test_windows: 2}\n"
         "grid: {rotation: [none, hadamard], seed: [0, 1]}\narms: [{}, {activation_bits: 8}]\n"
     )
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def reader():
+    """The process of reader.py."""
+    command = [sys.executable, "-I", Path(__file__).with_name("reader.py"), stock.__file__]
+    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | quiet, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def quick_stock(reader, monkeypatch):
+    """Let stock software read in forks of one process, instead of each time in a fresh one."""
+
+    def run(command, **how):
+        if command[1:3] != ["-I", stock.__file__]:
+            return subprocess.run(command, **how)
+        said = Path(how["cwd"]) / "said"
+        reader.stdin.write("\t".join(map(str, (*command[3:], said))) + "\n")
+        reader.stdin.flush()
+        status = int(reader.stdout.readline())
+        return subprocess.CompletedProcess(command, status, "", said.read_text())
+
+    monkeypatch.setattr(stock, "run", run)

@@ -141,13 +141,25 @@ REFACTORS = {
     "smaller chunks": ("quantization.grids", "_CHUNK = 2**19", "_CHUNK = 2**8"),
     "another error text": ("quantization.grids", "is already quantized:", "has been quantized:"),
     "a docstring": ("rotations.fuse", "Fold the norms, untie", "Untie the head, fold the norms"),
-    "terms reordered": ("rotations.rotation", "(R @ R.mT - torch.eye", "(-torch.eye(R.shape[-1], dtype=R.dtype, device=R.device) + R @ R.mT - 0 * torch.eye"),
+    "terms reordered": (
+        "rotations.rotation",
+        "(R @ R.mT - torch.eye",
+        "(-torch.eye(R.shape[-1], dtype=R.dtype, device=R.device) + R @ R.mT - 0 * torch.eye",
+    ),
     "logits in other chunks": ("measure.fidelity", "CHUNK = 128", "CHUNK = 7"),
     "fewer tokens at a time": ("models.walk", "BATCH_TOKENS = 16384", "BATCH_TOKENS = 24"),
-    "another spelling": ("learning.sampling", "rotated.square().mul_(rotated)", "(rotated * rotated * rotated)"),
+    "another spelling": (
+        "learning.sampling",
+        "rotated.square().mul_(rotated)",
+        "(rotated * rotated * rotated)",
+    ),
     "a private class renamed": ("learning.optrot_plus", "_Bound", "_Objective"),
-    "a new setting": ("study.recipe", "    seed: int = 0", "    seed: int = 0\n    future: bool = False"),
-}  # fmt: skip
+    "a new setting": (
+        "study.recipe",
+        "    seed: int = 0",
+        "    seed: int = 0\n    future: bool = False",
+    ),
+}
 
 
 class Edited(SourceFileLoader):

@@ -34,7 +34,7 @@ def tiny(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.name)
 def test_an_example_prints_what_it_says(example, tiny, tmp_path, monkeypatch):
-    """In it `model` is a tiny model, `tokens` four windows, `tiny` a model's and `folder` a folder."""
+    """It sees a tiny `model`, windows of `tokens`, the folder of a `tiny` model, and a `folder`."""
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     torch.manual_seed(0)
     example.globs |= {

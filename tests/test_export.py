@@ -23,6 +23,7 @@ exporting, checkpoint = (
     import_module("rotlib.checkpoints.write"),
     import_module("rotlib.checkpoints.packed"),
 )  # rl.export is the function
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_stock")]
 GRIDS = {
     "per channel": rl.WeightQuant(),
     "groups": rl.WeightQuant(group_size=16),

@@ -16,6 +16,7 @@ import rotlib as rl
 from rotlib.study import files, store
 from rotlib.study.sweep_file import read_sweep
 
+pytestmark = pytest.mark.slow
 ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -93,9 +94,8 @@ def test_a_local_sweep_that_is_stopped_leaves_nobody_behind_and_goes_on_later(fo
     assert_as_undisturbed(folder)
 
 
-def test_a_killed_worker_of_ray_costs_nothing_but_time_and_a_killed_driver_and_a_torn_result_one_more_command(
-    folder,
-):
+def test_a_killed_worker_of_ray_costs_time_and_a_killed_driver_one_more_command(folder):
+    """That command also computes a torn result anew."""
     run = start(folder, "ray")
     torn = wait_for_a_result(folder, run)
     workers = kill_a_worker(run, "ray::work")
@@ -122,7 +122,10 @@ def test_a_full_disk_is_told_and_the_rest_runs_once_there_is_room(folder):
     command = (
         f"{sys.executable} -m rotlib.study.sweep {folder / 'sweep.yaml'} --workers 2 --engine ray"
     )
-    script = f"{mount}; {command}; echo rc $?; mount -o remount,size=64m {results}; {command}; echo rc $?; cp -r {results}/local {folder}/kept"
+    script = (
+        f"{mount}; {command}; echo rc $?; mount -o remount,size=64m {results}; {command}; "
+        f"echo rc $?; cp -r {results}/local {folder}/kept"
+    )
     run = subprocess.run(
         [*inside, script], env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
     )

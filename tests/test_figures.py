@@ -219,9 +219,9 @@ def test_a_figure_whose_result_has_gone_is_left_as_it_is_and_the_file_is_named(c
     assert list(figures.redraw()) == ["kept"]
     assert (figures.figures_folder() / "lost.pdf").read_text() == "committed"
     (said,) = caplog.messages
-    assert (
-        said
-        == f"rotlib: the figure lost is left as it is: the result {missing.name} is neither in results/local nor in results/study"
+    assert said == (
+        f"rotlib: the figure lost is left as it is: the result {missing.name} "
+        "is neither in results/local nor in results/study"
     )
 
 
@@ -260,10 +260,11 @@ def test_kept_figures_are_no_results():
 
 
 def test_a_figure_of_ones_own_or_a_file_of_another_version_is_refused_in_one_sentence():
-    with pytest.raises(
-        ValueError,
-        match=r"the figure mine couldn't be drawn again: let a function of rotlib/study/plots.py draw it",
-    ):
+    refusal = (
+        "the figure mine couldn't be drawn again: "
+        r"let a function of rotlib/study/plots\.py draw it"
+    )
+    with pytest.raises(ValueError, match=refusal):
         figures.save(plt.figure(), "mine")
     plt.close("all")
     with pytest.raises(TypeError, match="not from a set"):

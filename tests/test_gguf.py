@@ -1,4 +1,4 @@
-"""A GGUF file holds every code as it was, and stock readers compute what the quantized model does."""
+"""A GGUF file holds every code as it was; stock readers compute what the quantized model does."""
 
 from copy import deepcopy
 
@@ -16,6 +16,7 @@ from rotlib.checkpoints.stock import has_llama_cpp, read_by_llama_cpp, read_by_t
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.grids import QuantizedWeight, round_to_nearest
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_stock")]
 SHAPE = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -176,7 +177,10 @@ def test_biases_of_queries_turn_with_their_rows(tokens, tokenizer, tmp_path):
     assert torch.equal(found["blk.0.ffn_down.bias"], model.model.layers[0].mlp.down_proj.bias)
 
 
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.mark.parametrize(

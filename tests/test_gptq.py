@@ -22,7 +22,7 @@ def problem(rows=24, n=256, seed=0):
 
 
 def gptq_slowly(W, H, quant, act_order, damping):
-    """GPTQ as first written: H⁻¹ is updated column by column, no blocks, no shared factor, float64."""
+    """GPTQ as first written: H⁻¹ updated column by column, no blocks, no shared factor, float64."""
     W, H = W.double(), H.double()
     order = (
         H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(H))

@@ -159,7 +159,8 @@ def test_order_changes_what_shares_a_group():
         ),
         (
             {"block": 6},
-            "blocks of 6 have no Hadamard matrix, though they divide the width 48: choose one of 2, 4, 8, 12, 16, 24, 48",
+            "blocks of 6 have no Hadamard matrix, though they divide the width 48: "
+            "choose one of 2, 4, 8, 12, 16, 24, 48",
         ),
         ({"block": 1}, "blocks of 1 have no Hadamard matrix"),
         ({"block": 0}, "block .* whole number of at least 1"),

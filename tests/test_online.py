@@ -157,11 +157,12 @@ def test_an_attention_out_of_reach_is_refused(implementation):
         lambda: rl.fuse(model, rl.Rotation(None, None, R3=True)),
         lambda: rl.quantized_activations(model, rl.ActivationQuant(kv_bits=4)).__enter__(),
     )
+    refusal = (
+        f"attention implementation '{implementation}': "
+        "load the model with attn_implementation='sdpa'"
+    )
     for act in acts:
-        with pytest.raises(
-            ValueError,
-            match=f"attention implementation '{implementation}': load the model with attn_implementation='sdpa'",
-        ):
+        with pytest.raises(ValueError, match=refusal):
             act()
     assert not rl.is_rotated(model)
 

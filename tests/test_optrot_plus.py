@@ -91,10 +91,8 @@ def test_learning_lowers_its_own_objective_below_optrots(tokens, form):
 
 def test_too_few_tokens_and_unknown_forms_are_refused(tokens):
     model = tiny_model()
-    with pytest.raises(
-        ValueError,
-        match="64 calibration tokens are too few for a stable covariance of 48 inputs: give at least 96",
-    ):
+    too_few = "64 calibration tokens are too few for a stable covariance of 48 inputs"
+    with pytest.raises(ValueError, match=f"{too_few}: give at least 96"):
         rl.optrot_plus(model, tokens[:2])
     with pytest.raises(
         ValueError, match="unknown form 'sum': choose one of bound, product, relative"

@@ -38,6 +38,7 @@ def test_it_changes_nothing_that_the_model_computes(cosine, tokens):
     assert (exact_logits(model, tokens) - before).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_it_in_its_workers_and_the_tables_show_it_beside_hadamard(folder, cosine):
     path = folder / "sweep.yaml"
     text = path.read_text().replace("rotation: [none, hadamard]", "rotation: [hadamard, cosine]")

@@ -1,6 +1,4 @@
-"""The main job on the real model at smoke scale; reads what the notebooks have just computed, or
-computes it.
-"""
+"""The real model: what the notebooks have just computed of it, and what the study holds."""
 
 from dataclasses import replace
 
@@ -9,11 +7,12 @@ import pytest
 import rotlib as rl
 from rotlib.study import files, store, tables
 
-SMOKE = rl.Recipe(calibration_windows=2, test_windows=2)
+pytestmark = pytest.mark.real_model
+SMOKE = rl.Recipe(calibration_windows=2, test_windows=2)  # as 00_quickstart runs it
 
 # measured on 2 CPU cores; another processor's rounding moves GPTQ's codes, and these by a few
 # percent
-KL = {"none": 0.74, "random": 0.33, "hadamard": 0.27, "optrot": 0.21}
+KL = {"none": 0.74, "hadamard": 0.27, "optrot": 0.21}
 
 
 def kl(rotation, **changes):
@@ -27,24 +26,15 @@ def test_gptq_reaches_the_known_divergence(rotation):
 
 def test_unrotated_is_worst_and_optrot_best():
     assert kl("optrot") < kl("hadamard") < kl("none")
-    assert kl("optrot") < kl("random") < kl("none")
-
-
-@pytest.mark.parametrize("rotation", ["none", "optrot"])
-def test_gptq_beats_rounding_to_nearest(rotation):
-    assert kl(rotation) < 0.75 * kl(rotation, rounding="rtn")
 
 
 def test_no_layer_fell_back_to_rounding():
-    assert all(
-        rl.run(replace(SMOKE, rotation=rotation)).metrics["fallbacks"] == 0 for rotation in KL
-    )
+    for rotation in KL:
+        assert rl.run(replace(SMOKE, rotation=rotation)).metrics["fallbacks"] == 0
 
 
 def test_optrot_reaches_its_objective():
-    """120.05k is the best that a run of twenty times the cost reached; a random rotation has
-    152.5k.
-    """
+    """120.05k is the best that twenty times the cost reached; a random rotation has 152.5k."""
     model, _ = rl.load("smollm2-135m")
     rotation, _ = rl.make_rotation(replace(SMOKE, rotation="optrot"), model)
     assert rotation.history[-1] < 1.007 * 120_049
@@ -62,63 +52,71 @@ def test_the_cache_changes_nothing_in_what_a_model_with_quantized_keys_writes():
     model, tokenizer = rl.load("smollm2-135m")
     rl.fuse(model, rl.hadamard_rotation(model, R3=True, R4=True))
     prompt = tokenizer("The river Thames flows through", return_tensors="pt")
+    how = {"max_new_tokens": 12, "do_sample": False}
     with rl.quantized_activations(model, rl.ActivationQuant(bits=8, kv_bits=4)):
-        texts = [
-            tokenizer.decode(
-                model.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=cached)[0]
-            )
-            for cached in (True, False)
-        ]
+        written = [model.generate(**prompt, **how, use_cache=cached) for cached in (True, False)]
+    texts = [tokenizer.decode(ids[0]) for ids in written]
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("rotation", ["hadamard", "optrot"])
-def test_eight_bit_activations_are_nearly_free_with_R4(rotation):
-    assert kl(rotation, R4=True, activation_bits=8) < 1.1 * kl(rotation, R4=True)
-
-
-def test_at_four_bits_rotations_save_the_model_and_R4_pays():
-    assert kl("none", activation_bits=4) > 3 * kl("hadamard", activation_bits=4)
-    assert kl("hadamard", R4=True, activation_bits=4) < 0.8 * kl("hadamard", activation_bits=4)
-
-
-def test_weights_and_activations_pull_apart():
-    """OptRot's paper: better than Hadamard at W4A16, worse at W4A4."""
-    assert kl("optrot", R4=True) < kl("hadamard", R4=True)
-    assert kl("optrot", R4=True, activation_bits=4) > kl("hadamard", R4=True, activation_bits=4)
-
-
-def test_R3_pays_where_keys_have_four_bits():
-    kv4 = {"R4": True, "activation_bits": 4, "kv_bits": 4}
-    assert kl("hadamard", R3=True, **kv4) < kl("hadamard", **kv4)
-
-
-def test_the_committed_study_holds_three_seeds_of_every_arm_and_the_papers_order():
-    study = [
-        store._read(path)
-        for path in sorted((files.ROOT / "results" / "study").glob("quantize-*.json"))
-    ]
-    arms = {
+@pytest.fixture(scope="module")
+def study() -> dict[tuple[str, str, str], tables.Arm]:
+    """The committed arms whose name, precision and rounding tell all."""
+    paths = sorted((files.ROOT / "results" / "study").glob("quantize-*.json"))
+    arms = tables.arms(store.read(path) for path in paths)
+    return {
         (arm.rotation, arm.recipe.precision, arm.rounding): arm
-        for arm in tables.arms(study)
+        for arm in arms
         if not arm.settings.removesuffix("stale")
     }
-    gptq = [
-        arms[rotation, "W4A16", "GPTQ"] for rotation in ("none", "random", "hadamard", "optrot")
-    ]
+
+
+def test_the_study_holds_three_seeds_of_every_arm_and_the_papers_order(study):
+    four = ("none", "random", "hadamard", "optrot")
+    gptq = [study[rotation, "W4A16", "GPTQ"] for rotation in four]
     assert all(len(arm.results) >= 3 for arm in gptq)
-    assert all(
-        len(arms[rotation, "W4A16", "RTN"].results) >= 3
-        for rotation in ("random", "hadamard", "optrot")
-    )
+    assert all(len(study[name, "W4A16", "RTN"].results) >= 3 for name in four[1:])
     assert tables.judge(gptq[3], gptq[2]).verdict == "reproduced"
     assert tables.judge(gptq[2], gptq[0]).verdict == "reproduced"
     for precision in ("W4A16", "W4A8", "W4A4", "W4A4KV4"):
         online = " + R3 R4" if "KV" in precision else " + R4"
-        assert all(
-            len(arms[name, precision, "GPTQ"].results) >= 3
-            for name in ("none", f"hadamard{online}", f"optrot{online}")
-        )
-    assert all(
-        len(arms[name, "W16A4", "none"].results) >= 3 for name in ("hadamard + R4", "optrot + R4")
+        for name in ("none", f"hadamard{online}", f"optrot{online}"):
+            assert len(study[name, precision, "GPTQ"].results) >= 3
+    for name in ("hadamard + R4", "optrot + R4"):
+        assert len(study[name, "W16A4", "none"].results) >= 3
+
+
+def kl_of(arm):
+    return arm.summary("kl")[0]
+
+
+@pytest.mark.parametrize("rotation", ["none", "random", "hadamard", "optrot"])
+def test_in_the_study_gptq_beats_rounding_to_nearest(study, rotation):
+    gptq, rtn = (study[rotation, "W4A16", rounding] for rounding in ("GPTQ", "RTN"))
+    assert kl_of(gptq) < 0.75 * kl_of(rtn)
+
+
+@pytest.mark.parametrize("rotation", ["hadamard + R4", "optrot + R4"])
+def test_in_the_study_eight_bit_activations_are_nearly_free_with_R4(study, rotation):
+    a8, a16 = (study[rotation, precision, "GPTQ"] for precision in ("W4A8", "W4A16"))
+    assert kl_of(a8) < 1.1 * kl_of(a16)
+
+
+def test_in_the_study_rotations_save_the_model_at_four_bits_and_R4_pays(study):
+    none, fused, online = (
+        kl_of(study[name, "W4A4", "GPTQ"]) for name in ("none", "hadamard", "hadamard + R4")
     )
+    assert none > 3 * fused
+    assert online < 0.8 * fused
+
+
+def test_in_the_study_weights_and_activations_pull_apart(study):
+    """OptRot's paper: better than Hadamard at W4A16, worse at W4A4."""
+    optrot, hadamard = "optrot + R4", "hadamard + R4"
+    assert kl_of(study[optrot, "W4A16", "GPTQ"]) < kl_of(study[hadamard, "W4A16", "GPTQ"])
+    assert kl_of(study[optrot, "W4A4", "GPTQ"]) > kl_of(study[hadamard, "W4A4", "GPTQ"])
+
+
+def test_in_the_study_R3_pays_where_keys_have_four_bits(study):
+    with_R3, without = "hadamard + R3 R4", "hadamard + R4"
+    assert kl_of(study[with_R3, "W4A4KV4", "GPTQ"]) < kl_of(study[without, "W4A4KV4", "GPTQ"])

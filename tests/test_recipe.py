@@ -111,8 +111,10 @@ def test_a_failed_write_leaves_neither_half_a_file_nor_the_old_one_broken(tmp_pa
     assert path.read_text() == "old"
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_result_and_the_next_one_finishes(recipe):
-    script = f"import rotlib as rl; rl.run_all([rl.Recipe(**{vars(recipe)!r}), rl.Recipe(**{vars(replace(recipe, seed=1))!r})])"
+    settings = [vars(recipe), vars(replace(recipe, seed=1))]
+    script = f"import rotlib as rl; rl.run_all([rl.Recipe(**how) for how in {settings!r}])"
     process = subprocess.Popen(
         [sys.executable, "-c", script], env=os.environ, stderr=subprocess.DEVNULL
     )
@@ -190,7 +192,8 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
         ),
         (
             {"steps": 5, "rotation": "kurtail"},
-            r"steps belongs to the rotations optrot, optrot\+, spinquant, ostquant, not to 'kurtail'",
+            r"steps belongs to the rotations optrot, optrot\+, spinquant, ostquant, "
+            r"not to 'kurtail'",
         ),
         (
             {"steps": 0, "rotation": "optrot"},
@@ -454,6 +457,7 @@ def test_unrounded_weights_with_unrounded_activations_are_the_original(recipe):
     assert rl.run(replace(run, activation_bits=4)).metrics["kl"] > 1e-5
 
 
+@pytest.mark.slow
 def test_every_rotation_runs_as_a_recipe(recipe):
     shares = {"mixed": {"activation_share": 0.5}}
     runs = [

@@ -3,8 +3,18 @@ from dataclasses import replace
 import pytest
 
 import rotlib as rl
-from rotlib.study import files, store, sweep
+from rotlib.study import engines, files, store, sweep
 from rotlib.study.sweep_file import read_sweep
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The local engine without its processes: test_faults and test_own have those."""
+
+    def run(tasks, workers):
+        return ((number, engines.work(*engines._parcel(task))) for number, task in enumerate(tasks))
+
+    monkeypatch.setitem(sweep.ENGINES, "local", run)
 
 
 def write(tmp_path, text):
@@ -16,7 +26,8 @@ def write(tmp_path, text):
 def test_a_sweep_crosses_its_arms_with_its_grid(tmp_path):
     path = write(
         tmp_path,
-        "base: {bits: 3}\ngrid: {rotation: [none, hadamard], seed: [0, 1]}\narms: [{}, {act_order: true}]\n",
+        "base: {bits: 3}\ngrid: {rotation: [none, hadamard], seed: [0, 1]}\n"
+        "arms: [{}, {act_order: true}]\n",
     )
     three_bits = rl.Recipe(bits=3)
     expected = [
@@ -31,7 +42,8 @@ def test_a_sweep_crosses_its_arms_with_its_grid(tmp_path):
 def test_a_list_in_an_arm_is_a_grid_of_its_own(tmp_path):
     path = write(
         tmp_path,
-        "grid: {seed: [0, 1]}\narms: [{bits: 2}, {bits: 3, seed: [4, 5, 6]}, {bits: [3, 4], seed: 7}]\n",
+        "grid: {seed: [0, 1]}\n"
+        "arms: [{bits: 2}, {bits: 3, seed: [4, 5, 6]}, {bits: [3, 4], seed: 7}]\n",
     )
     expected = [(2, 0), (2, 1), (3, 4), (3, 5), (3, 6), (3, 7), (4, 7)]
     assert [(recipe.bits, recipe.seed) for recipe in read_sweep(path)] == expected
@@ -134,12 +146,12 @@ def test_what_several_recipes_share_is_forecast_once():
     )  # one rotation, two sets of weights, four evaluations
 
 
-def test_a_sweep_runs_what_is_missing_and_damaged_and_leaves_what_is_stale(folder, capsys):
+def test_a_sweep_runs_what_is_missing_and_damaged_and_leaves_what_is_stale(folder, here, capsys):
     path = folder / "sweep.yaml"
     assert sweep.main([str(path), "--only", "rotation=hadamard"]) == 0
     recipes = read_sweep(path)
     chosen = [recipe for recipe in recipes if recipe.rotation == "hadamard"]
-    assert [str(sweep.state_of(recipe)) for recipe in chosen] == ["complete"] * 4
+    assert [sweep.state_of(recipe).name for recipe in chosen] == ["complete"] * 4
     complete, damaged, stale, partial = chosen
     before = files.local_path(complete.spec()).read_bytes()
     expected = store.find(damaged.spec()).metrics
@@ -148,15 +160,17 @@ def test_a_sweep_runs_what_is_missing_and_damaged_and_leaves_what_is_stale(folde
     fusing = store.find(stale.spec()).provenance["stages"]["fusing"]
     older.write_text(older.read_text().replace(fusing, "of old"))
     files.local_path(partial.spec()).unlink()
-    states = ["complete", "damaged", "stale (fusing has changed)", "partial"]
-    assert [str(sweep.state_of(recipe)) for recipe in chosen] == states
+    states = ["complete", "damaged", "stale", "partial"]
+    assert [sweep.state_of(recipe).name for recipe in chosen] == states
+    assert sweep.state_of(stale).why == ("fusing has changed",)
 
     capsys.readouterr()
     assert sweep.main([str(path)]) == 0
     said = capsys.readouterr().out
     assert "1 of 8 recipes have a result that today's code stands behind" in said
-    found = "4 missing, 1 complete, 1 damaged, 1 stale (fusing has changed), 1 partial"
+    found = "4 missing, 1 complete, 1 damaged, 1 stale, 1 partial"
     assert f"8 recipes: {found}; 6 to run" in said
+    assert "stale are 1 by fusing has changed" in said
     assert files.local_path(complete.spec()).read_bytes() == before
     assert store.find(damaged.spec()).metrics == expected
     assert sweep.state_of(stale).name == "stale"
@@ -164,7 +178,7 @@ def test_a_sweep_runs_what_is_missing_and_damaged_and_leaves_what_is_stale(folde
     assert {sweep.state_of(recipe).name for recipe in recipes} == {"complete"}
 
 
-def test_a_recipe_that_fails_is_told_and_the_others_run(folder, capsys):
+def test_a_recipe_that_fails_is_told_and_the_others_run(folder, here, capsys):
     path = folder / "sweep.yaml"
     text = path.read_text().replace(
         "arms: [{}, {activation_bits: 8}]", "arms: [{group_size: 7}, {}]"
@@ -172,4 +186,4 @@ def test_a_recipe_that_fails_is_told_and_the_others_run(folder, capsys):
     path.write_text(text.replace("rotation: [none, hadamard], seed: [0, 1]", "seed: [0]"))
     assert sweep.main([str(path)]) == 1
     assert "group_size 7 doesn't divide the 48 inputs of q_proj" in capsys.readouterr().err
-    assert [str(sweep.state_of(recipe)) for recipe in read_sweep(path)] == ["missing", "complete"]
+    assert [sweep.state_of(recipe).name for recipe in read_sweep(path)] == ["missing", "complete"]

@@ -136,10 +136,9 @@ def test_an_unreachable_hub_says_what_is_missing_and_how_to_supply_it(monkeypatc
         raise ConnectionError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr("rotlib.models.zoo.HfApi.repo_exists", fail)
-    with pytest.raises(
-        ValueError,
-        match=r"can't be reached from here; offline, name a folder .* `hf download Qwen/Qwen3-0\.6B",
-    ):
+    command = r"`hf download Qwen/Qwen3-0\.6B"
+    unreachable = rf"can't be reached from here; offline, name a folder .* {command}"
+    with pytest.raises(ValueError, match=unreachable):
         rl.load("Qwen/Qwen3-0.6B")
     for text, file in (
         ("wikitext2", r"wikitext2/wiki\.test\.raw"),

@@ -1,10 +1,10 @@
-"""A quantized model as a GGUF file, which llama.cpp runs: every code exactly as GPTQ or RTN left
-it.
+"""A quantized model as a GGUF file, which llama.cpp runs.
 
-GGUF's blocks hold 32 weights and a scale in float16: Q4_0 is ``d (code − 8)``, Q4_1 ``d code + m``,
-Q8_0 ``d code``. A grid of groups of a multiple of 32, or of whole rows that are one, is written
-with its scale repeated, so that rounding d and m to float16 (5e-4 of them) is all that differs.
-Embedding and head are float16, norms and biases float32.
+Every code is exactly as GPTQ or RTN left it. GGUF's blocks hold 32 weights and a scale in float16:
+Q4_0 is ``d (code − 8)``, Q4_1 ``d code + m``, Q8_0 ``d code``. A grid of groups of a multiple of
+32, or of whole rows that are one, is written with its scale repeated, so that rounding d and m to
+float16 (5e-4 of them) is all that differs. Embedding and head are float16, norms and biases
+float32.
 """
 
 import json
@@ -33,7 +33,10 @@ _FILE_TYPES = {
     Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
     Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # how a tokenizer cuts text before its merges, and llama.cpp's name for it
 _CUTS = {
     ("ByteLevel, by its own rule",): "gpt-2",
@@ -57,7 +60,8 @@ class GgufFile:
         self._cut = cut_of(tokenizer)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(
-                f"this tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it belongs to another model"
+                f"this tokenizer has {len(tokenizer)} tokens and the model "
+                f"{model.config.vocab_size}: it belongs to another model"
             )
         weights = codes_of(model)
         placed_in_layers = placed_weights(self._family, quantized_only=True)
@@ -68,7 +72,8 @@ class GgufFile:
         rope = model.config.rope_parameters
         if rope["rope_type"] not in ("default", "llama3"):
             raise ValueError(
-                f"this model's rotary embeddings are scaled by {rope['rope_type']!r}: export it as 'fused', for llama.cpp's own converter"
+                f"this model's rotary embeddings are scaled by {rope['rope_type']!r}: "
+                "export it as 'fused', for llama.cpp's own converter"
             )
         self._layout = self._lay_out()
         self.size = sum(size for _, _, _, size, _ in self._layout)
@@ -99,56 +104,52 @@ class GgufFile:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for _, tensor, weight, kind in self._named():
-            writer.write_tensor_data(
-                _floats(tensor).numpy() if weight is None else blocks(weight, kind)
-            )
+            data = _floats(tensor).numpy() if weight is None else blocks(weight, kind)
+            writer.write_tensor_data(data)
         writer.close()
 
     def differing(self, folder: Path) -> str | None:
-        """The first weight that gguf's own code doesn't read back as it is in memory: to half a
-        step, so that no code is another.
+        """The first weight that gguf's own code doesn't read back as it is in memory.
+
+        Weights are compared to half a step, so that no code is another.
         """
         found = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / NAME).tensors}
         for name, tensor, weight, _ in self._named():
-            read = torch.from_numpy(
-                gguf.dequantize(found[name].data, found[name].tensor_type).copy()
-            ).view(tensor.shape)
+            data = gguf.dequantize(found[name].data, found[name].tensor_type)
+            read = torch.from_numpy(data.copy()).view(tensor.shape)
             if weight is None:
                 same = torch.equal(read, _floats(tensor).float())
             else:
-                groups = (
-                    (read - weight.dense().cpu()).abs().unflatten(1, (weight.scale.shape[1], -1))
-                )
+                errors = (read - weight.dense().cpu()).abs()
+                groups = errors.unflatten(1, (weight.scale.shape[1], -1))
                 same = bool((groups < weight.scale.cpu().unsqueeze(2) / 2).all())
             if not same:
                 return name
         return None
 
     def _lay_out(self) -> list[tuple]:
-        """(name, shape in bytes or floats, type of the array, bytes, type of block) of every
-        tensor, in the file's order.
+        """Every tensor that the file will hold, in its order.
+
+        Of each (name, shape in bytes or floats, type of the array, bytes, type of block).
         """
         layout = []
         for name, tensor, _, kind in self._named():
             dtype = np.uint8 if kind else _floats(tensor[:1]).numpy().dtype
-            shape = (
-                gguf.quant_shape_to_byte_shape(tensor.shape, kind) if kind else tuple(tensor.shape)
-            )
-            layout.append(
-                (name, shape, dtype, int(np.prod(shape)) * np.dtype(dtype).itemsize, kind)
-            )
+            shape = tuple(tensor.shape)
+            if kind:
+                shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            layout.append((name, shape, dtype, size, kind))
         return layout
 
     def _named(self) -> Iterator[tuple[str, Tensor, QuantizedWeight | None, Type | None]]:
-        """Of all in the file: (llama.cpp's name, the tensor and its codes with rows in llama.cpp's
-        order, their type of block).
+        """Of all in the file: (llama.cpp's name, the tensor, its codes, their type of block).
+
+        The tensor and its codes have their rows in llama.cpp's order.
         """
         family = self._family
-        architecture = next(
-            key
-            for key, name in gguf.MODEL_ARCH_NAMES.items()
-            if name == _ARCHITECTURES[family.config.model_type]
-        )
+        wanted = _ARCHITECTURES[family.config.model_type]
+        architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
         names = gguf.get_tensor_name_map(architecture, len(family.layers))
         modules = dict(family.model.named_modules())
         if family.config.rope_parameters["rope_type"] == "llama3":
@@ -160,27 +161,25 @@ class GgufFile:
             kind = self._types.get(module) if path.endswith(".weight") else None
             weight = module.quantized if kind else None
             if architecture == gguf.MODEL_ARCH.LLAMA and (".q_proj." in path or ".k_proj." in path):
-                rows = _interleaved(
-                    len(tensor), family.head_dim
-                )  # on the host: it may index codes there and weights on the device
+                # on the host: it may index codes there and weights on the device
+                rows = _interleaved(len(tensor), family.head_dim)
                 tensor = tensor[rows]
                 weight = weight and QuantizedWeight(*(part[rows] for part in weight))
             yield names.get_name(path, try_suffixes=(".weight", ".bias")), tensor, weight, kind
 
     def _add_tokenizer(self, writer: gguf.GGUFWriter) -> None:
         known = {number: token for token, number in self._tokenizer.get_vocab().items()}
+        kind_of = {
+            None: gguf.TokenType.NORMAL,
+            True: gguf.TokenType.CONTROL,
+            False: gguf.TokenType.USER_DEFINED,
+        }
         added = self._tokenizer.added_tokens_decoder
         tokens, kinds = [], []
         for number in range(self._family.config.vocab_size):
             tokens.append(known.get(number, f"[unused {number}]"))
             special = added[number].special if number in added else None
-            kinds.append(
-                {
-                    None: gguf.TokenType.NORMAL,
-                    True: gguf.TokenType.CONTROL,
-                    False: gguf.TokenType.USER_DEFINED,
-                }[special]
-            )
+            kinds.append(kind_of[special])
             if number not in known:
                 kinds[-1] = gguf.TokenType.UNUSED
         writer.add_tokenizer_model("gpt2")
@@ -189,14 +188,14 @@ class GgufFile:
         writer.add_token_types(kinds)
         with tempfile.TemporaryDirectory() as folder:
             self._tokenizer.save_pretrained(folder)
-            gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens)).add_to_gguf(
-                writer, quiet=True
-            )
+            vocabulary = gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens))
+            vocabulary.add_to_gguf(writer, quiet=True)
 
 
 def _floats(tensor: Tensor) -> Tensor:
-    """What has no codes, as it stands in the file: matrices in float16, norms and biases in
-    float32.
+    """What has no codes, as it stands in the file.
+
+    Matrices are in float16, norms and biases in float32.
     """
     return tensor.to("cpu", torch.float32 if tensor.ndim == 1 else torch.float16)
 
@@ -205,33 +204,42 @@ def check_holds(quant: WeightQuant) -> None:
     """Raises ValueError for a grid that no type of block holds, whatever the codes."""
     if quant.group_size and quant.group_size % _BLOCK:
         raise ValueError(
-            f"GGUF's blocks hold {_BLOCK} weights: choose a group_size that they divide, not {quant.group_size}"
+            f"GGUF's blocks hold {_BLOCK} weights: "
+            f"choose a group_size that they divide, not {quant.group_size}"
         )
     if not quant.symmetric and quant.bits > 4:
         raise ValueError(
-            f"no type of GGUF's holds an asymmetric grid of {quant.bits} bits: choose a symmetric one, or at most 4 bits"
+            f"no type of GGUF's holds an asymmetric grid of {quant.bits} bits: "
+            "choose a symmetric one, or at most 4 bits"
         )
 
 
 def block_type(name: str, weight: QuantizedWeight) -> Type:
-    """The type of block that holds a weight's codes as they are; raises ValueError where none does."""
+    """The type of block that holds a weight's codes as they are.
+
+    Raises ValueError where none does.
+    """
     width = weight.codes.shape[1] // weight.scale.shape[1]
     if width % _BLOCK:
         raise ValueError(
-            f"{name} has a scale for every {width} weights, and GGUF's blocks hold {_BLOCK}: choose a group_size that they divide"
+            f"{name} has a scale for every {width} weights, and GGUF's blocks hold {_BLOCK}: "
+            "choose a group_size that they divide"
         )
     symmetric = weight.codes.dtype == torch.int8
     bits = bits_for(weight, (4, 8))
     if bits == 8 and not symmetric:
         raise ValueError(
-            f"{name} has an asymmetric grid of more than 4 bits, which no type of GGUF's holds: choose a symmetric one"
+            f"{name} has an asymmetric grid of more than 4 bits, which no type of GGUF's holds: "
+            "choose a symmetric one"
         )
     return {(4, True): Type.Q4_0, (4, False): Type.Q4_1, (8, True): Type.Q8_0}[bits, symmetric]
 
 
 def blocks(weight: QuantizedWeight, kind: Type) -> UInt8[np.ndarray, "out bytes"]:
-    """A weight's codes in blocks of that type: d, for Q4_1 also m, then the codes, two a byte (the
-    first 16 in the low halves) or one.
+    """A weight's codes in blocks of that type.
+
+    A block is d, for Q4_1 also m, then the codes: two a byte (the first 16 in the low halves) or
+    one.
     """
     rows, columns = weight.codes.shape
     repeat = columns // weight.scale.shape[1] // _BLOCK
@@ -246,14 +254,14 @@ def blocks(weight: QuantizedWeight, kind: Type) -> UInt8[np.ndarray, "out bytes"
     else:
         halves = (codes + (8 if kind == Type.Q4_0 else 0)).astype(np.uint8)
         body = halves[..., : _BLOCK // 2] | halves[..., _BLOCK // 2 :] << 4
-    return np.concatenate(
-        [*(part.astype(np.float16).view(np.uint8) for part in floats), body], axis=2
-    ).reshape(rows, -1)
+    head = [part.astype(np.float16).view(np.uint8) for part in floats]
+    return np.concatenate([*head, body], axis=2).reshape(rows, -1)
 
 
 def _interleaved(rows: int, head_dim: int) -> Tensor:
-    """The order in which llama.cpp keeps the rows of q and k: RoPE's pairs side by side, where
-    transformers has halves.
+    """The order in which llama.cpp keeps the rows of q and k.
+
+    RoPE's pairs lie side by side there, where transformers has halves.
     """
     return torch.arange(rows).view(-1, 2, head_dim // 2).transpose(1, 2).flatten()
 
@@ -266,21 +274,22 @@ def _frequency_factors(family: Family) -> Float[Tensor, " half_head_dim"]:
 
 
 def cut_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name for the way a tokenizer cuts text before its merges; raises ValueError where
-    it has none that is known here.
+    """llama.cpp's name for the way a tokenizer cuts text before its merges.
+
+    Raises ValueError where it has none that is known here.
     """
-    refusal = "this tokenizer isn't one that llama.cpp is known to share: export the model as 'fused', for llama.cpp's own converter"
+    refusal = (
+        "this tokenizer isn't one that llama.cpp is known to share: "
+        "export the model as 'fused', for llama.cpp's own converter"
+    )
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ValueError(refusal)
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     cut = description["pre_tokenizer"] or {"type": None}
     steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
     found = _CUTS.get(tuple(map(_step, steps)))
-    if (
-        found is None
-        or description["model"]["type"] != "BPE"
-        or description["model"].get("byte_fallback")
-    ):
+    model = description["model"]
+    if found is None or model["type"] != "BPE" or model.get("byte_fallback"):
         raise ValueError(refusal)
     return found
 
@@ -290,8 +299,6 @@ def _step(step: dict) -> str:
         return step["pattern"].get("Regex", "")
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return "ByteLevel, by its own rule" if step["use_regex"] else "ByteLevel"
-    return (
-        "Digits"
-        if step["type"] == "Digits" and step["individual_digits"]
-        else f"{step['type']}, otherwise"
-    )
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return "Digits"
+    return f"{step['type']}, otherwise"

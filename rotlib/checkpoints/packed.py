@@ -1,9 +1,9 @@
-"""A model as a Hugging Face folder: its codes packed in the format of compressed-tensors, or its
-weights as they are.
+"""A model as a Hugging Face folder, its codes packed or its weights as they are.
 
-Tensors are made a shard at a time, so that no second copy of the model is held. Codes are packed
-exactly as GPTQ or RTN left them; act-order leaves no trace, since groups are of inputs in their own
-order. What was written is read back through compressed-tensors' own code.
+Codes are packed in the format of compressed-tensors, exactly as GPTQ or RTN left them; act-order
+leaves no trace, since groups are of inputs in their own order. Tensors are made a shard at a time,
+so that no second copy of the model is held. What was written is read back through
+compressed-tensors' own code.
 """
 
 import json
@@ -120,9 +120,8 @@ class Checkpoint:
                 "quantization_status": "compressed",
                 "ignore": ["lm_head"],
             }
-            config.quantization_config = QuantizationConfig(
-                config_groups=groups, **status
-            ).to_dict()
+            written = QuantizationConfig(config_groups=groups, **status)
+            config.quantization_config = written.to_dict()
             # transformers 5.23 can't keep packed zero points packed, and refuses without; vLLM can
             if not self._packing.symmetric:
                 config.quantization_config["dequantize"] = True
@@ -130,15 +129,17 @@ class Checkpoint:
 
 
 def codes_of(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
-    """The codes of every quantized weight, by names such as "layers.0.q"; raises ValueError where
-    one has none.
+    """The codes of every quantized weight, by names such as "layers.0.q".
+
+    Raises ValueError where one has none.
     """
     weights = {}
     for placed in placed_weights(adapt(model), quantized_only=True):
         weights[placed.name] = getattr(placed.module, "quantized", None)
         if weights[placed.name] is None:
             raise ValueError(
-                f"{placed.name} has no codes: quantize the model with rl.gptq or rl.rtn first, or export it as 'fused'"
+                f"{placed.name} has no codes: quantize the model with rl.gptq or rl.rtn first, "
+                "or export it as 'fused'"
             )
     return weights
 
@@ -168,43 +169,38 @@ class _Packing:
     @property
     def scheme(self) -> QuantizationScheme:
         """The same in compressed-tensors' words."""
-        strategy = (
-            {"strategy": "group", "group_size": self.group_size}
-            if self.group_size
-            else {"strategy": "channel"}
-        )
+        strategy = {"strategy": "channel"}
+        if self.group_size:
+            strategy = {"strategy": "group", "group_size": self.group_size}
         weights = QuantizationArgs(
             num_bits=self.bits, type="int", symmetric=self.symmetric, **strategy
         )
         return QuantizationScheme(targets=["Linear"], weights=weights)
 
     def make(self, weight: QuantizedWeight, dtype: torch.dtype, kind: str, device: str) -> Tensor:
-        """One of the tensors. Unsigned codes and their zero points move down together, to the range
-        of a signed type.
+        """One of the tensors.
+
+        Unsigned codes and their zero points move down together, to the range of a signed type.
         """
         shift = 0 if self.symmetric else 2 ** (self.bits - 1)
         if kind == "packed":
             return self._packed(weight.codes.to(device, torch.int16) - shift, 1)
         if kind == "zero_point":
             return self._packed(weight.zero.to(device) - shift, 0)
-        return (
-            weight.scale.to(device, dtype).contiguous()
-            if kind == "scale"
-            else torch.tensor(weight.codes.shape, device=device)
-        )
+        if kind == "scale":
+            return weight.scale.to(device, dtype).contiguous()
+        return torch.tensor(weight.codes.shape, device=device)
 
     def same(self, weight: QuantizedWeight, read: dict[str, Tensor]) -> bool:
-        """Whether these tensors unpack, by compressed-tensors' own code, to exactly this weight's
-        codes, scales and zero points.
+        """Whether these tensors unpack to exactly this weight's codes, scales and zero points.
+
+        They are unpacked by compressed-tensors' own code.
         """
         shift = 0 if self.symmetric else 2 ** (self.bits - 1)
         for kind, wanted, dim in (("packed", weight.codes, 1), ("zero_point", weight.zero, 0)):
             if kind in read:
-                found = (
-                    unpack_from_int32(read[kind], self.bits, wanted.shape, packed_dim=dim).float()
-                    + shift
-                )
-                if not torch.equal(found, wanted.cpu().float()):
+                found = unpack_from_int32(read[kind], self.bits, wanted.shape, packed_dim=dim)
+                if not torch.equal(found.float() + shift, wanted.cpu().float()):
                     return False
         return torch.equal(read["scale"], weight.scale.to("cpu", read["scale"].dtype))
 
@@ -225,11 +221,11 @@ def _packing(weights: dict[str, QuantizedWeight]) -> _Packing:
         for weight in weights.values()
         if weight.scale.shape[1] > 1
     }
-    if (
-        len(symmetric) > 1 or len(groups) > 1 or (groups and not rows <= groups)
-    ):  # a row may be a single group
+    # a row may be a single group
+    if len(symmetric) > 1 or len(groups) > 1 or (groups and not rows <= groups):
         raise ValueError(
-            "these weights are on different grids, and compressed-tensors' format holds one: quantize all of them alike"
+            "these weights are on different grids, and compressed-tensors' format holds one: "
+            "quantize all of them alike"
         )
     return _Packing(
         max(bits_for(weight, _CONTAINERS) for weight in weights.values()),

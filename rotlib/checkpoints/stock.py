@@ -1,5 +1,4 @@
-"""What stock software computes from a checkpoint, in a process of its own where rotlib can't be
-imported.
+"""What stock software computes from a checkpoint, in a process that can't import rotlib.
 
 This file is that process too: it imports nothing of rotlib's, and runs itself. transformers reads a
 Hugging Face folder, or the weights of a GGUF file dequantized; llama.cpp, where its Python package
@@ -7,7 +6,6 @@ is installed, runs the file itself, in its own arithmetic.
 """
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from importlib.util import find_spec
 from math import exp
 from pathlib import Path
 from statistics import fmean
+from subprocess import run
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,10 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class Reading:
-    """Perplexity over the windows, the logits of each one's last positions, and how the prompt went
-    on.
+    """What some software computed.
+
+    It is the perplexity over the windows, the logits of each one's last positions, and how the
+    prompt went on.
     """
 
     software: str
@@ -82,85 +83,58 @@ def _elsewhere(software: str, asked: dict, windows: Tensor | None, keep: int | N
     with tempfile.TemporaryDirectory() as scratch:
         given, found = Path(scratch) / "given.pt", Path(scratch) / "found.pt"
         torch.save(asked | {"software": software, "windows": windows, "keep": keep}, given)
-        command = [
-            sys.executable,
-            "-I",
-            __file__,
-            given,
-            found,
-        ]  # -I: no PYTHONPATH, and neither this folder nor the working one
-        done = subprocess.run(
-            command,
-            cwd=scratch,
-            env=os.environ | _QUIET,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        # -I: no PYTHONPATH, and neither this folder nor the working one
+        command = [sys.executable, "-I", __file__, given, found]
+        how = {"capture_output": True, "text": True, "check": False}
+        done = run(command, cwd=scratch, env=os.environ | _QUIET, **how)
         if done.returncode or not found.exists():
-            reason = (
-                done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-            )[-1]
-            raise RuntimeError(
-                f"{software} can't read {asked.get('file') or asked['folder']}: {reason}"
-            )
+            said = done.stderr.strip().splitlines()
+            reason = said[-1] if said else f"it ended with status {done.returncode}"
+            place = asked.get("file") or asked["folder"]
+            raise RuntimeError(f"{software} can't read {place}: {reason}")
         return Reading(**torch.load(found))
 
 
 def _main(given: str, found: str) -> None:
     sys.modules["rotlib"] = None  # from here on importing it fails, wherever it is installed
     asked = torch.load(given)
-    windows = (
-        asked["windows"] if asked["windows"] is not None else torch.empty(0, 2, dtype=torch.long)
-    )
-    software, logits_of, text = (
-        _transformers if asked["software"] == "transformers" else _llama_cpp
-    )(asked, windows)
+    windows = asked["windows"]
+    if windows is None:
+        windows = torch.empty(0, 2, dtype=torch.long)
+    read = _transformers if asked["software"] == "transformers" else _llama_cpp
+    software, logits_of, text = read(asked, windows)
     losses, kept = [], []
     for ids in windows:
         logits = logits_of(ids)
         losses.append(F.cross_entropy(logits[:-1], ids[1:]).item())
         kept.append(logits[-(asked["keep"] or len(ids)) :].clone())
     perplexity = exp(fmean(losses)) if losses else float("nan")
-    torch.save(
-        {
-            "software": software,
-            "perplexity": perplexity,
-            "logits": torch.stack(kept) if kept else None,
-            "text": text,
-        },
-        found,
-    )
+    logits = torch.stack(kept) if kept else None
+    reading = {"software": software, "perplexity": perplexity, "logits": logits, "text": text}
+    torch.save(reading, found)
 
 
 def _transformers(asked: dict, windows: Tensor) -> tuple[str, Callable[[Tensor], Tensor], str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     how = {"gguf_file": asked["gguf_file"]} if asked["gguf_file"] else {}
-    model = (
-        AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float32, **how)
-        .eval()
-        .requires_grad_(False)
-    )
-    fits = (
-        torch.cuda.is_available()
-        and 1.3 * sum(p.nbytes for p in model.parameters()) < torch.cuda.mem_get_info()[0]
-    )
+    model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float32, **how)
+    model.eval().requires_grad_(False)
+    needed = 1.3 * sum(p.nbytes for p in model.parameters())
+    fits = torch.cuda.is_available() and needed < torch.cuda.mem_get_info()[0]
     model.to("cuda" if fits else "cpu")
     text = ""
     if asked["prompt"]:
         tokenizer = AutoTokenizer.from_pretrained(asked["folder"], **how)
         ids = tokenizer(asked["prompt"], return_tensors="pt").to(model.device)
-        text = tokenizer.decode(
-            model.generate(**ids, max_new_tokens=asked["new_tokens"], do_sample=False)[0],
-            skip_special_tokens=True,
-        )
+        tokens = model.generate(**ids, max_new_tokens=asked["new_tokens"], do_sample=False)[0]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
     name = "transformers, dequantized" if asked["gguf_file"] else "transformers"
-    return (
-        f"{name} ({version('transformers')})",
-        lambda ids: model(ids[None].to(model.device)).logits[0].cpu(),
-        text,
-    )
+
+    def logits_of(ids: Tensor) -> Tensor:
+        return model(ids[None].to(model.device)).logits[0].cpu()
+
+    return f"{name} ({version('transformers')})", logits_of, text
 
 
 def _llama_cpp(asked: dict, windows: Tensor) -> tuple[str, Callable[[Tensor], Tensor], str]:

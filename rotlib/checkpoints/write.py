@@ -52,8 +52,8 @@ def export(
     check_not_rounding(model)
     if online := getattr(model.config, "rotlib_online", None):
         raise ValueError(
-            f"this model needs {' and '.join(online)} while it runs, which no plain checkpoint has: "
-            "rotate it without them"
+            f"this model needs {' and '.join(online)} while it runs, "
+            "which no plain checkpoint has: rotate it without them"
         )
     if format == "gguf" and dtype is not None:
         raise ValueError("GGUF has its own types: leave dtype out")

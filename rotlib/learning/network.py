@@ -1,18 +1,19 @@
-"""The fake-quantized network as a function of its rotation: SpinQuant and OSTQuant learn through it.
+"""The fake-quantized network as a function of its rotation.
 
-A student, a copy of the decoder layers, holds the rotated weights as its quantizer rounds them;
-gradients pass every rounding straight through, and no scale of a grid is differentiated (SpinQuant,
-arXiv 2405.16406). The weights are rotated once a step for all of its windows, and the gradient that
-has gathered in them is carried to R1, R2 and the scales once a step, a layer at a time, so no graph
-of the whole model's rotation exists. Embedding and head are neither copied nor rounded: the stream
-is turned behind the one and turned back before the other.
+SpinQuant and OSTQuant learn through it. A student, a copy of the decoder layers, holds the rotated
+weights as its quantizer rounds them; gradients pass every rounding straight through, and no scale
+of a grid is differentiated (SpinQuant, arXiv 2405.16406). The weights are rotated once a step for
+all of its windows, and the gradient that has gathered in them is carried to R1, R2 and the scales
+once a step, a layer at a time, so no graph of the whole model's rotation exists. Embedding and head
+are neither copied nor rounded: the stream is turned behind the one and turned back before the
+other.
 """
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from math import cos, isfinite, pi
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -50,13 +51,21 @@ PRESETS = ("paper", "laptop")
 
 
 class LearningFailed(RuntimeError):
-    """The loss stopped being finite; `rotation` is the last one whose loss was, or None."""
+    """The loss stopped being finite; `rotation` is the last one whose loss was, or None.
+
+    >>> import rotlib as rl
+    >>> try:
+    ...     rotation = rl.spinquant(model, tokens, quant=WeightQuant(bits=3), steps=2)
+    ... except LearningFailed as failure:
+    ...     rotation = failure.rotation
+    """
 
     def __init__(self, message: str, rotation: Rotation | None):
         super().__init__(message)
         self.rotation = rotation
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """A rotation of leaf tensors, and the step that moves them along their gradients."""
 
@@ -130,7 +139,7 @@ class Student:
         )
 
     def not_finite(self, ids: Int[Tensor, " length"], rotation: Rotation) -> str:
-        """The first module whose weight, or else whose output, holds something that isn't a number."""
+        """The first module whose weight, or else whose output, holds a NaN or an infinity."""
         modules = [
             (f"layers.{layer}.{name}", linear)
             for layer in range(len(self._family.layers))
@@ -143,10 +152,8 @@ class Student:
                 None if torch.isfinite(output).all() else found.append(name)
             )
 
-        with (
-            torch.no_grad(),
-            hooks(((linear, watch(name)) for name, linear in modules), after=True),
-        ):
+        watched = ((linear, watch(name)) for name, linear in modules)
+        with torch.no_grad(), hooks(watched, after=True):
             self.logits(ids, rotation)
         return found[0] if found else "lm_head"
 

@@ -11,7 +11,7 @@ sees drawn rows (`sampling.py`); R2's share is small and is descended in full, b
 """
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -149,6 +149,7 @@ def _learn(
     return rotation.to("cpu", torch.float64)
 
 
+@runtime_checkable
 class Extra(Protocol):
     """What a method adds to the fourth powers: slopes, and factors that follow the rotation."""
 
@@ -196,9 +197,8 @@ def learn_sampled(
             R1.project()
         with coarse_products():
             value, gradient = rows.slope(step % STEPS_A_DRAW, R1.R)
-        if (
-            extra
-        ):  # both slopes in one unit; a slope alone needs none, since the step's length is given
+        if extra:
+            # both slopes in one unit; a slope alone needs none, since the step's length is given
             gradient = rows.scale * gradient + extra.R1_slope(R1.R)
         R1.step(gradient, length * anneal)
         rotation.R1 = R1.R

@@ -51,10 +51,14 @@ def optrot_plus(
 ) -> Rotation:
     """Learn R1 and R2 on the weights and on the covariance of what they read.
 
-    The model stays as it is. `form` is one of `FORMS`. `history` holds the objective at every pass over all weights; the last
-    entry is the result's. Raises ValueError for an unknown choice, fewer calibration tokens than
-    twice the widest rotated input, a covariance that no damping makes positive definite (naming
-    what reads it), or a model that `optrot` would refuse.
+    The model stays as it is. `form` is one of `FORMS`. `history` holds the objective at every pass
+    over all weights; the last entry is the result's. Raises ValueError for an unknown choice, fewer
+    calibration tokens than twice the widest rotated input, a covariance that no damping makes
+    positive definite (naming what reads it), or a model that `optrot` would refuse.
+
+    >>> rotation = optrot_plus(model, tokens, steps=2)
+    >>> rotation.orthogonality_error() < 1e-6
+    True
     """
     one_of("form", form, FORMS)
     steps = whole_number("steps", STEPS if steps is None else steps, 1)
@@ -121,7 +125,7 @@ class _Bound:
     _next: int = 0
 
     def refresh(self, rotation: Rotation) -> None:
-        """Now and then, take all fourth powers and all tr(D) anew; they are each other's factors."""
+        """Every `REFRESH` calls, take ‖·‖₄⁴ and tr(D) anew: they are each other's factors."""
         self._calls += 1
         if (self._calls - 1) % REFRESH:
             return

@@ -77,14 +77,14 @@ class RowSampler:
         self._cumulative = shares.cumsum(0) / self._total
 
     def draw(self, rotation: Rotation) -> None:
-        """Rows for the next `STEPS_A_DRAW` steps by systematic sampling: every row as often as it should
-        be, to within one.
+        """Rows for the next `STEPS_A_DRAW` steps, by systematic sampling.
+
+        Every row comes as often as it should, to within one.
         """
         count = STEPS_A_DRAW * self._size
         offset = torch.rand(1, generator=self._generator, dtype=torch.float64)
-        chosen = torch.searchsorted(
-            self._cumulative, (torch.arange(count) + offset) / count
-        ).clamp_(max=len(self._cumulative) - 1)
+        points = (torch.arange(count) + offset) / count
+        chosen = torch.searchsorted(self._cumulative, points).clamp_(max=len(self._cumulative) - 1)
         bounds = torch.searchsorted(chosen, self._starts).tolist()
         place = torch.randperm(count, generator=self._generator).to(self._device)
         width = rotation.R1.shape[-1] * (len(rotation.R1) if rotation.R1.ndim == 3 else 1)
@@ -119,9 +119,8 @@ class R2Rows:
         for matrix in matrices:
             if matrix.touched_by("R2"):
                 by_layer[matrix.layer].append(rows_by_head(matrix, rotation) * matrix.factor**0.25)
-        self._rows = torch.stack(
-            [torch.cat(rows, dim=1) for rows in by_layer]
-        )  # (layers, heads, m, b)
+        # (layers, heads, m, b)
+        self._rows = torch.stack([torch.cat(rows, dim=1) for rows in by_layer])
 
     def gradient(self, R2: Float[Tensor, "layers heads b b"]) -> Float[Tensor, "layers heads b b"]:
         return 4 * (self._rows.mT @ (self._rows @ R2).pow_(3))

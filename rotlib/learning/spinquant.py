@@ -36,12 +36,12 @@ def spinquant(
     start: Rotation | None = None,
     local: bool = False,
 ) -> Rotation:
-    """Learn R1 and R2 through the network, its weights on `quant`'s grid, its activations on theirs.
+    """Learn R1 and R2 through the network, rounded as `quant` and `activations` say.
 
-    Either may be left out. `preset` is a key of `SPINQUANT_PRESETS`; `steps` and `lr` override its own; `start` and `local`
-    are `optrot`'s. The model stays as it is, and a copy of its layers and their gradients is held
-    meanwhile. `history` holds the loss of every step, in nats. Raises ValueError for what can't be
-    learned so, LearningFailed where the loss stops being finite.
+    Either may be left out. `preset` is a key of `SPINQUANT_PRESETS`; `steps` and `lr` override its
+    own; `start` and `local` are `optrot`'s. The model stays as it is, and a copy of its layers and
+    their gradients is held meanwhile. `history` holds the loss of every step, in nats. Raises
+    ValueError for what can't be learned so, LearningFailed where the loss stops being finite.
 
     >>> rotation = spinquant(model, tokens, quant=WeightQuant(bits=3), steps=2)
     >>> len(rotation.history)

@@ -1,4 +1,4 @@
-"""Where learning starts and how it ends: a checked model, a first rotation, an orthogonal last one."""
+"""Where learning starts, a checked model and a first rotation; how it ends, an orthogonal one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

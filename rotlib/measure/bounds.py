@@ -1,6 +1,6 @@
-"""The theory behind OptRot, measured: incoherence, tr(H), tr(D), the bounds on a layer's error, and
-the error itself.
+"""The theory behind OptRot, measured: what bounds the error of a layer, and the error itself.
 
+The bounds are made of a weight's incoherence μ, and of tr(H) or tr(D) of what it reads.
 With ``max|W_ij| ≤ μ ‖W‖_F / √(mn)`` and an absmax grid, rounding a layer to nearest costs an error
 ``tr(ΔW H ΔWᵀ)`` of about ``μ² ‖W‖²_F tr(H) / (n (2^b − 1)²)`` at most, and GPTQ the same with
 tr(D), H = (U + I) D (U + I)ᵀ (QuIP, arXiv 2307.13304; OptRot, arXiv 2512.24124), as long as no

@@ -25,8 +25,10 @@ def kurtosis(W: Float[Tensor, "out in"]) -> float:
     3 for a Gaussian, 1 where all magnitudes in a row are equal, and for a row with a single entry
     its length.
 
-    >>> kurtosis(torch.tensor([[1.0, -1.0, 1.0, 1.0]])), kurtosis(torch.tensor([[5.0, 0.0, 0.0, 0.0]]))
-    (1.0, 4.0)
+    >>> kurtosis(torch.tensor([[1.0, -1.0, 1.0, 1.0]]))
+    1.0
+    >>> kurtosis(torch.tensor([[5.0, 0.0, 0.0, 0.0]]))
+    4.0
     """
     W = W.double()
     return (W.pow(4).mean(dim=1) / W.square().mean(dim=1).square().clamp_min(1e-300)).mean().item()

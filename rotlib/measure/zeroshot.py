@@ -120,7 +120,8 @@ def scored(tasks: str, found: dict[str, dict], choices: dict[str, list[int]]) ->
     }
     items = {name: len(counts) for name, counts in choices.items()}
     error = {name: sqrt(p * (1 - p) / (items[name] - 1)) for name, p in accuracy.items()}
-    chance = {  # an item of one request asks for a word to find: guessing finds none
+    # an item of one request asks for a word to find: guessing finds none
+    chance = {
         name: fmean(1 / n if n > 1 else 0.0 for n in counts) for name, counts in choices.items()
     }
     return ZeroShot(tasks, accuracy, error, items, chance)
@@ -135,10 +136,9 @@ def task_names(tasks: str | list[str]) -> tuple[str, ...]:
                 "or give lm-eval's task names as a list"
             )
         return TASK_LISTS[tasks]
-    different = isinstance(tasks, list | tuple) and len(
-        {name for name in tasks if isinstance(name, str)}
-    ) == len(tasks)
-    if not different or not tasks:
+    listed = tasks if isinstance(tasks, list | tuple) else ()
+    different = len({name for name in listed if isinstance(name, str)}) == len(listed)
+    if not different or not listed:
         raise ValueError(
             f"tasks must be one of {', '.join(TASK_LISTS)} or a list of different lm-eval task "
             f"names, not {tasks!r}"
@@ -193,8 +193,8 @@ def _from_hub(name: str):
         except Exception as error:  # datasets may raise anything
             reason = f"lm-eval says: {' '.join(str(error).split()) or type(error).__name__}"
     raise ValueError(
-        f"the task {name!r} can't be loaded ({reason}): connect to the Hub, or use 'offline', which "
-        "needs no network"
+        f"the task {name!r} can't be loaded ({reason}): connect to the Hub, "
+        "or use 'offline', which needs no network"
     )
 
 

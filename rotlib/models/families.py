@@ -66,7 +66,7 @@ class Family:
 
     @contextmanager
     def on_device(self, *modules: Module) -> Iterator[None]:
-        """Hold these modules where the model computes while open, then where its weights are kept."""
+        """While open, hold these modules where the model computes; then where its weights are."""
         home = self.embedding.weight.device
         try:
             for module in modules:

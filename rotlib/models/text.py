@@ -1,11 +1,11 @@
 """Corpora as token streams, split into calibration and test text by a fixed rule.
 
 A stream is known by its sha256. `wikipedia-mini` is a slice of English Wikipedia that ships inside
-gensim: every fourth article is test, the others are calibration. `wikitext2` follows the usual protocol (all rows of
-wikitext-2-raw-v1 joined with a blank line; train calibrates, test tests) and `c4` takes the first
-shards of its English train and validation sets. Both come through `datasets`, or from the folder
-`ROTLIB_DATA`: `wikitext2/wiki.{train,test}.raw`, `c4/c4-train.00000-of-01024.json.gz`,
-`c4/c4-validation.00000-of-00008.json.gz`.
+gensim: every fourth article is test, the others are calibration. `wikitext2` follows the usual
+protocol (all rows of wikitext-2-raw-v1 joined with a blank line; train calibrates, test tests) and
+`c4` takes the first shards of its English train and validation sets. Both come through `datasets`,
+or from the folder `ROTLIB_DATA`: `wikitext2/wiki.{train,test}.raw`,
+`c4/c4-train.00000-of-01024.json.gz`, `c4/c4-validation.00000-of-00008.json.gz`.
 """
 
 import bz2

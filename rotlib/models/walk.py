@@ -27,7 +27,7 @@ class Stop(Exception):
 def hooks(
     pairs: Iterable[tuple[nn.Module, Callable]], after: bool = False, with_kwargs: bool = False
 ) -> Iterator[None]:
-    """While open, call each function before its module runs (or `after` it), as torch's hooks are."""
+    """While open, call each function before its module runs, or `after` it, like torch's hooks."""
     with ExitStack() as stack:
         for module, hook in pairs:
             register = module.register_forward_hook if after else module.register_forward_pre_hook

@@ -1,11 +1,11 @@
 """Rounding activations: what every quantized linear reads, and every head's keys and values.
 
-The grids are those of the weights with a token in the place of an output channel, and their scales are taken from each token as it comes ("dynamic"). The step is
-absmax/(2^(b−1)−1), or spans [min, max] with a rounded zero point, times a clip ratio. Papers differ
-in what they leave unsaid, so a `Protocol` says it for all arms of a table: QuaRot's and SpinQuant's
-as their public code has them, and this project's own, which clips by the bits: one step off each
-end of the range is much at 4 bits and next to nothing at 8. Values are rounded and stay
-floating-point.
+The grids are those of the weights with a token in the place of an output channel, and their scales
+are taken from each token as it comes ("dynamic"). The step is absmax/(2^(b−1)−1), or spans
+[min, max] with a rounded zero point, times a clip ratio. Papers differ in what they leave unsaid,
+so a `Protocol` says it for all arms of a table: QuaRot's and SpinQuant's as their public code has
+them, and this project's own, which clips by the bits: one step off each end of the range is much at
+4 bits and next to nothing at 8. Values are rounded and stay floating-point.
 """
 
 from collections.abc import Callable, Iterator

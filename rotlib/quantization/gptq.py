@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +53,12 @@ class ModuleReport:
 
 @dataclass
 class Report:
-    """What GPTQ did, a line a weight, and what it stored, by names such as "layers.0.q"."""
+    """What GPTQ did, a line a weight, and what it stored, by names such as "layers.0.q".
+
+    >>> report = gptq(model, tokens, WeightQuant(bits=3))
+    >>> report.modules[0].name, report.fallbacks
+    ('layers.0.q', 0)
+    """
 
     modules: list[ModuleReport] = field(default_factory=list)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
@@ -71,6 +76,7 @@ class Report:
         self.seconds += other.seconds
 
 
+@runtime_checkable
 class Layers(Protocol):
     """Keeps finished layers' reports, so that an interrupted run goes on from the last of them."""
 
@@ -172,7 +178,7 @@ class Solver:
         return Q, error, damping, M is None
 
     def _solve(self, W: Tensor, order: Tensor, U: Tensor, P: Tensor | None) -> QuantizedWeight:
-        """Algorithm 1 of GPTQ (with P: of GPTAQ), columns laid out as rows, in blocks and strips."""
+        """Algorithm 1 of GPTQ, or with P of GPTAQ, on columns laid out as rows, block by block."""
         n = W.shape[1]
         group = self.quant.group_size
         block = BLOCK if group is None else group * max(1, BLOCK // group)

@@ -30,12 +30,13 @@ CONVENTIONS = ("half", "full")
 
 @dataclass(frozen=True)
 class WeightQuant:
-    """How weights are quantized: `bits` 2–8, a scale an output channel or every `group_size` inputs.
+    """How weights are quantized: to `bits` 2–8, on a symmetric grid or not.
+
+    There is a scale an output channel, or one every `group_size` inputs. Raises ValueError at
+    construction for bits or a convention outside the choices.
 
     >>> WeightQuant(bits=3, group_size=128, symmetric=False).codes
     (0, 7)
-
-    Raises ValueError at construction for bits or a convention outside the choices.
     """
 
     bits: int = 4
@@ -217,7 +218,10 @@ def check_quantizable(family: Family, quant: WeightQuant) -> None:
 
 
 def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | float) -> Grid:
-    """The grid of each row whose range is `factor` times the unclipped one; rows of zeros get step 1."""
+    """The grid of each row whose range is `factor` times the unclipped one.
+
+    A row of zeros gets step 1.
+    """
     low, high = quant.codes
     if quant.symmetric:
         steps = 2 ** (quant.bits - 1) - (0.5 if quant.convention == "half" else 1.0)

@@ -24,7 +24,10 @@ _BLOCK = 384
 
 
 class Hessian:
-    """H = E[x xᵀ] over the inputs seen so far, in float32; the lower triangle is summed in blocks."""
+    """H = E[x xᵀ] over the inputs seen so far, in float32.
+
+    Only the lower triangle is summed, in blocks.
+    """
 
     def __init__(self):
         self._sum, self._tokens = None, 0
@@ -83,10 +86,10 @@ def _sum_into(hessian: Hessian) -> Callable:
 def factorise(
     H: Float[Tensor, "n n"], damping: float = DAMPING
 ) -> tuple[Float[Tensor, "n n"] | None, float]:
-    """(M upper triangular with M Mᵀ = H + damping · mean(diag H) · I, the damping it took): one
-    Cholesky read backwards.
+    """(M upper triangular with M Mᵀ = H + damping · mean(diag H) · I, the damping it took).
 
-    M is None where even the last rung of the ladder of dampings fails.
+    It is one Cholesky factor read backwards. M is None where even the last rung of the ladder of
+    dampings fails.
     """
     eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
     for factor in LADDER:

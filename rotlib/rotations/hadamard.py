@@ -220,8 +220,9 @@ def _paley(order: int) -> Int8[Tensor, "order order"]:
 def _jacobsthal(p: int, k: int) -> Int8[Tensor, "q q"]:
     """Q[i, j] = χ(aᵢ − aⱼ) over GF(p^k).
 
-    χ is +1 at a non-zero square, −1 where the difference is no square, 0 at zero. Field elements are digit vectors in base p, subtracted digit by digit; products are taken modulo
-    the first irreducible polynomial, so the matrix is the same on every machine.
+    χ is +1 at a non-zero square, −1 where the difference is no square, 0 at zero. Field elements
+    are digit vectors in base p, subtracted digit by digit; products are taken modulo the first
+    irreducible polynomial, so the matrix is the same on every machine.
     """
     monic = ([1, *tail] for tail in product(range(p), repeat=k))
     modulus = next(polynomial for polynomial in monic if gf_irreducible_p(polynomial, p, ZZ))

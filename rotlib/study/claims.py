@@ -59,8 +59,9 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and the two recipes that decide it: `better` should be closer to the
-    original than `worse`.
+    """What a paper says, and the two recipes that decide it.
+
+    `better` should be closer to the original than `worse`.
     """
 
     paper: str
@@ -70,69 +71,50 @@ class Claim:
 
 
 def claims(model: str, settings: dict | None = None) -> list[Claim]:
-    """Every claim of both papers that the study decides, on one model; `settings`, some of
-    `SETTINGS`, replace the study's.
+    """Every claim of both papers that the study decides, on one model.
+
+    `settings`, some of `SETTINGS`, replace the study's.
     """
     for name in settings or {}:
         one_of("setting", name, SETTINGS)
 
     def there(recipe: Recipe) -> Recipe:
-        unread = {
-            name for name in _READ_BY_LEARNERS if name not in LEARNED.get(recipe.rotation, ())
-        }
-        return replace(
-            recipe,
-            **{name: value for name, value in (settings or {}).items() if name not in unread},
-            model=model,
-        )
+        unread = set(_READ_BY_LEARNERS) - set(LEARNED.get(recipe.rotation, ()))
+        read = {name: value for name, value in (settings or {}).items() if name not in unread}
+        return replace(recipe, **read, model=model)
 
-    return [
-        replace(claim, better=there(claim.better), worse=there(claim.worse)) for claim in _claims()
-    ]
+    def on_it(claim: Claim) -> Claim:
+        return replace(claim, better=there(claim.better), worse=there(claim.worse))
+
+    return [on_it(claim) for claim in _claims()]
 
 
 def _claims() -> Iterator[Claim]:
     def rotated(name: str, **settings) -> Recipe:
-        return Recipe(
-            rotation=name, **settings | (_RIVAL if name in ("spinquant", "ostquant") else {})
-        )
+        own = _RIVAL if name in ("spinquant", "ostquant") else {}
+        return Recipe(rotation=name, **settings | own)
 
-    yield Claim(
-        "OptRot",
-        "a random Hadamard rotation is better than none",
-        rotated("hadamard"),
-        rotated("none"),
-    )
-    for rival, name in {
-        "hadamard": "Hadamard",
-        "spinquant": "SpinQuant",
-        "ostquant": "OSTQuant",
-    }.items():
+    hadamard, none = rotated("hadamard"), rotated("none")
+    yield Claim("OptRot", "a random Hadamard rotation is better than none", hadamard, none)
+    rivals = {"hadamard": "Hadamard", "spinquant": "SpinQuant", "ostquant": "OSTQuant"}
+    for rival, name in rivals.items():
         yield Claim("OptRot", f"OptRot is better than {name}", rotated("optrot"), rotated(rival))
     yield Claim("OptRot", "OptRot+ is better than OptRot", rotated("optrot+"), rotated("optrot"))
-    hadamard, optrot = (rotated(name, activation_bits=8) for name in ("hadamard", "optrot"))
+    both = ("hadamard", "optrot")
+    hadamard, optrot = (rotated(name, activation_bits=8) for name in both)
     yield Claim("OptRot", "OptRot helps 8-bit activations too", optrot, hadamard)
-    hadamard, optrot = (
-        rotated(name, activation_bits=4, R4=True) for name in ("hadamard", "optrot")
-    )
+    hadamard, optrot = (rotated(name, activation_bits=4, R4=True) for name in both)
     yield Claim("OptRot", "OptRot is worse than Hadamard with 4-bit activations", hadamard, optrot)
-    hadamard, optrot = (rotated(name, **_W4A4KV4) for name in ("hadamard", "optrot"))
+    hadamard, optrot = (rotated(name, **_W4A4KV4) for name in both)
     yield Claim("OptRot", "OptRot is worse than Hadamard with a 4-bit cache too", hadamard, optrot)
     spinquant, optrot = (rotated(name, rounding="rtn") for name in ("spinquant", "optrot"))
     yield Claim("OptRot", "rounded to nearest, SpinQuant is better than OptRot", spinquant, optrot)
     for grid in _GSR_GRIDS:
-        GH, GW = (
-            Recipe(rotation="gsr", R1_order=order, **_BELOW_FOUR, **grid)
-            for order in ("hadamard", "walsh")
-        )
+        none = Recipe(**_BELOW_FOUR, **grid)
+        GH, GW = (replace(none, rotation="gsr", R1_order=order) for order in ("hadamard", "walsh"))
         LH, GSR = (replace(arm, block=grid["group_size"]) for arm in (GH, GW))
         yield Claim("GSR", "GSR is better than a global Hadamard rotation", GSR, GH)
-        yield Claim(
-            "GSR",
-            "a global Hadamard rotation is better than none",
-            GH,
-            Recipe(**_BELOW_FOUR, **grid),
-        )
+        yield Claim("GSR", "a global Hadamard rotation is better than none", GH, none)
         yield Claim("GSR", "sequency helps, on the whole width", GW, GH)
         with_signs = (replace(arm, signs=True) for arm in (GW, GH))
         yield Claim("GSR", "sequency helps, on the whole width, with random signs", *with_signs)
@@ -144,28 +126,23 @@ def _claims() -> Iterator[Claim]:
     yield Claim("GSR", "GSR is better than a global Hadamard rotation", GSR, GH)
     for name, settings in {"OptRot": {}, "SpinQuant": _SHORT, "OSTQuant": _SHORT}.items():
         learned = Recipe(rotation=name.lower(), **settings, **_BELOW_FOUR, **_GSR_GRIDS[1])
-        yield Claim(
-            "GSR",
-            f"GSR improves learned rotations: {name} that starts there",
-            replace(learned, start="gsr", block=64),
-            learned,
-        )
+        starting_there = replace(learned, start="gsr", block=64)
+        text = f"GSR improves learned rotations: {name} that starts there"
+        yield Claim("GSR", text, starting_there, learned)
 
 
 def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame, list[Arm]]:
-    """(a row a claim, the arms that they were judged on); a claim whose arms haven't been run, or
-    on no seed in common, is "not run".
+    """(a row a claim, the arms that they were judged on).
+
+    A claim whose arms haven't been run, or on no seed in common, is "not run".
     """
     rows, used = [], []
+    nan = float("nan")
     for claim in claims(model, settings):
         arms = stored([claim.better, claim.worse])
         used += arms
-        row = {
-            "paper": claim.paper,
-            "claim": claim.text,
-            "model": model,
-            "setting": _setting(Arm(claim.better, ())),
-        }
+        setting = _setting(Arm(claim.better, ()))
+        row = {"paper": claim.paper, "claim": claim.text, "model": model, "setting": setting}
         if len(arms) == 2 and arms[0].values("kl").keys() & arms[1].values("kl").keys():
             found = judge(*arms)
             row |= {
@@ -175,12 +152,7 @@ def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame
                 "verdict": found.verdict,
             }
         else:
-            row |= {
-                "effect, nats": float("nan"),
-                "standard error": float("nan"),
-                "seeds": 0,
-                "verdict": "not run",
-            }
+            row |= {"effect, nats": nan, "standard error": nan, "seeds": 0, "verdict": "not run"}
         rows.append(row | {"stale": any(arm.stale for arm in arms)})
     return pandas.DataFrame(rows), used
 
@@ -188,35 +160,26 @@ def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame
 def compared(
     model: str, paper: str, settings: dict | None = None
 ) -> tuple[pandas.DataFrame, list[Arm]]:
-    """(a paper's table: an arm a row, what is published and what was measured side by side, the
-    arms measured).
+    """(a paper's table, the arms measured).
 
-    Measured is KL divergence in nats, mean ± standard error, with perplexity in brackets.
+    The table has an arm a row, what is published and what was measured side by side. Measured is KL
+    divergence in nats, mean ± standard error, with perplexity in brackets.
     """
-    used = [
-        arm
-        for claim in claims(model, settings)
-        if claim.paper == paper
-        for arm in stored([claim.better, claim.worse])
-    ]
+    judged = [claim for claim in claims(model, settings) if claim.paper == paper]
+    used = [arm for claim in judged for arm in stored([claim.better, claim.worse])]
     table: dict[str, dict[str, str]] = {}
     for (source, measure, of, setting), figures in PUBLISHED.items():
         if (source == "GSR") == (paper == "GSR"):
+            column = f"{source}'s paper: {of}, {setting}, {measure}"
             for arm, figure in figures.items():
-                table.setdefault(arm, {})[f"{source}'s paper: {of}, {setting}, {measure}"] = (
-                    f"{figure:g}"
-                )
+                table.setdefault(arm, {})[column] = f"{figure:g}"
     for arm in used:
         mean, error = arm.summary("kl")
         spread = f" ± {error:.3f}" if error == error else ""
-        cell = (
-            f"{mean:.3f}{spread} ({arm.summary('perplexity')[0]:.2f})"
-            + " diverged" * arm.diverged
-            + " stale" * arm.stale
-        )
-        words = arm.rotation.split(" + ")[
-            0
-        ].split()  # whatever the block, and with R4 on or off: the column says
+        cell = f"{mean:.3f}{spread} ({arm.summary('perplexity')[0]:.2f})"
+        cell += " diverged" * arm.diverged + " stale" * arm.stale
+        # whatever the block, and with R4 on or off: the column says
+        words = arm.rotation.split(" + ")[0].split()
         row = " ".join(word for word in words if not word.isdigit())
         table.setdefault(row, {})[f"{model}, {_setting(arm)}"] = cell
     frame = pandas.DataFrame.from_dict(table, orient="index").fillna("")
@@ -226,9 +189,8 @@ def compared(
 
 def _setting(arm: Arm) -> str:
     """Such as "W4A16 GPTQ" or "W3A16 g64 GPTQ act-order"."""
-    return f"{arm.grid} {arm.rounding}" + (
-        f", {' '.join(arm.recipe.online)}" if arm.recipe.online else ""
-    )
+    online = " ".join(arm.recipe.online)
+    return f"{arm.grid} {arm.rounding}" + (f", {online}" if online else "")
 
 
 def save_table(frame: pandas.DataFrame, name: str) -> None:

@@ -41,8 +41,8 @@ def figures_folder() -> Path:
 def save(figure: Figure, name: str) -> None:
     """Write figures/<name>.pdf and .png, and in a reproduction what they are drawn from.
 
-    The figure is closed. Raises ValueError for a figure that no function of `plots` has drawn, FileNotFoundError where a
-    result of it isn't stored.
+    The figure is closed. Raises ValueError for a figure that no function of `plots` has drawn,
+    FileNotFoundError where a result of it isn't stored.
     """
     if not hasattr(figure, "drawn_from"):
         raise ValueError(
@@ -126,5 +126,6 @@ def _kept(thing: object) -> object:
         case pandas.Series():
             return thing.tolist()
     raise TypeError(
-        f"a figure is drawn from arms, results, matrices and plain values, not from a {type(thing).__name__}"
+        "a figure is drawn from arms, results, matrices and plain values, "
+        f"not from a {type(thing).__name__}"
     )

@@ -66,7 +66,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def clear_leftovers() -> None:
-    """Remove the scratch files of processes that were killed while they wrote, a day ago or more."""
+    """Remove the scratch files that processes killed a day ago or earlier have left."""
     for path in (results_folder() / "local").glob(".*.partial"):
         with suppress(OSError):  # its owner lives, and has just renamed it
             if time.time() - path.stat().st_mtime > 24 * 3600:

@@ -1,5 +1,6 @@
-"""How much memory a recipe takes, from its model's config alone: what `--dry-run` says, and what a
-run is refused by.
+"""How much memory a recipe takes, from its model's config alone.
+
+It is what `--dry-run` says, and what a run is refused by.
 
 A run holds the model in float32, the reference's hidden states with a copy of its head, and one
 stage's working set: OptRot's folded weights and drawn rows, the embedding in float64 while fusing,
@@ -32,8 +33,10 @@ _ROWS, _LOGITS, _WIDE, _HESSIANS, _WEIGHTS = 2, 6, 3, 7, 6
 
 
 class Memory(NamedTuple):
-    """Peaks in bytes: of a process on the CPU, or of one that computes on a device; of the device:
-    the weights it holds with what works on them, or a layer at a time.
+    """Peaks in bytes, of a process and of a device.
+
+    `host` is of a process on the CPU, `beside` of one that computes on a device. A device holds the
+    `weights` with what is `working` on them, or is `streamed` a layer at a time.
     """
 
     host: float
@@ -61,8 +64,9 @@ def outline(model: str) -> tuple[Family, torch.dtype]:
 
 
 def estimate(recipe: Recipe) -> Memory:
-    """The peaks of a recipe, untied head included; raises like `load` for a model that isn't to be
-    had.
+    """The peaks of a recipe, untied head included.
+
+    Raises like `load` for a model that isn't to be had.
     """
     family, dtype = outline(recipe.model)
     layers, d = len(family.layers), family.width
@@ -76,10 +80,8 @@ def estimate(recipe: Recipe) -> Memory:
     def layer_run(tokens: int) -> float:
         return _FLOAT * tokens * (3 * d + _WIDE * wide)
 
-    stages = {
-        "evaluate": layer_run(recipe.window)
-        + _FLOAT * _LOGITS * min(CHUNK, recipe.window) * head / d
-    }
+    logits = _FLOAT * _LOGITS * min(CHUNK, recipe.window) * head / d
+    stages = {"evaluate": layer_run(recipe.window) + logits}
     codes = linears if recipe.rounding != "none" else 0
     host = {
         "evaluate": 2 * _FLOAT * recipe.test_windows * recipe.window * d + codes,
@@ -88,16 +90,14 @@ def estimate(recipe: Recipe) -> Memory:
     if recipe.rotation != "none":
         stages["fuse"] = _DOUBLE * 3 * head
     if recipe.rotation in THROUGH_NETWORK:
-        stages["rotate"] = (
-            _FLOAT * 2 * linears
-        )  # a copy and its gradients; what the layers keep for going back comes on top
+        # a copy and its gradients; what the layers keep for going back comes on top
+        stages["rotate"] = _FLOAT * 2 * linears
     elif recipe.rotation in LEARNED:
         rows = min(STEPS_A_DRAW * BATCH, STEPS_A_DRAW * linears // d) * d
         heads = layers * (sizes["o"] + sizes["v"])
         stages["rotate"] = _FLOAT * (_ROWS * rows + 4 * heads)
-        host["rotate"] = (
-            _FLOAT * layers * sum(sizes[name] for name in ("q", "k", "v", "gate", "up"))
-        )
+        folded = sum(sizes[name] for name in ("q", "k", "v", "gate", "up"))
+        host["rotate"] = _FLOAT * layers * folded
     if recipe.rounding == "gptq":
         tokens = recipe.calibration_windows * recipe.window
         solve = max(
@@ -117,34 +117,32 @@ def estimate(recipe: Recipe) -> Memory:
 
 
 def _on_disk(dtype: torch.dtype) -> int:
-    """Bytes a weight in the checkpoint, whose pages are resident until its weights are float32;
-    those of float32 are the weights.
+    """Bytes a weight in the checkpoint, whose pages are resident until its weights are float32.
+
+    Those of float32 are the weights.
     """
     return 0 if dtype == torch.float32 else dtype.itemsize
 
 
 def check_fits(recipe: Recipe, device: torch.device) -> None:
-    """Raises ValueError naming what a recipe needs where this machine or the device surely has
-    less.
+    """Raises ValueError where this machine or the device surely has less than a recipe needs.
+
+    The error names what it needs.
     """
     needed = estimate(recipe)
-    free = (
-        psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    )  # an earlier model makes room
+    # an earlier model makes room
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     _check(recipe, needed.host if device.type == "cpu" else needed.beside, free, "of memory")
     if device.type == "cuda":
         whole = recipe.rotation in THROUGH_NETWORK
-        _check(
-            recipe,
-            needed.device if whole else min(needed.streamed, needed.device),
-            free_memory(device),
-            f"on {device}",
-        )
+        least = needed.device if whole else min(needed.streamed, needed.device)
+        _check(recipe, least, free_memory(device), f"on {device}")
 
 
 def _check(recipe: Recipe, needed: float, free: float, where: str) -> None:
     if SURE * needed > free:
         raise ValueError(
-            f"{recipe.model} needs about {needed / GB:.1f} GB {where} for this recipe, and {free / GB:.1f} GB are free: take a bigger "
-            "machine, a smaller model, or fewer and shorter windows"
+            f"{recipe.model} needs about {needed / GB:.1f} GB {where} for this recipe, "
+            f"and {free / GB:.1f} GB are free: take a bigger machine, a smaller model, "
+            "or fewer and shorter windows"
         )

@@ -34,10 +34,8 @@ PARAMETERS = {
     "learning_windows": int,
     "test_windows": int,
 }
-_LEARNING = (
-    "steps",
-    "learning_windows",
-)  # of the rotations learned on data alone: the notebook gives them to those
+# of the rotations learned on data alone: the notebook gives them to those
+_LEARNING = ("steps", "learning_windows")
 _COUNTS = ("every", "block", "items")  # what a notebook hands on itself: not every recipe reads it
 _OTHERS = ("compare", "folder", "settings")  # no recipe reads them
 # what one entry of a list is; the other lists hold seeds
@@ -47,9 +45,9 @@ _ENTRY = {"shares": "share", "budgets": "budget"}
 def check_parameters() -> Recipe:
     """Check the calling notebook's parameters; returns the recipe they describe, of the first seed.
 
-    Without seeds a notebook shows what has been computed; the recipe's seed is 0 then. One without a text reads results alone: there the model's name isn't looked up. Raises
-    ValueError for a name that no notebook has, a wrong type, a value that a recipe refuses, or an
-    unknown model.
+    Without seeds a notebook shows what has been computed; the recipe's seed is 0 then. One without
+    a text reads results alone: there the model's name isn't looked up. Raises ValueError for a name
+    that no notebook has, a wrong type, a value that a recipe refuses, or an unknown model.
     """
     namespace = inspect.stack()[1].frame.f_globals
     given = {name: value for name, value in namespace.items() if name in PARAMETERS}
@@ -62,11 +60,8 @@ def check_parameters() -> Recipe:
     for name in _COUNTS:  # a single item has no standard error
         whole_number(name, given.get(name, 2), 2 if name == "items" else 1)
     apart = (*_LEARNING, *_COUNTS, *_OTHERS)
-    settings = {
-        name: value
-        for name, value in given.items()
-        if PARAMETERS[name] is not list and name not in apart
-    }
+    read = [name for name in given if PARAMETERS[name] is not list and name not in apart]
+    settings = {name: given[name] for name in read}
     recipe = Recipe(**settings, seed=[*given.get("seeds", []), 0][0])
     if "settings" in given:
         claims(recipe.model, given["settings"])  # refuses what no claim can be judged under

@@ -1,4 +1,4 @@
-"""Which results today's code still stands behind: ``python -m rotlib.study.numerics`` (make numerics).
+"""Which results today's code still stands behind (make numerics).
 
 `numerics.json` holds, for every stage of the computation, the numbers that its canary should give,
 the constants behind them and a digest (`canaries.py`). A result notes the digests of the entries it
@@ -97,8 +97,14 @@ def _inputs() -> tuple[str, ...]:
 
 @lru_cache
 def entries() -> dict[str, dict]:
-    """Every stage's committed entry; raises ValueError for a file that `make numerics` didn't write."""
-    file = json.loads(FILE.read_text(encoding="utf-8"))
+    """Every stage's committed entry.
+
+    Raises ValueError for a file of another version, or one that `make numerics` didn't write.
+    """
+    try:
+        file = json.loads(FILE.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        file = {"format": _FORMAT}
     if file.get("format") != _FORMAT:
         raise ValueError(
             f"{FILE.name} has the format {file.get('format')!r} and this version of rotlib reads "
@@ -106,7 +112,8 @@ def entries() -> dict[str, dict]:
         )
     if file.get("sum") != _digest(file.get("stages"), 64):
         raise ValueError(
-            f"{FILE.name} was changed by hand: restore it with git, and let `make numerics` write it"
+            f"{FILE.name} was changed by hand: restore it with git, "
+            "and let `make numerics` write it"
         )
     return file["stages"]
 
@@ -182,7 +189,7 @@ def _short(value: object) -> str:
 
 
 def check(stages: Iterable[str]) -> None:
-    """Raises ValueError, naming the stage, where the code computes something else than its entry."""
+    """Raises ValueError, naming the stage, where the code computes something else than it says."""
     for stage in stages:
         if what := drift(stage):
             raise ValueError(

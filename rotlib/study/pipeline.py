@@ -60,12 +60,13 @@ def run(recipe: Recipe, device: str = "auto") -> Result:
 
 
 def run_all(recipes: Iterable[Recipe], device: str = "auto", run: bool = True) -> list[Result]:
-    """Every recipe's result, under one progress bar; models' names are checked before the first run.
+    """Every recipe's result, under one progress bar.
 
-    Recipes that share their weights cost least in a row: the last model stays in memory until the
-    next needs other weights. Without `run` nothing is computed, and the results are those that
-    there are, here or in results/study. Raises like `run`.
+    Models' names are checked before the first run. Recipes that share their weights cost least in a
+    row: the last model stays in memory until the next needs other weights. Without `run` nothing is
+    computed, and the results are those that there are, here or in results/study. Raises like `run`.
 
+    >>> from dataclasses import replace
     >>> recipe = Recipe(model=tiny, window=32, calibration_windows=2, test_windows=2)
     >>> [result.stale for result in run_all([recipe, replace(recipe, rotation="hadamard")])]
     [False, False]
@@ -183,7 +184,7 @@ def _quantize(
     calibration: Tensor,
     record: Record,
 ) -> None:
-    """Quantize the fused model, or put back what an earlier GPTQ has kept under this very rotation."""
+    """Quantize the fused model, or put back what an earlier GPTQ kept under this very rotation."""
     if recipe.rounding == "rtn":
         with record.timed("quantize"):
             rtn(model, recipe.quant)
@@ -331,6 +332,5 @@ def _identity(rotation: Rotation | None) -> str:
     """A digest of a rotation: one that is learned again needn't be the same to the last bit."""
     if rotation is None:
         return ""
-    return sha256(
-        b"".join(tensor.cpu().numpy().tobytes() for tensor in rotation.tensors())
-    ).hexdigest()[:12]
+    parts = (tensor.cpu().numpy().tobytes() for tensor in rotation.tensors())
+    return sha256(b"".join(parts)).hexdigest()[:12]

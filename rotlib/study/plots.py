@@ -1,9 +1,8 @@
-"""Figures, drawn from saved results: one function a figure, colour-blind-safe, the same bytes on
-every run.
+"""Figures, drawn from saved results: one function a figure, the same bytes on every run.
 
-A function takes arms and results rather than numbers made of them (but for rotation matrices and
-files' sizes, which no result holds), and its figure remembers them, so that `figures.py` can draw
-it again without the notebook that called it.
+Their colours are safe for the colour-blind. A function takes arms and results rather than numbers
+made of them (but for rotation matrices and files' sizes, which no result holds). Its figure
+remembers them, so that `figures.py` can draw it again without the notebook that called it.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,8 +55,9 @@ _RC = {
 
 
 def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the study's style, and let the figure know from what: `figure.drawn_from` is (the
-    function's name, its arguments by name).
+    """Draw in the study's style, and let the figure know from what.
+
+    `figure.drawn_from` is (the function's name, its arguments by name).
     """
 
     @wraps(draw)
@@ -77,9 +77,8 @@ def kl_bars(arms: Sequence[Arm]) -> Figure:
     for height, arm in enumerate(reversed(arms)):
         value, _ = arm.summary("kl")
         axis.barh(height, value, color=_style(arm.rotation)["color"], height=0.6)
-        axis.annotate(
-            f"{value:.2f}", (value, height), xytext=(4, 0), textcoords="offset points", va="center"
-        )
+        beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axis.annotate(f"{value:.2f}", (value, height), **beside)
     axis.set_yticks(range(len(arms)), [arm.rotation for arm in reversed(arms)])
     axis.set_xlabel("KL divergence from the original, nats per token")
     axis.margins(x=0.15)
@@ -88,44 +87,29 @@ def kl_bars(arms: Sequence[Arm]) -> Figure:
 
 @_figure
 def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) -> Figure:
-    """`quantity` ("kurtosis", "incoherence", "input_kurtosis") of every module over the layers, a
-    panel a site.
+    """A quantity of every module over the layers, a panel a site.
+
+    `quantity` is "kurtosis", "incoherence" or "input_kurtosis".
     """
-    sites = list(Family.linear_paths)
+    sites = {site: site for site in Family.linear_paths}
     if quantity == "input_kurtosis":
-        sites = ["q", "o", "gate", "down"]
+        sites = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
     columns = min(4, len(sites))
     rows = -(-len(sites) // columns)
+    size = (WIDTH, 1.9 * rows)
     figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(WIDTH, 1.9 * rows),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
+        rows, columns, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
     )
-    for axis, site in zip(axes.flat, sites, strict=False):
+    for axis, (site, title) in zip(axes.flat, sites.items(), strict=False):
         for rotation, result in results.items():
             modules = [module for module in result.metrics["modules"] if module["site"] == site]
-            axis.plot(
-                [m["layer"] for m in modules],
-                [m[quantity] for m in modules],
-                ms=2.5,
-                lw=0.8,
-                label=rotation,
-                **_style(rotation),
-            )
-        axis.set_title(
-            {"q": "q, k, v", "gate": "gate, up"}.get(site, site)
-            if quantity == "input_kurtosis"
-            else site
-        )
+            at = [[module[side] for module in modules] for side in ("layer", quantity)]
+            axis.plot(*at, ms=2.5, lw=0.8, label=rotation, **_style(rotation))
+        axis.set_title(title)
         if quantity != "incoherence":
             axis.axhline(3, color="0.7", lw=0.8, zorder=0)
-    values = [
-        module[quantity] for result in results.values() for module in result.metrics["modules"]
-    ]
+    shown = [result.metrics["modules"] for result in results.values()]
+    values = [module[quantity] for modules in shown for module in modules]
     if max(values) > 10 * min(values):
         axes.flat[0].set_yscale("log")  # the panels share it
         if max(values) < 1000:
@@ -134,9 +118,8 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
         axis.set_axis_off()
     figure.supxlabel("layer")
     figure.supylabel(ylabel)
-    figure.legend(
-        *axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results)
-    )
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(results))
     return figure
 
 
@@ -147,9 +130,8 @@ def weight_tails(results: dict[str, Result]) -> Figure:
     for rotation, result in results.items():
         counts = result.metrics["histogram"]
         above = [sum(counts[i:]) / sum(counts) for i in range(len(counts))]
-        kept = [
-            (edge, share) for edge, share in zip(HISTOGRAM_EDGES, above, strict=False) if share > 0
-        ]
+        points = zip(HISTOGRAM_EDGES, above, strict=False)
+        kept = [(edge, share) for edge, share in points if share > 0]
         axis.plot(*zip(*kept, strict=True), color=_style(rotation)["color"], label=rotation)
     axis.set_yscale("log")
     axis.set_xlabel("|w| / root mean square of its matrix")
@@ -160,21 +142,16 @@ def weight_tails(results: dict[str, Result]) -> Figure:
 
 @_figure
 def learning_curves(arm: Arm) -> Figure:
-    """The objective, estimated at every draw of rows, a curve a seed; the points are the exact
-    values at the end.
+    """The objective, estimated at every draw of rows, a curve a seed.
+
+    The points are the exact values at the end.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.6, 2.6), layout="constrained")
     for result, dashes in zip(arm.results, cycle(("-", "--", ":")), strict=False):
         history = result.metrics["objective_history"]
         color, marker = STYLE["optrot"]
-        axis.plot(
-            range(len(history)),
-            history,
-            dashes,
-            lw=0.9,
-            color=color,
-            label=f"seed {recipe_of(result).seed}",
-        )
+        label = f"seed {recipe_of(result).seed}"
+        axis.plot(range(len(history)), history, dashes, lw=0.9, color=color, label=label)
         axis.plot(len(history), result.metrics["objective"], marker, color=color, ms=4)
     axis.set_xlabel("draw of rows")
     axis.set_ylabel("sum of fourth powers")
@@ -184,10 +161,9 @@ def learning_curves(arm: Arm) -> Figure:
 
 @_figure
 def arm_comparison(arms: Sequence[Arm]) -> Figure:
-    """KL divergence of every arm, mean and standard error with the seeds behind: a line a rotation,
-    a panel a grid and rounding.
+    """KL divergence of every arm, a line a rotation, a panel a grid and rounding.
 
-    Diverged arms are left out.
+    Shown are mean and standard error, with the seeds behind. Diverged arms are left out.
     """
     arms = [arm for arm in arms if not arm.diverged]
     panels: dict[tuple[str, str], list[Arm]] = {}
@@ -206,14 +182,8 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
             values = list(arm.values("kl").values())
             mean, error = arm.summary("kl")
             axis.plot(values, [place] * len(values), ".", color="0.75", ms=4, zorder=1)
-            axis.errorbar(
-                mean,
-                place,
-                xerr=error if error == error else None,
-                ms=5,
-                capsize=3,
-                **_style(arm.rotation),
-            )
+            spread = error if error == error else None
+            axis.errorbar(mean, place, xerr=spread, ms=5, capsize=3, **_style(arm.rotation))
         if wide:
             axis.set_xscale("log")
             _plain_log_ticks(axis.xaxis, (1, 2, 5))
@@ -231,9 +201,14 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
 
 @_figure
 def weights_against_inputs(results: dict[str, Result], quantity: str = "input_kurtosis") -> Figure:
-    """Kurtosis of what a module reads (all tokens, or "sink_kurtosis") against that of its weight:
-    a point a layer.
+    """Kurtosis of what a module reads against that of its weight, a point a layer.
+
+    `quantity` is "input_kurtosis", over all tokens, or "sink_kurtosis", of the first one.
     """
+    inputs = {
+        "input_kurtosis": "kurtosis of the inputs",
+        "sink_kurtosis": "kurtosis of the first token",
+    }
     sites = ("q", "o", "gate", "down")
     figure, axes = plt.subplots(
         1, len(sites), figsize=(WIDTH, 2.5), layout="constrained", sharex=True, sharey=True
@@ -250,22 +225,16 @@ def weights_against_inputs(results: dict[str, Result], quantity: str = "input_ku
     axes[0].set_yscale("log")
     _plain_log_ticks(axes[0].yaxis, (1, 3))
     figure.supxlabel("kurtosis of the weights", fontsize=9)
-    figure.supylabel(
-        {
-            "input_kurtosis": "kurtosis of the inputs",
-            "sink_kurtosis": "kurtosis of the first token",
-        }[quantity],
-        fontsize=9,
-    )
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results)
-    )
+    figure.supylabel(inputs[quantity], fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(results))
     return figure
 
 
 @_figure
 def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
-    """Each rotation's KL at one precision against its KL at another, mean and standard error;
+    """Each rotation's KL at one precision against its KL at another, mean and standard error.
+
     "mixed" in λ's order is one line.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.4), layout="constrained")
@@ -275,17 +244,12 @@ def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
         errors = {"xerr": dx, "yerr": dy} if dx == dx else {}
         axis.errorbar(x, y, **errors, ms=6, capsize=2, lw=0.8, **_style(pair[0].rotation))
         axis.annotate(pair[0].rotation, (x, y), xytext=(6, 5), textcoords="offset points")
-        if pair[0].recipe.rotation in ("optrot", "mixed", "kurtail"):
-            line.append(
-                (
-                    pair[0].recipe.activation_share or float(pair[0].recipe.rotation == "kurtail"),
-                    x,
-                    y,
-                )
-            )
-    axis.plot(
-        *zip(*[point[1:] for point in sorted(line)], strict=True), color="0.7", lw=1, zorder=0
-    )
+        recipe = pair[0].recipe
+        if recipe.rotation in ("optrot", "mixed", "kurtail"):
+            share = recipe.activation_share or float(recipe.rotation == "kurtail")
+            line.append((share, x, y))
+    points = [point[1:] for point in sorted(line)]
+    axis.plot(*zip(*points, strict=True), color="0.7", lw=1, zorder=0)
     xlabel, ylabel = (f"KL at {arm.recipe.precision}, nats per token" for arm in pairs[0])
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.margins(0.2)
@@ -294,8 +258,9 @@ def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
 
 @_figure
 def bounds_against_errors(results: dict[str, Result]) -> Figure:
-    """The error of every module against its bound, a panel a rounding: on the grey line the bound
-    would be reached.
+    """The error of every module against its bound, a panel a rounding.
+
+    On the grey line the bound would be reached.
     """
     roundings = {"rtn": "RTN", "gptq": "GPTQ"}
     figure, axes = plt.subplots(
@@ -304,25 +269,23 @@ def bounds_against_errors(results: dict[str, Result]) -> Figure:
     for axis, (rounding, title) in zip(axes, roundings.items(), strict=True):
         for rotation, result in results.items():
             modules = result.metrics["modules"]
-            at = [
-                [module[f"{rounding}_{quantity}"] for module in modules]
-                for quantity in ("bound", "error")
-            ]
+            sides = (f"{rounding}_bound", f"{rounding}_error")
+            at = [[module[side] for module in modules] for side in sides]
             axis.plot(*at, ls="", ms=3, alpha=0.6, label=rotation, **_style(rotation))
         axis.axline((1e-3, 1e-3), (1, 1), color="0.7", lw=0.8, zorder=0)
         axis.set(xscale="log", yscale="log", title=title)
     figure.supxlabel("bound on the error", fontsize=9)
     figure.supylabel("error tr(ΔW H ΔWᵀ)", fontsize=9)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results)
-    )
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(results))
     return figure
 
 
 @_figure
 def pivots_by_layer(results: dict[str, Result]) -> Figure:
-    """tr(D) / tr(H) of what every module reads, over the layers; the grey area lies below the floor
-    that no rotation passes.
+    """tr(D) / tr(H) of what every module reads, over the layers.
+
+    The grey area lies below the floor that no rotation passes.
     """
     sites = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
     figure, axes = plt.subplots(
@@ -332,47 +295,35 @@ def pivots_by_layer(results: dict[str, Result]) -> Figure:
         for rotation, result in results.items():
             modules = [module for module in result.metrics["modules"] if module["site"] == site]
             layers = [module["layer"] for module in modules]
-            axis.plot(
-                layers,
-                [m["tr_D"] / m["tr_H"] for m in modules],
-                ms=2.5,
-                lw=0.8,
-                label=rotation,
-                **_style(rotation),
-            )
-        axis.fill_between(
-            layers, [m["floor"] / m["tr_H"] for m in modules], color="0.85", lw=0, zorder=0
-        )
+            pivots = [module["tr_D"] / module["tr_H"] for module in modules]
+            axis.plot(layers, pivots, ms=2.5, lw=0.8, label=rotation, **_style(rotation))
+        floor = [module["floor"] / module["tr_H"] for module in modules]
+        axis.fill_between(layers, floor, color="0.85", lw=0, zorder=0)
         axis.set_title(title)
     axes[0].set_ylim(0, 1)
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel("tr(D) / tr(H)", fontsize=9)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results)
-    )
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(results))
     return figure
 
 
 @_figure
 def errors_against_kl(bounds: dict[str, Result], arms: Sequence[Arm]) -> Figure:
-    """Each arm's KL against the sum of its rotation's layer errors: filled by GPTQ, hollow by
-    rounding to nearest.
+    """Each arm's KL against the errors of its rotation, summed over the layers.
+
+    Markers are filled for GPTQ, hollow for rounding to nearest.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2), layout="constrained")
     for arm in arms:
         kl, _ = arm.summary("kl")
         rounding = arm.recipe.rounding
-        error = sum(
-            module[f"{rounding}_error"] / module["energy"]
-            for module in bounds[arm.rotation].metrics["modules"]
-        )
+        modules = bounds[arm.rotation].metrics["modules"]
+        error = sum(module[f"{rounding}_error"] / module["energy"] for module in modules)
         fill = {"label": arm.rotation} if rounding == "gptq" else {"mfc": "white"}
         axis.plot(error, kl, ls="", ms=6, **_style(arm.rotation) | fill)
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="sum of the layers' errors, each over its energy tr(W H Wᵀ)",
-    )
+    axis.set(xscale="log", yscale="log")
+    axis.set_xlabel("sum of the layers' errors, each over its energy tr(W H Wᵀ)")
     axis.set_ylabel("KL divergence, nats per token")
     _plain_log_ticks(axis.xaxis, (1, 2, 5))
     _plain_log_ticks(axis.yaxis, (1, 2, 5))
@@ -383,8 +334,9 @@ def errors_against_kl(bounds: dict[str, Result], arms: Sequence[Arm]) -> Figure:
 
 @_figure
 def coordinate_energies(named: dict[str, Result], group_size: int) -> Figure:
-    """Energy of every coordinate that q reads in one layer, over their mean: a panel a rotation, a
-    grey line between every two groups.
+    """Energy of every coordinate that q reads in one layer, over their mean, a panel a rotation.
+
+    A grey line stands between every two groups.
     """
     rows = -(-len(named) // 2)
     size = (WIDTH, 0.6 + 1.1 * rows)
@@ -407,10 +359,10 @@ def coordinate_energies(named: dict[str, Result], group_size: int) -> Figure:
 
 @_figure
 def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]]) -> Figure:
-    """What a change brings, in nats saved, with two standard errors: a panel a change, a line a
-    grid with the arms after and before it.
+    """What a change brings, in nats saved, with two standard errors.
 
-    Right of zero it helps.
+    There is a panel a change, a line a grid with the arms after and before it. Right of zero it
+    helps.
     """
     grids = list(dict.fromkeys(grid for pairs in changes.values() for grid in pairs))
     size = (WIDTH, 0.9 + 0.22 * len(grids))
@@ -420,22 +372,12 @@ def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]]) -> Figure:
     for axis, (change, pairs) in zip(axes[0], changes.items(), strict=True):
         axis.axvline(0, color="0.7", lw=0.8, zorder=0)
         for grid, pair in pairs.items():
-            verdict = judge(*pair)
-            spread = (
-                2 * verdict.standard_error
-                if verdict.standard_error == verdict.standard_error
-                else None
-            )
-            axis.errorbar(
-                verdict.effect,
-                grids.index(grid),
-                xerr=spread,
-                fmt="o",
-                ms=4,
-                capsize=2,
-                lw=0.9,
-                color="#0072B2",
-            )
+            found = judge(*pair)
+            error = found.standard_error
+            spread = 2 * error if error == error else None
+            place = grids.index(grid)
+            style = {"fmt": "o", "ms": 4, "capsize": 2, "lw": 0.9, "color": "#0072B2"}
+            axis.errorbar(found.effect, place, xerr=spread, **style)
         axis.set_title(change)
         axis.xaxis.set_major_locator(MaxNLocator(2))
     axes[0][0].set_yticks(range(len(grids)), grids)
@@ -452,8 +394,9 @@ def claims(
     errors: Sequence[float],
     verdicts: Sequence[str],
 ) -> Figure:
-    """Every claim's effect with two standard errors, a line a claim: right of zero it goes the
-    claimed way.
+    """Every claim's effect with two standard errors, a line a claim.
+
+    Right of zero it goes the claimed way.
     """
     colors = {"reproduced": "#009E73", "not reproduced": "#D55E00"}
     size = (WIDTH, 0.8 + 0.2 * len(labels))
@@ -461,27 +404,21 @@ def claims(
     axis.axvline(0, color="0.7", lw=0.8, zorder=0)
     for place, (effect, error, verdict) in enumerate(zip(effects, errors, verdicts, strict=True)):
         spread = 2 * error if error == error else None
-        axis.errorbar(
-            effect,
-            place,
-            xerr=spread,
-            fmt="o",
-            ms=4,
-            capsize=2,
-            lw=0.9,
-            color=colors.get(verdict, "0.5"),
-        )
+        color = colors.get(verdict, "0.5")
+        axis.errorbar(effect, place, xerr=spread, fmt="o", ms=4, capsize=2, lw=0.9, color=color)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
-    figure.supxlabel(
-        "nats of KL divergence in the claimed direction, ± two standard errors", fontsize=9
-    )
+    label = "nats of KL divergence in the claimed direction, ± two standard errors"
+    figure.supxlabel(label, fontsize=9)
     return figure
 
 
 @_figure
 def checkpoint_sizes(predicted: dict[str, dict[str, float]], on_disk: dict[str, float]) -> Figure:
-    """Megabytes that the bits predict, by kind, a bar a checkpoint; the black marks are the files."""
+    """Megabytes that the bits predict, by kind, a bar a checkpoint.
+
+    The black marks are the files.
+    """
     figure, axis = plt.subplots(figsize=(WIDTH, 2.4), layout="constrained")
     pandas.DataFrame(predicted).T[::-1].plot.barh(
         stacked=True, color=["#999999", "#009E73", "#E69F00"], width=0.6, ax=axis, legend=False
@@ -494,23 +431,17 @@ def checkpoint_sizes(predicted: dict[str, dict[str, float]], on_disk: dict[str, 
 
 @_figure
 def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
-    """KL against the seconds that the rotation was learned for: a line a method, a point a number
-    of steps.
+    """KL against the seconds that the rotation was learned for.
+
+    There is a line a method, a point a number of steps.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 3.2), layout="constrained")
     for name, arms in methods.items():
         at = sorted((arm.seconds("rotate"), *arm.summary("kl")) for arm in arms)
         seconds, means, errors = zip(*at, strict=True)
-        axis.errorbar(
-            seconds,
-            means,
-            yerr=[e if e == e else 0 for e in errors],
-            ms=5,
-            lw=0.9,
-            capsize=2,
-            label=name,
-            **_style(name),
-        )
+        spreads = [error if error == error else 0 for error in errors]
+        style = {"ms": 5, "lw": 0.9, "capsize": 2, "label": name} | _style(name)
+        axis.errorbar(seconds, means, yerr=spreads, **style)
     axis.set(xscale="log", xlabel="seconds of learning", ylabel="KL divergence, nats per token")
     _plain_log_ticks(axis.xaxis, (1, 2, 5))
     axis.legend()
@@ -519,8 +450,9 @@ def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
 
 @_figure
 def training_losses(arms: Sequence[Arm]) -> Figure:
-    """Each method's own loss over its steps as a share of its first eighth's mean, a thin line a
-    seed, smoothed over an eighth.
+    """Each method's own loss over its steps, smoothed over an eighth of them, a thin line a seed.
+
+    It is shown as a share of its mean over the first eighth.
     """
     figure, axis = plt.subplots(figsize=(WIDTH * 0.7, 2.8), layout="constrained")
     for arm in arms:
@@ -529,22 +461,19 @@ def training_losses(arms: Sequence[Arm]) -> Figure:
             width = max(1, len(history) // 8)
             smooth = [fmean(history[i : i + width]) for i in range(len(history) - width + 1)]
             steps = [(i + width / 2) / len(history) for i in range(len(smooth))]
+            shares = [value / smooth[0] for value in smooth]
+            color = _style(arm.rotation)["color"]
             label = arm.rotation if number == 0 else None
-            axis.plot(
-                steps,
-                [value / smooth[0] for value in smooth],
-                lw=0.9,
-                color=_style(arm.rotation)["color"],
-                label=label,
-            )
+            axis.plot(steps, shares, lw=0.9, color=color, label=label)
     axis.set(xlabel="share of the steps", ylabel="loss / loss at the start")
     axis.legend()
     return figure
 
 
 def _style(rotation: str) -> dict:
-    """Color and marker of a rotation by its first word: hollow where R3 or R4 is on, or signs are
-    drawn, or it is a variant.
+    """Color and marker of a rotation by its first word.
+
+    The marker is hollow where R3 or R4 is on, or signs are drawn, or it is a variant.
     """
     color, marker = STYLE.get(rotation.split()[0], ("#666666", "h"))
     variant = any(mark in rotation for mark in (" + ", "±", " from ", " within ", " for "))

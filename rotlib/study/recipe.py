@@ -161,10 +161,8 @@ class Recipe:
             yield "protocol", f"says how activations are rounded: {needs}"
         if self.rotation != "gsr" and self.start != "gsr":
             for name in _HADAMARD_R1:
-                yield (
-                    name,
-                    "describes a Hadamard R1: it needs the rotation 'gsr' or the start 'gsr'",
-                )
+                needs = "it needs the rotation 'gsr' or the start 'gsr'"
+                yield name, f"describes a Hadamard R1: {needs}"
         for name in _LEARNERS_OWN:
             methods = [rotation for rotation, read in LEARNED.items() if name in read]
             if self.rotation not in methods:
@@ -209,7 +207,7 @@ class Recipe:
         return {name: getattr(self, name) for name in names}
 
     def of_rotation(self, *others: str) -> "Recipe":
-        """The recipe that has this one's rotation, with R4, and of its other settings only these."""
+        """The recipe that has this one's rotation and R4, and of its other settings only these."""
         others_of_it = {name: getattr(self, name) for name in ("R4", *others)}
         return Recipe(**self.rotation_reads | others_of_it)
 

@@ -1,7 +1,7 @@
-"""Run the notebooks in order at one scale: ``python -m rotlib.study.reproduce laptop [--only
-03_optrot_w4] [--in-place]``.
+"""Run the notebooks in order at one scale.
 
-A scale is configs/<scale>.yaml: for each notebook the parameters that differ from its own defaults,
+The command is ``python -m rotlib.study.reproduce laptop [--only 03_optrot_w4] [--in-place]``. A
+scale is configs/<scale>.yaml: for each notebook the parameters that differ from its own defaults,
 which are the smoke scale. Executed copies go to results/local/notebooks, figures to figures/, what
 they are drawn from to results/local/figures. Finished runs are read from the store, so the same
 command after an interruption goes on where it stopped.
@@ -126,7 +126,10 @@ def table() -> str:
 
 
 def _show_kernel_progress() -> None:
-    """Of what papermill logs, a kernel's progress bars and rotlib's own words go to the terminal."""
+    """Show a kernel's progress bars and rotlib's own words, of all that papermill logs.
+
+    They go to the terminal.
+    """
     logger = logging.getLogger("papermill")
     if logger.handlers:
         return

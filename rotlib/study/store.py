@@ -110,7 +110,10 @@ def find(spec: dict) -> Result | None:
 
 
 def load_results() -> list[Result]:
-    """Every result, sorted by file name: this machine's, then the committed it hasn't recomputed."""
+    """Every result, sorted by file name.
+
+    Where this machine has recomputed a committed one, its own counts.
+    """
     return [result for path in saved("*.json") if (result := read(path)) is not None]
 
 
@@ -126,7 +129,10 @@ def load_result(name: str) -> Result:
 
 
 def read(path: Path) -> Result | None:
-    """The result in a file, None where there is no file; raises ValueError, naming it, for another."""
+    """The result in a file, None where there is no file.
+
+    Raises ValueError, naming it, for a file that holds anything else.
+    """
     try:
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
         result.spec["task"]

@@ -39,7 +39,8 @@ _TOKENS = {
 class Estimate(NamedTuple):
     """What a recipe should take.
 
-    Seconds a step are judged by the finished run that is most like it, memory by the model's config.
+    Seconds a step are judged by the finished run that is most like it, memory by the model's
+    config.
     """
 
     seconds: dict[str, float] | None
@@ -54,10 +55,7 @@ class State(NamedTuple):
     """
 
     name: str
-    why: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.why})" if self.why else self.name
+    why: tuple[str, ...] = ()
 
 
 def state_of(recipe: Recipe) -> State:
@@ -82,7 +80,7 @@ def _fresh_or_stale(result: store.Result, fresh: str) -> State:
     noted = result.provenance["stages"]
     changed = [f"{stage} has changed" for stage in numerics.changed_since(noted)]
     drifted = [f"{stage}: {what}" for stage in noted if (what := numerics.drift(stage))]
-    return State("stale", "; ".join(changed + drifted)) if changed or drifted else State(fresh)
+    return State("stale", (*changed, *drifted)) if changed or drifted else State(fresh)
 
 
 def tasks_of(recipes: list[Recipe]) -> list[list[Recipe]]:
@@ -136,12 +134,10 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
     return Estimate(seconds, memory_gb)
 
 
-def plan(recipes: list[Recipe], rerun_stale: bool) -> tuple[dict[Recipe, State], Counter]:
-    """(what has to run and its state, how many recipes stand how)"""
-    states = {recipe: state_of(recipe) for recipe in recipes}
+def plan(states: dict[Recipe, State], rerun_stale: bool) -> dict[Recipe, State]:
+    """What has to run, and how it stands."""
     wanted = {"missing", "partial", "damaged", "committed"} | ({"stale"} if rerun_stale else set())
-    todo = {recipe: state for recipe, state in states.items() if state.name in wanted}
-    return todo, Counter(str(state) for state in states.values())
+    return {recipe: state for recipe, state in states.items() if state.name in wanted}
 
 
 def estimates_of(todo: list[Recipe]) -> dict[Recipe, Estimate]:
@@ -204,12 +200,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("the engine 'ray' isn't installed: pip install ray")
     except ValueError as error:
         parser.error(str(error))
-    todo, counts = plan(recipes, options.rerun_stale)
+    states = {recipe: state_of(recipe) for recipe in recipes}
+    todo = plan(states, options.rerun_stale)
     estimates = estimates_of(list(todo))
-    found = ", ".join(f"{count} {state}" for state, count in counts.items())
+    counts = Counter(state.name for state in states.values())
+    found = ", ".join(f"{count} {name}" for name, count in counts.items())
     done = counts["complete"] + counts["committed"]
     print(f"{done} of {len(recipes)} recipes have a result that today's code stands behind")
     print(f"{len(recipes)} recipes: {found}; {forecast(estimates, options.workers)}")
+    for why, count in Counter(why for state in states.values() for why in state.why).items():
+        print(f"stale are {count} by {why}")
     if counts["committed"]:
         print("committed are of other machines: copied to results/local they count as complete")
     if options.dry_run:

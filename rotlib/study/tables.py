@@ -19,7 +19,10 @@ from rotlib.study.files import local_path
 from rotlib.study.recipe import OWN, Recipe, rotations
 from rotlib.study.store import Result, load_results
 
-_HEADER = "| rotation | precision | rounding | seeds | perplexity | KL, nats | learning, s | quantizing, s | settings |"
+_HEADER = (
+    "| rotation | precision | rounding | seeds | perplexity | KL, nats "
+    "| learning, s | quantizing, s | settings |"
+)
 DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
 # the settings that an arm's name and precision tell
 _NAMED = (
@@ -61,7 +64,7 @@ class Arm:
 
     @property
     def settings(self) -> str:
-        """Whatever else differs from the defaults, and whether today's code would compute it anew."""
+        """What else differs from the defaults, and whether today's code would compute it anew."""
         told = ("task", *_NAMED)
         spec = self.recipe.spec()
         others = [f"{name} {value}" for name, value in spec.items() if name not in told]
@@ -231,12 +234,11 @@ def markdown(arms: Iterable[Arm]) -> str:
 def provenance(results: Iterable[Result]) -> str:
     """What results were computed with, and how many no run at a recorded commit stands behind."""
     results = list(results)
-    kinds = Counter(
-        f"{name} {number}" for r in results for name, number in r.provenance["versions"].items()
-    )
-    kinds |= Counter(
-        f"model commit {c}" for r in results if (c := r.provenance.get("model_commit"))
-    )
+    origins = [result.provenance for result in results]
+    versions = (pair for origin in origins for pair in origin["versions"].items())
+    kinds = Counter(f"{name} {number}" for name, number in versions)
+    commits = (origin.get("model_commit") for origin in origins)
+    kinds |= Counter(f"model commit {commit}" for commit in commits if commit)
     unverified = sum("unverified" in result.provenance for result in results)
     made_with = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
     return f"{len(results)} results, {unverified} unverified, made with: {made_with}"
@@ -245,8 +247,9 @@ def provenance(results: Iterable[Result]) -> str:
 def kl_by_precision(rows: Mapping[str, Mapping[str, Arm]]) -> str:
     """KL of many arms as Markdown: a line a rotation, a column a precision and rounding.
 
-    A line also has what learning its first arm's rotation took. Memory is the process's peak up to the end of learning, model and reference included, of the
-    seed with the least: whatever the process did before only adds.
+    A line also has what learning its first arm's rotation took. Memory is the process's peak up to
+    the end of learning, model and reference included. It is of the seed with the least: whatever
+    the process did before only adds.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     header = ("rotation", "tokens", "learning, s", "memory, GB", *columns)
