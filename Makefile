@@ -70,7 +70,7 @@ lint: $(READY)
 
 # what the numeric code computes has changed: bring its entries up to date, and say what is stale
 numerics: $(READY)
-	$(BIN)/python -m rotlib.study.numerics --reason "$(REASON)"
+	$(BIN)/python -m rotlib.study.renew --reason "$(REASON)"
 
 # the pins that pyproject.toml asks for beside those that are there; LOCK=-U resolves all anew
 lock:

@@ -4,7 +4,7 @@ import json
 import pandas
 import pytest
 
-from rotlib.study import claims, files, numerics, store
+from rotlib.study import claims, files, numerics, store, tables
 from rotlib.study.claims import Claim
 from rotlib.study.recipe import Recipe
 
@@ -107,3 +107,13 @@ def test_tables_come_in_three_forms_and_the_manifest_names_what_they_were_made_f
             )  # those aren't in this store
     assert len(pandas.read_csv(folder / "claims.csv")) == len(found)
     assert (folder / "claims.tex").read_text().startswith("\\begin{tabular}")
+
+
+def test_the_tables_can_say_what_results_were_computed_with(results):
+    kept = store.load_results()
+    for number, result in enumerate(kept):
+        result.provenance |= {"versions": {"torch": "2.13.0"}, "model_commit": None}
+        if number == 0:
+            result.provenance |= {"unverified": "its commit is gone", "model_commit": "abc"}
+    said = tables.provenance(kept)
+    assert said == "6 results, 1 unverified, made with: model commit abc (1), torch 2.13.0 (6)"

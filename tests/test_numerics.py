@@ -11,7 +11,7 @@ import pytest
 from mutants import MUTANTS
 
 import rotlib as rl
-from rotlib.study import canaries, files, numerics, store
+from rotlib.study import canaries, files, numerics, renew, store
 from rotlib.study.recipe import rotations
 
 NUMERIC = ("rotations", "quantization", "learning", "measure")
@@ -161,7 +161,7 @@ def test_a_run_on_code_that_computes_something_else_is_refused_with_what_to_do(m
 
 def test_make_numerics_keeps_what_agrees_and_says_what_becomes_stale(own_file, monkeypatch, capsys):
     before = own_file.read_bytes()
-    assert numerics.main([]) == 0
+    assert renew.main([]) == 0
     assert own_file.read_bytes() == before
 
     canary = canaries.CANARIES["fusing"]
@@ -170,7 +170,7 @@ def test_make_numerics_keeps_what_agrees_and_says_what_becomes_stale(own_file, m
         canaries.CANARIES, "fusing", canaries.Canary(canary.numbers, more, canary.tolerance)
     )
     digest = numerics.entries()["fusing"]["digest"]
-    assert numerics.main([]) == 0  # a new constant makes nothing stale, and needs no reason
+    assert renew.main([]) == 0  # a new constant makes nothing stale, and needs no reason
     assert numerics.entries()["fusing"]["digest"] == digest
     assert numerics.entries()["fusing"]["constants"]["new"] == 1
 
@@ -182,12 +182,12 @@ def test_make_numerics_keeps_what_agrees_and_says_what_becomes_stale(own_file, m
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     before = own_file.read_bytes()
     with pytest.raises(SystemExit):
-        numerics.main([])
+        renew.main([])
     assert own_file.read_bytes() == before
     printed = capsys.readouterr()
     assert "fusing: new is 2, not 1; " in printed.out
     assert "say why: make numerics REASON='...'" in printed.err
-    assert numerics.main(["--reason", "twice as new"]) == 0
+    assert renew.main(["--reason", "twice as new"]) == 0
     entry = numerics.entries()["fusing"]
     assert entry["digest"] != digest
     assert entry["reasons"][-1]["reason"] == "twice as new"

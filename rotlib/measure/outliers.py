@@ -17,6 +17,7 @@ from rotlib.models.families import READERS, Family
 from rotlib.models.walk import hooks, run_decoder
 from rotlib.rotations.rotation import placed_weights
 
+WINDOWS = 2  # calibration windows that run through the model: kurtosis needs no more
 HISTOGRAM_EDGES = [edge / 4 for edge in range(121)]  # |w| / rms from 0 to 30
 
 

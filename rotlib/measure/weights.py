@@ -8,6 +8,8 @@ it: the spread of energies within groups, and the groups' largest weights.
 from jaxtyping import Float
 from torch import Tensor
 
+SHOWN_LAYER = 10  # whose coordinates' energies are kept, or the last layer of a smaller model
+
 
 def incoherence(W: Float[Tensor, "out in"]) -> float:
     """The smallest μ with max|W_ij| ≤ μ ‖W‖_F / √(mn) (QuIP, arXiv 2307.13304, Definition 1).

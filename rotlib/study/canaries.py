@@ -6,9 +6,9 @@ notes the digests of the entries it read (`numerics.py`), so code may be rewritt
 it computes the same.
 
 Rules for a canary: pure pieces (one gradient, one step, one grid), never a trajectory; float64
-where the code allows it; codes far from the edge of rounding; matrices wider than the blocks that code
-works in. Then processors agree to 1e-6. A new number or constant makes no result stale, a changed
-or a dropped one does.
+where the code allows it; codes far from the edge of rounding; matrices wider than the blocks that
+code works in. Then processors agree to 1e-6. A new number or constant makes no result stale, a
+changed or a dropped one does.
 """
 
 import warnings
@@ -52,7 +52,7 @@ from rotlib.models.families import adapt, norms_in_model_dtype
 from rotlib.quantization import activations, gptq, grids, hessian
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
 from rotlib.rotations.rotation import Rotation, times
-from rotlib.study import diagnostics, recipe
+from rotlib.study import recipe
 
 
 @dataclass(frozen=True)
@@ -605,7 +605,7 @@ def _evaluation() -> dict:
     }
 
 
-@canary("outliers", edges=outliers.HISTOGRAM_EDGES, windows=diagnostics.OUTLIER_WINDOWS)
+@canary("outliers", edges=outliers.HISTOGRAM_EDGES, windows=outliers.WINDOWS)
 def _outliers() -> dict:
     family = adapt(tiny())
     inputs = outliers.input_outliers(family, token_windows())
@@ -626,7 +626,7 @@ def _bounds() -> dict:
     return {name: [line[name] for line in lines] for name in lines[0]}
 
 
-@canary("group spread", shown_layer=diagnostics.SHOWN_LAYER)
+@canary("group spread", shown_layer=weights.SHOWN_LAYER)
 def _group_spread() -> dict:
     flat = weights.group_spread(torch.ones(2, 8), 4)
     return {"noise": weights.group_spread(noise(6, 24).pow(3), 8), "flat": flat}

@@ -12,8 +12,8 @@ import torch
 from rotlib.checks import whole_number, yes_or_no
 from rotlib.learning.grouped import check_group
 from rotlib.measure.bounds import module_bounds
-from rotlib.measure.outliers import input_outliers, weight_histogram, weight_outliers
-from rotlib.measure.weights import group_spread
+from rotlib.measure.outliers import WINDOWS, input_outliers, weight_histogram, weight_outliers
+from rotlib.measure.weights import SHOWN_LAYER, group_spread
 from rotlib.measure.zeroshot import check_limit, load_tasks, task_names, zero_shot
 from rotlib.models.families import adapt
 from rotlib.models.text import fingerprint
@@ -27,9 +27,6 @@ from rotlib.study import store
 from rotlib.study.pipeline import build, calibration_tokens, rotation_of
 from rotlib.study.recipe import Recipe
 from rotlib.study.store import Record, Result
-
-OUTLIER_WINDOWS = 2  # calibration windows that run through the model: kurtosis needs no more
-SHOWN_LAYER = 10  # whose coordinates' energies are kept, or the last layer of a smaller model
 
 
 def outliers(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
@@ -57,7 +54,7 @@ def outliers(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
             record.metrics["modules"] = weight_outliers(family)
             record.metrics["histogram"] = weight_histogram(family).tolist()
         with record.timed("activations"):
-            inputs = input_outliers(family, calibration[:OUTLIER_WINDOWS])
+            inputs = input_outliers(family, calibration[:WINDOWS])
         for module in record.metrics["modules"]:
             module |= inputs[module["layer"], module["site"]]
         record.tokens["calibration"] = fingerprint(calibration)

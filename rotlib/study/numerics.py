@@ -10,11 +10,8 @@ A new number or a new constant changes no digest, since nothing was computed wit
 changed or dropped one does.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator
-from datetime import date
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -24,11 +21,10 @@ import torch
 from rotlib.models.zoo import PACKAGED
 from rotlib.quantization.activations import FULL
 from rotlib.study import own
-from rotlib.study.files import write_text
 from rotlib.study.recipe import LEARNED, OWN, THROUGH_NETWORK, Recipe
 
 FILE = Path(__file__).with_name("numerics.json")
-_FORMAT = 1
+FORMAT = 1
 _OWN = "rotation "  # before the name of one's own, which is a stage too
 TORCH = "2.11 to 2.13"  # what the canaries are tested with
 
@@ -104,13 +100,13 @@ def entries() -> dict[str, dict]:
     try:
         file = json.loads(FILE.read_text(encoding="utf-8"))
     except json.JSONDecodeError:
-        file = {"format": _FORMAT}
-    if file.get("format") != _FORMAT:
+        file = {"format": FORMAT}
+    if file.get("format") != FORMAT:
         raise ValueError(
             f"{FILE.name} has the format {file.get('format')!r} and this version of rotlib reads "
-            f"{_FORMAT}: take both from one commit"
+            f"{FORMAT}: take both from one commit"
         )
-    if file.get("sum") != _digest(file.get("stages"), 64):
+    if file.get("sum") != sum_of(file.get("stages"), 64):
         raise ValueError(
             f"{FILE.name} was changed by hand: restore it with git, "
             "and let `make numerics` write it"
@@ -200,85 +196,6 @@ def check(stages: Iterable[str]) -> None:
             )
 
 
-def rewritten(reason: str) -> tuple[dict[str, dict], list[str]]:
-    """(every stage's entry as the code is now, the stages whose digest changes).
-
-    An entry within its tolerance keeps its numbers and digest.
-    """
-    from rotlib.study.canaries import CANARIES, INPUTS, plain
-
-    before = entries() if FILE.exists() else {}
-    after, changed = {}, []
-    for stage, found in (INPUTS | CANARIES).items():
-        numbers, old = plain(found.numbers()), before.get(stage)
-        entry = {"numbers": numbers, "constants": found.constants}
-        if old is None:
-            after[stage] = entry | {"digest": _digest(entry), "reasons": []}
-            continue
-        kept = {
-            name: value
-            for name, value in old["numbers"].items()
-            if agree(numbers.get(name), value, found.tolerance)
-        }
-        same = len(kept) == len(old["numbers"]) and all(
-            found.constants.get(name) == value for name, value in old["constants"].items()
-        )
-        entry["numbers"] |= kept
-        if same:
-            after[stage] = entry | {"digest": old["digest"], "reasons": old["reasons"]}
-        else:
-            changed.append(stage)
-            told = {"date": date.today().isoformat(), "reason": reason, "was": old["digest"]}
-            after[stage] = entry | {"digest": _digest(entry), "reasons": [*old["reasons"], told]}
-    changed += [stage for stage in before if stage not in after]
-    return after, changed
-
-
-def _digest(thing: object, digits: int = 12) -> str:
+def sum_of(thing: object, digits: int = 12) -> str:
+    """The first hexadecimal digits of a sha256 over something as JSON has it."""
     return sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:digits]
-
-
-def write(stages: dict[str, dict]) -> None:
-    """Write the file, atomically."""
-    file = {"format": _FORMAT, "sum": _digest(stages, 64), "stages": stages}
-    write_text(FILE, json.dumps(file, indent=1, sort_keys=True) + "\n")
-    entries.cache_clear()
-    drift.cache_clear()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rotlib.study.numerics",
-        description="Bring numerics.json up to what the code computes, and say what is stale then.",
-    )
-    parser.add_argument("--reason", default="", help="why the numbers change; asked for if needed")
-    options = parser.parse_args(arguments)
-    from rotlib.study.store import load_results
-
-    try:
-        after, changed = rewritten(options.reason)
-    except ValueError as error:
-        parser.error(str(error))
-    before = entries() if FILE.exists() else {}
-    if after == before:
-        print("every stage computes what its entry says")
-        return 0
-    if changed:
-        stale = [r for r in load_results() if set(changed) & set(r.provenance["stages"])]
-        for stage in changed:
-            what = drift(stage) if stage in after else "it is no stage any more"
-            count = sum(stage in result.provenance["stages"] for result in stale)
-            print(f"{stage}: {what}; {count} results read it")
-        print(f"{len(stale)} results become stale")
-        reason = options.reason or (input("why? ") if sys.stdin.isatty() else "")
-        if not reason.strip():
-            parser.error("say why: make numerics REASON='...'")
-        after, _ = rewritten(reason.strip())
-    write(after)
-    added = sorted(after.keys() - before.keys())
-    print(f"{FILE.name}: {len(changed)} stages changed, {len(added)} new")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Bring numerics.json up to what the code computes (make numerics).
+
+Entries that the code still agrees with, within their tolerance, keep their numbers and digests. Of
+those that change it says by how much, and which results become stale; a reason is asked for, and
+kept in the file.
+"""
+
+import argparse
+import json
+import sys
+from datetime import date
+
+from rotlib.study import numerics
+from rotlib.study.canaries import CANARIES, INPUTS, plain
+from rotlib.study.files import write_text
+from rotlib.study.numerics import agree, sum_of
+from rotlib.study.store import load_results
+
+
+def rewritten(reason: str) -> tuple[dict[str, dict], list[str]]:
+    """(every stage's entry as the code is now, the stages whose digest changes).
+
+    An entry within its tolerance keeps its numbers and digest.
+    """
+    before = numerics.entries() if numerics.FILE.exists() else {}
+    after, changed = {}, []
+    for stage, found in (INPUTS | CANARIES).items():
+        numbers, old = plain(found.numbers()), before.get(stage)
+        entry = {"numbers": numbers, "constants": found.constants}
+        if old is None:
+            after[stage] = entry | {"digest": sum_of(entry), "reasons": []}
+            continue
+        kept = {
+            name: value
+            for name, value in old["numbers"].items()
+            if agree(numbers.get(name), value, found.tolerance)
+        }
+        same = len(kept) == len(old["numbers"]) and all(
+            found.constants.get(name) == value for name, value in old["constants"].items()
+        )
+        entry["numbers"] |= kept
+        if same:
+            after[stage] = entry | {"digest": old["digest"], "reasons": old["reasons"]}
+        else:
+            changed.append(stage)
+            told = {"date": date.today().isoformat(), "reason": reason, "was": old["digest"]}
+            after[stage] = entry | {"digest": sum_of(entry), "reasons": [*old["reasons"], told]}
+    changed += [stage for stage in before if stage not in after]
+    return after, changed
+
+
+def write(stages: dict[str, dict]) -> None:
+    """Write the file, atomically."""
+    file = {"format": numerics.FORMAT, "sum": sum_of(stages, 64), "stages": stages}
+    write_text(numerics.FILE, json.dumps(file, indent=1, sort_keys=True) + "\n")
+    numerics.entries.cache_clear()
+    numerics.drift.cache_clear()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rotlib.study.renew",
+        description="Bring numerics.json up to what the code computes, and say what is stale then.",
+    )
+    parser.add_argument("--reason", default="", help="why the numbers change; asked for if needed")
+    options = parser.parse_args(arguments)
+    try:
+        after, changed = rewritten(options.reason)
+    except ValueError as error:
+        parser.error(str(error))
+    before = numerics.entries() if numerics.FILE.exists() else {}
+    if after == before:
+        print("every stage computes what its entry says")
+        return 0
+    if changed:
+        stale = [r for r in load_results() if set(changed) & set(r.provenance["stages"])]
+        for stage in changed:
+            what = numerics.drift(stage) if stage in after else "it is no stage any more"
+            count = sum(stage in result.provenance["stages"] for result in stale)
+            print(f"{stage}: {what}; {count} results read it")
+        print(f"{len(stale)} results become stale")
+        reason = options.reason or (input("why? ") if sys.stdin.isatty() else "")
+        if not reason.strip():
+            parser.error("say why: make numerics REASON='...'")
+        after, _ = rewritten(reason.strip())
+    write(after)
+    added = sorted(after.keys() - before.keys())
+    print(f"{numerics.FILE.name}: {len(changed)} stages changed, {len(added)} new")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
