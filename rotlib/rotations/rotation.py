@@ -106,14 +106,12 @@ class Rotation:
         return reads, _between(self.scale(site.row_scale, layer), sides[site.writes], None)
 
     def on_inputs(self, site: Site, layer: int) -> Turn:
-        """What happens to the inputs x that a site reads.
+        """What happens to the inputs x that a site reads: they are rotated, and the scales undone.
 
         The rotated weight then puts out what the weight did (rotated).
         """
-        both = (site.column_scale, (site.norm, 1))
-        before, behind = (self.scale(named and (named[0], -named[1]), layer) for named in both)
-        bare = replace(self, scales={})
-        return _between(before, bare.at(site, layer)[0], behind)
+        undone = replace(self, scales={name: 1 / scale for name, scale in self.scales.items()})
+        return undone.at(site, layer)[0]
 
     def scale(self, named: tuple[str | None, int] | None, layer: int | None) -> Tensor | None:
         """One layer's scale, named as (name, power), where there is one.
