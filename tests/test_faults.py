@@ -14,10 +14,27 @@ import pytest
 
 import rotlib as rl
 from rotlib.study import files, store
+from rotlib.study.recipe import OWN
 from rotlib.study.sweep_file import read_sweep
 
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
+
+OWN_ROTATION = """
+import rotlib as rl
+
+
+@rl.register_rotation("mine")
+def mine(model, seed=0, R3=False, R4=False):
+    return rl.random_rotation(model, seed + 7, R3, R4)
+"""
+
+
+@pytest.fixture(autouse=True)
+def none_registered():
+    yield
+    OWN.clear()
 
 
 def start(folder, engine):
@@ -96,6 +113,9 @@ def test_a_local_sweep_that_is_stopped_leaves_nobody_behind_and_goes_on_later(fo
 
 def test_a_killed_worker_of_ray_costs_time_and_a_killed_driver_one_more_command(folder):
     """That command also computes a torn result anew."""
+    (folder / "mine.py").write_text(OWN_ROTATION)  # it goes to the workers, too
+    path = folder / "sweep.yaml"
+    path.write_text("rotations: [mine.py]\n" + path.read_text().replace("hadamard", "mine"))
     run = start(folder, "ray")
     torn = wait_for_a_result(folder, run)
     workers = kill_a_worker(run, "ray::work")

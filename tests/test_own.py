@@ -39,16 +39,13 @@ def test_it_changes_nothing_that_the_model_computes(cosine, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_sweep_runs_it_in_its_workers_and_the_tables_show_it_beside_hadamard(
-    folder, cosine, engine
-):
+def test_a_sweep_runs_it_in_its_workers_and_the_tables_show_it_beside_hadamard(folder, cosine):
     path = folder / "sweep.yaml"
     text = path.read_text().replace("rotation: [none, hadamard]", "rotation: [hadamard, cosine]")
     path.write_text(
         "rotations: [cosine.py]\n" + text.replace("arms: [{}, {activation_bits: 8}]", "")
     )
-    assert sweep.main([str(path), "--workers", "2", "--engine", engine]) == 0
+    assert sweep.main([str(path), "--workers", "2"]) == 0  # Ray's workers: test_faults.py
     hadamard = next(recipe for recipe in read_sweep(path) if recipe.rotation == "hadamard")
     shown = tables.stored([hadamard], own=True)  # what notebooks ask for
     assert [arm.rotation for arm in shown] == ["hadamard", "cosine"]
