@@ -46,7 +46,7 @@ figures: $(READY)
 PYTEST := $(BIN)/pytest -n logical --dist loadfile
 test test-fast: export OMP_NUM_THREADS := 1
 test: model
-	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(PYTEST) --nbval notebooks
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(PYTEST) --no-loadscope-reorder --nbval notebooks
 	$(PYTEST)
 
 # no notebooks, no real model, nothing slow: for the inner loop

@@ -59,6 +59,8 @@ def source_digest(make: Callable) -> str:
         if function.__name__ in seen:
             return
         try:
+            if function.__code__.co_filename == "<string>":  # Python 3.13 finds `python -c`'s there
+                raise OSError("no file holds it")
             seen[function.__name__] = dedent(getsource(function))
         except (OSError, TypeError) as error:
             raise ValueError(
