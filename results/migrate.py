@@ -2,8 +2,8 @@
 
     python results/migrate.py
 
-Until commit 25dd3ab a result was stamped with a hash over the source of the modules that it read, and
-refactorings that changed no number were waved through by stamping results anew by hand
+Until commit 25dd3ab a result was stamped with a hash over the source of the modules that it read,
+and refactorings that changed no number were waved through by stamping results anew by hand
 (`provenance.restamped`). Here every result of results/study gets the digests of the stages that it
 reads (`rotlib/study/numerics.json`), if its stamp is the one that the last commit before the
 canaries computes; another one would be stale, and is refused.

@@ -18,7 +18,6 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial, partialmethod
 from hashlib import sha256
 from inspect import signature
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -53,6 +52,7 @@ from rotlib.quantization import activations, gptq, grids, hessian
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
 from rotlib.rotations.rotation import Rotation, times
 from rotlib.study import recipe
+from rotlib.study.files import file_digest
 
 
 @dataclass(frozen=True)
@@ -703,14 +703,10 @@ def _recipe() -> dict:
     return {"rotation reads": run.rotation_reads, "weights": run.sharing_weights().spec()}
 
 
-def _file_digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
-
-
 def _packaged(name: str) -> dict:
     """The file that a packaged model is dequantized from; its tokenizer is in it."""
     packaged = zoo.PACKAGED[name]
-    return {"file": _file_digest(zoo.package_folder(packaged) / packaged.file)}
+    return {"file": file_digest(zoo.package_folder(packaged) / packaged.file)}
 
 
 def _wikipedia_mini() -> dict:

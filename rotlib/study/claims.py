@@ -10,15 +10,13 @@ Markdown, CSV and LaTeX, and a manifest says which results each file was made fr
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from hashlib import sha256
-from pathlib import Path
 
 import pandas
 
 from rotlib.checks import one_of
 from rotlib.study import store
 from rotlib.study.figures import figures_folder
-from rotlib.study.files import local_path, saved, write_text
+from rotlib.study.files import file_digest, local_path, saved, write_text
 from rotlib.study.recipe import LEARNED, Recipe
 from rotlib.study.tables import Arm, judge, stored
 
@@ -215,13 +213,11 @@ def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[s
     }
     files = {}
     for name, names in (redrawn | named).items():
-        results = {used: _digest(found[-1]) if (found := saved(used)) else None for used in names}
+        results = {
+            used: file_digest(found[-1]) if (found := saved(used)) else None for used in names
+        }
         for path in sorted(figures_folder().glob(f"{name}.*")):
-            files[path.name] = {"results": results, "sha256": _digest(path)}
+            files[path.name] = {"results": results, "sha256": file_digest(path)}
     manifest = {"commit": store.commit(), "files": files}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     write_text(figures_folder() / "manifest.json", text)
-
-
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()

@@ -18,13 +18,20 @@ def results_folder() -> Path:
     return ROOT / (os.environ.get("ROTLIB_RESULTS") or "results")
 
 
-def spec_hash(spec: dict) -> str:
-    """Twelve hexadecimal digits that name a specification; the order of its keys doesn't matter.
+def spec_hash(thing: object, digits: int = 12) -> str:
+    """The hexadecimal digits that name a specification, or anything else that JSON holds.
+
+    The order of its keys doesn't matter.
 
     >>> spec_hash({"a": 1, "b": 2}) == spec_hash({"b": 2, "a": 1})
     True
     """
-    return sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+    return sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:digits]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    return sha256(path.read_bytes()).hexdigest()
 
 
 def local_path(spec: dict, suffix: str = ".json") -> Path:

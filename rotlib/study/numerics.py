@@ -13,7 +13,6 @@ changed or dropped one does.
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -21,7 +20,8 @@ import torch
 from rotlib.models.zoo import PACKAGED
 from rotlib.quantization.activations import FULL
 from rotlib.study import own
-from rotlib.study.recipe import LEARNED, OWN, THROUGH_NETWORK, Recipe
+from rotlib.study.files import spec_hash
+from rotlib.study.recipe import OWN, SHIPPED, THROUGH_NETWORK, Recipe
 
 FILE = Path(__file__).with_name("numerics.json")
 FORMAT = 1
@@ -63,7 +63,7 @@ def stages_of(spec: dict) -> list[str]:
     stages |= {name for name in (setting("model"), setting("text")) if name in _inputs()}
     if rotation != "none":
         stages |= {"drawn rotations", *_OF_ROTATION.get(rotation, ())}
-        stages |= {_OWN + rotation} if rotation not in _shipped() else set()
+        stages |= {_OWN + rotation} if rotation not in SHIPPED else set()
         stages |= {"fusing"} if task != "rotation" else set()
     if setting("grouped"):
         stages.add("grouped")
@@ -80,10 +80,6 @@ def stages_of(spec: dict) -> list[str]:
         if setting("rounding") == "gptq":
             stages |= {"covariance", "gptq"} | ({"gptaq"} if setting("asymmetry") else set())
     return sorted(stages)
-
-
-def _shipped() -> tuple[str, ...]:
-    return ("none", "random", "hadamard", "gsr", *LEARNED)
 
 
 def _inputs() -> tuple[str, ...]:
@@ -106,7 +102,7 @@ def entries() -> dict[str, dict]:
             f"{FILE.name} has the format {file.get('format')!r} and this version of rotlib reads "
             f"{FORMAT}: take both from one commit"
         )
-    if file.get("sum") != sum_of(file.get("stages"), 64):
+    if file.get("sum") != spec_hash(file.get("stages"), 64):
         raise ValueError(
             f"{FILE.name} was changed by hand: restore it with git, "
             "and let `make numerics` write it"
@@ -194,8 +190,3 @@ def check(stages: Iterable[str]) -> None:
                 f"stale; if not, this torch ({torch.__version__}) or processor computes otherwise: "
                 f"rotlib is tested with torch {TORCH}"
             )
-
-
-def sum_of(thing: object, digits: int = 12) -> str:
-    """The first hexadecimal digits of a sha256 over something as JSON has it."""
-    return sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:digits]

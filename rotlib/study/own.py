@@ -12,7 +12,7 @@ from types import FunctionType
 import cloudpickle
 
 from rotlib.rotations.rotation import Rotation
-from rotlib.study.recipe import OWN, rotations
+from rotlib.study.recipe import OWN, SHIPPED
 
 
 def register_rotation(name: str, replace: bool = False) -> Callable:
@@ -26,18 +26,17 @@ def register_rotation(name: str, replace: bool = False) -> Callable:
     >>> @register_rotation("reversed")
     ... def reversed_rotation(model, seed=0, R3=False, R4=False):
     ...     return Rotation(torch.eye(model.config.hidden_size).flip(0), None, R3, R4)
-    >>> "reversed" in rotations()
+    >>> "reversed" in OWN
     True
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"a rotation's name is a word such as 'cosine', not {name!r}")
-    if name in rotations() and name not in OWN:
+    if name in SHIPPED:
         raise ValueError(f"the rotation {name!r} is one of rotlib's: choose another name")
 
     def register(make: Callable[..., Rotation]) -> Callable[..., Rotation]:
-        digest = source_digest(make)
-        again = name in OWN and source_digest(OWN[name]) == digest  # the same cell, run once more
-        if name in OWN and not again and not replace:
+        digest = source_digest(make)  # the same one: the same cell, run once more
+        if name in OWN and source_digest(OWN[name]) != digest and not replace:
             raise ValueError(
                 f"the rotation {name!r} is registered already: choose another name, or pass "
                 "replace=True to put this one in its place"

@@ -45,13 +45,14 @@ _LEARNERS_OWN = (
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _ACTIVATION_GRID = ("activation_bits", "kv_bits", "protocol", "sinks")
 
+SHIPPED = ("none", *DRAWN, "gsr", *LEARNED)  # the rotations that come with rotlib
 # rotations of one's own, by name: `own.register_rotation` fills it
 OWN: dict[str, Callable[..., Rotation]] = {}
 
 
 def rotations() -> tuple[str, ...]:
     """What a recipe's rotation can be."""
-    return ("none", *DRAWN, "gsr", *LEARNED, *OWN)
+    return (*SHIPPED, *OWN)
 
 
 @dataclass(frozen=True)

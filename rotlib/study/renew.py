@@ -12,15 +12,16 @@ from datetime import date
 
 from rotlib.study import numerics
 from rotlib.study.canaries import CANARIES, INPUTS, plain
-from rotlib.study.files import write_text
-from rotlib.study.numerics import agree, sum_of
+from rotlib.study.files import spec_hash, write_text
+from rotlib.study.numerics import agree
 from rotlib.study.store import load_results
 
 
-def rewritten(reason: str) -> tuple[dict[str, dict], list[str]]:
+def rewritten() -> tuple[dict[str, dict], list[str]]:
     """(every stage's entry as the code is now, the stages whose digest changes).
 
-    An entry within its tolerance keeps its numbers and digest.
+    An entry within its tolerance keeps its numbers and digest. The others' reasons end without one
+    for this change.
     """
     before = numerics.entries() if numerics.FILE.exists() else {}
     after, changed = {}, []
@@ -28,7 +29,7 @@ def rewritten(reason: str) -> tuple[dict[str, dict], list[str]]:
         numbers, old = plain(found.numbers()), before.get(stage)
         entry = {"numbers": numbers, "constants": found.constants}
         if old is None:
-            after[stage] = entry | {"digest": sum_of(entry), "reasons": []}
+            after[stage] = entry | {"digest": spec_hash(entry), "reasons": []}
             continue
         kept = {
             name: value
@@ -39,19 +40,17 @@ def rewritten(reason: str) -> tuple[dict[str, dict], list[str]]:
             found.constants.get(name) == value for name, value in old["constants"].items()
         )
         entry["numbers"] |= kept
-        if same:
-            after[stage] = entry | {"digest": old["digest"], "reasons": old["reasons"]}
-        else:
+        if not same:
             changed.append(stage)
-            told = {"date": date.today().isoformat(), "reason": reason, "was": old["digest"]}
-            after[stage] = entry | {"digest": sum_of(entry), "reasons": [*old["reasons"], told]}
+        digest = old["digest"] if same else spec_hash(entry)
+        after[stage] = entry | {"digest": digest, "reasons": old["reasons"]}
     changed += [stage for stage in before if stage not in after]
     return after, changed
 
 
 def write(stages: dict[str, dict]) -> None:
     """Write the file, atomically."""
-    file = {"format": numerics.FORMAT, "sum": sum_of(stages, 64), "stages": stages}
+    file = {"format": numerics.FORMAT, "sum": spec_hash(stages, 64), "stages": stages}
     write_text(numerics.FILE, json.dumps(file, indent=1, sort_keys=True) + "\n")
     numerics.entries.cache_clear()
     numerics.drift.cache_clear()
@@ -65,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reason", default="", help="why the numbers change; asked for if needed")
     options = parser.parse_args(arguments)
     try:
-        after, changed = rewritten(options.reason)
+        after, changed = rewritten()
     except ValueError as error:
         parser.error(str(error))
     before = numerics.entries() if numerics.FILE.exists() else {}
@@ -82,7 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
         reason = options.reason or (input("why? ") if sys.stdin.isatty() else "")
         if not reason.strip():
             parser.error("say why: make numerics REASON='...'")
-        after, _ = rewritten(reason.strip())
+        told = {"date": date.today().isoformat(), "reason": reason.strip()}
+        for stage in set(changed) & after.keys():
+            after[stage]["reasons"] = [
+                *after[stage]["reasons"],
+                told | {"was": before[stage]["digest"]},
+            ]
     write(after)
     added = sorted(after.keys() - before.keys())
     print(f"{numerics.FILE.name}: {len(changed)} stages changed, {len(added)} new")
