@@ -15,7 +15,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from rotlib.checkpoints import stock
-from rotlib.models.families import norms_in_model_dtype
+from rotlib.models.walk import norms_in_model_dtype
 from rotlib.models.zoo import load_tokenizer
 from rotlib.study.files import ROOT
 

@@ -6,7 +6,8 @@ from conftest import CONFIGS, exact_logits, tiny_model
 from transformers import AutoModelForCausalLM
 
 import rotlib as rl
-from rotlib.models.families import READERS, adapt, norms_in_model_dtype
+from rotlib.models.families import READERS, adapt
+from rotlib.models.walk import norms_in_model_dtype
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.hessian import Hessian
 from rotlib.rotations import online

@@ -27,7 +27,6 @@ from rotlib.learning.start import coarse_products, finished, original, starting_
 from rotlib.models.families import Family, adapt
 from rotlib.models.walk import hooks
 from rotlib.quantization.activations import (
-    FULL,
     ActivationQuant,
     check_activations,
     quantized_activations,
@@ -276,7 +275,7 @@ def prepare(
     check_activations(family, activations)
     if quant is not None:
         check_quantizable(family, quant)
-    elif activations.bits == FULL and activations.kv_bits == FULL:
+    elif not activations.rounds:
         raise ValueError(
             "nothing is rounded, so there is nothing to learn from: "
             "give a WeightQuant, or activations below 16 bits"

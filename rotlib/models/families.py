@@ -8,7 +8,7 @@ are refused with the module's name.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -197,26 +197,6 @@ def check_finite(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"{name} holds NaN or infinite weights: reload the model from a sound checkpoint"
             )
-
-
-@contextmanager
-def norms_in_model_dtype(model: PreTrainedModel) -> Iterator[None]:
-    """Compute RMSNorms in the model's dtype while open.
-
-    Transformers computes them in float32 even in a float64 model. The exactness of a fused rotation
-    shows only so: float32 norms alone move float64 logits by 1e-6.
-    """
-
-    def exact(norm: Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        x = args[0]
-        mean_square = x.square().mean(-1, keepdim=True)
-        return norm.weight * x * torch.rsqrt(mean_square + norm.variance_epsilon)
-
-    with ExitStack() as stack:
-        for norm in model.modules():
-            if hasattr(norm, "variance_epsilon"):
-                stack.callback(norm.register_forward_hook(exact).remove)
-        yield
 
 
 def _stranger(model: PreTrainedModel, family: type[Family]) -> str | None:

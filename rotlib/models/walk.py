@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rotlib.models.families import Family
 
@@ -32,6 +33,24 @@ def hooks(
         for module, hook in pairs:
             register = module.register_forward_hook if after else module.register_forward_pre_hook
             stack.callback(register(hook, with_kwargs=with_kwargs).remove)
+        yield
+
+
+@contextmanager
+def norms_in_model_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """Compute RMSNorms in the model's dtype while open.
+
+    Transformers computes them in float32 even in a float64 model. The exactness of a fused rotation
+    shows only so: float32 norms alone move float64 logits by 1e-6.
+    """
+
+    def exact(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = args[0]
+        mean_square = x.square().mean(-1, keepdim=True)
+        return norm.weight * x * torch.rsqrt(mean_square + norm.variance_epsilon)
+
+    norms = (norm for norm in model.modules() if hasattr(norm, "variance_epsilon"))
+    with hooks(((norm, exact) for norm in norms), after=True):
         yield
 
 

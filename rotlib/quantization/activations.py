@@ -70,6 +70,11 @@ class ActivationQuant:
         one_of("protocol", self.protocol, PROTOCOLS)
         whole_number("sinks", self.sinks, 0)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded."""
+        return self.bits != FULL or self.kv_bits != FULL
+
     def input_grid(self) -> tuple[WeightQuant, float]:
         """The grid of a linear's input and its clip ratio."""
         protocol = PROTOCOLS[self.protocol]

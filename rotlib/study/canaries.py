@@ -47,7 +47,7 @@ from rotlib.learning import (
 )
 from rotlib.measure import bounds, fidelity, offline_tasks, outliers, slopes, weights, zeroshot
 from rotlib.models import text, walk, zoo
-from rotlib.models.families import adapt, norms_in_model_dtype
+from rotlib.models.families import adapt
 from rotlib.quantization import activations, gptq, grids, hessian
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
 from rotlib.rotations.rotation import Rotation, times
@@ -216,7 +216,7 @@ def _fusing() -> dict:
     numbers = {"sites": {name: list(site) for name, site in rotation.SITES.items()}}
     for qwen3 in (False, True):
         model = tiny(qwen3=qwen3)
-        with norms_in_model_dtype(model):
+        with walk.norms_in_model_dtype(model):
             before = model(token_windows()).logits
             fuse.fuse(model, with_scales(model))
             change = (model(token_windows()).logits - before).abs().max().item()

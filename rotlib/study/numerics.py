@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from rotlib.models.zoo import PACKAGED
-from rotlib.quantization.activations import FULL
+from rotlib.quantization.activations import ActivationQuant
 from rotlib.study import own
 from rotlib.study.files import spec_hash
 from rotlib.study.recipe import OWN, SHIPPED, THROUGH_NETWORK, Recipe
@@ -69,7 +69,7 @@ def stages_of(spec: dict) -> list[str]:
         stages.add("grouped")
     if setting("R3") or setting("R4"):
         stages.add("online rotations")
-    rounded = setting("activation_bits") != FULL or setting("kv_bits") != FULL
+    rounded = ActivationQuant(setting("activation_bits"), setting("kv_bits")).rounds
     learned_on = setting("learned_on") if rotation in THROUGH_NETWORK else None
     if rounded and (task in ("quantize", "zero-shot", "weights") or learned_on == "activations"):
         stages.add("activations")

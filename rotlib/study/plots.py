@@ -13,6 +13,7 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import pandas
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
@@ -43,6 +44,8 @@ STYLE = {
     "LH": ("#56B4E9", "s"),
     "GSR": ("#0072B2", "D"),
 }
+# the inputs of a layer, by the first weight that reads each
+_INPUTS = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
 _RC = {
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -93,7 +96,7 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
     """
     sites = {site: site for site in Family.linear_paths}
     if quantity == "input_kurtosis":
-        sites = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
+        sites = _INPUTS
     columns = min(4, len(sites))
     rows = -(-len(sites) // columns)
     size = (WIDTH, 1.9 * rows)
@@ -102,7 +105,7 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
     )
     for axis, (site, title) in zip(axes.flat, sites.items(), strict=False):
         for rotation, result in results.items():
-            modules = [module for module in result.metrics["modules"] if module["site"] == site]
+            modules = _modules_at(site, result)
             at = [[module[side] for module in modules] for side in ("layer", quantity)]
             axis.plot(*at, ms=2.5, lw=0.8, label=rotation, **_style(rotation))
         axis.set_title(title)
@@ -118,8 +121,7 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
         axis.set_axis_off()
     figure.supxlabel("layer")
     figure.supylabel(ylabel)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(results))
+    _legend_above(figure, axes.flat[0])
     return figure
 
 
@@ -215,7 +217,7 @@ def weights_against_inputs(results: dict[str, Result], quantity: str = "input_ku
     )
     for axis, site in zip(axes, sites, strict=True):
         for rotation, result in results.items():
-            modules = [module for module in result.metrics["modules"] if module["site"] == site]
+            modules = _modules_at(site, result)
             at = [[module[side] for module in modules] for side in ("kurtosis", quantity)]
             axis.plot(*at, ls="", ms=3, alpha=0.7, label=rotation, **_style(rotation))
         axis.axhline(3, color="0.8", lw=0.8, zorder=0)
@@ -226,8 +228,7 @@ def weights_against_inputs(results: dict[str, Result], quantity: str = "input_ku
     _plain_log_ticks(axes[0].yaxis, (1, 3))
     figure.supxlabel("kurtosis of the weights", fontsize=9)
     figure.supylabel(inputs[quantity], fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(results))
+    _legend_above(figure, axes[0])
     return figure
 
 
@@ -276,8 +277,7 @@ def bounds_against_errors(results: dict[str, Result]) -> Figure:
         axis.set(xscale="log", yscale="log", title=title)
     figure.supxlabel("bound on the error", fontsize=9)
     figure.supylabel("error tr(ΔW H ΔWᵀ)", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(results))
+    _legend_above(figure, axes[0])
     return figure
 
 
@@ -287,13 +287,13 @@ def pivots_by_layer(results: dict[str, Result]) -> Figure:
 
     The grey area lies below the floor that no rotation passes.
     """
-    sites = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
+    sites = _INPUTS
     figure, axes = plt.subplots(
         1, len(sites), figsize=(WIDTH, 2.3), layout="constrained", sharex=True, sharey=True
     )
     for axis, (site, title) in zip(axes, sites.items(), strict=True):
         for rotation, result in results.items():
-            modules = [module for module in result.metrics["modules"] if module["site"] == site]
+            modules = _modules_at(site, result)
             layers = [module["layer"] for module in modules]
             pivots = [module["tr_D"] / module["tr_H"] for module in modules]
             axis.plot(layers, pivots, ms=2.5, lw=0.8, label=rotation, **_style(rotation))
@@ -303,8 +303,7 @@ def pivots_by_layer(results: dict[str, Result]) -> Figure:
     axes[0].set_ylim(0, 1)
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel("tr(D) / tr(H)", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(results))
+    _legend_above(figure, axes[0])
     return figure
 
 
@@ -478,6 +477,17 @@ def _style(rotation: str) -> dict:
     color, marker = STYLE.get(rotation.split()[0], ("#666666", "h"))
     variant = any(mark in rotation for mark in (" + ", "±", " from ", " within ", " for "))
     return {"color": color, "marker": marker} | ({"mfc": "white"} if variant else {})
+
+
+def _modules_at(site: str, result: Result) -> list[dict]:
+    """What a result says of one site, layer by layer."""
+    return [module for module in result.metrics["modules"] if module["site"] == site]
+
+
+def _legend_above(figure: Figure, axis: Axes) -> None:
+    """What the lines of one panel are, in a row above all of them."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
 
 
 def _plain_log_ticks(axis: Axis, steps: Sequence[int]) -> None:

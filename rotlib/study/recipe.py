@@ -142,7 +142,7 @@ class Recipe:
 
     def _unread(self) -> Iterator[tuple[str, str]]:
         """(setting, what would have to be so) for every setting that this recipe doesn't read."""
-        rounded = self.activation_bits != FULL or self.kv_bits != FULL
+        rounded = self.activations.rounds
         if self.rounding == "none":
             for name in _WEIGHT_GRID:
                 yield name, "belongs to rounded weights, not to rounding 'none'"
@@ -179,8 +179,7 @@ class Recipe:
         if self.grouped and self.group_size is None:
             raise ValueError("grouped learns for groups of weights: it needs a group_size")
         if self.rotation in THROUGH_NETWORK:
-            rounded = self.activation_bits != FULL or self.kv_bits != FULL
-            if self.learned_on == "activations" and not rounded:
+            if self.learned_on == "activations" and not self.activations.rounds:
                 raise ValueError(
                     "learned_on 'activations' needs activation_bits or kv_bits below 16"
                 )
