@@ -43,10 +43,10 @@ figures: $(READY)
 
 # a process for every core, each with one thread; the notebooks first: the tests then judge the
 # numbers that they left in results/local
-PYTEST := $(BIN)/pytest -n logical --dist loadfile
+PYTEST := $(BIN)/pytest -n logical --dist loadfile --no-loadscope-reorder
 test test-fast: export OMP_NUM_THREADS := 1
 test: model
-	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(PYTEST) --no-loadscope-reorder --nbval notebooks
+	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(PYTEST) --nbval notebooks
 	$(PYTEST)
 
 # no notebooks, no real model, nothing slow: for the inner loop
