@@ -22,7 +22,7 @@ from functools import lru_cache
 from io import BytesIO
 
 from rotlib.study import numerics
-from rotlib.study.files import ROOT, write_text
+from rotlib.disk import ROOT, write_text
 
 BEFORE = "25dd3ab"  # the last commit whose results carry hashes of source code
 _ASK = """

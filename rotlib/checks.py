@@ -47,6 +47,16 @@ def one_of(name: str, value: object, choices) -> None:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
 
 
+def matrix(name: str, value: object) -> None:
+    """Known to be a matrix of finite real numbers that isn't empty."""
+    if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():
+        is_tensor = isinstance(value, torch.Tensor)
+        found = f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__
+        raise ValueError(f"{name} must be a floating-point matrix, not {found}")
+    if not value.numel() or not torch.isfinite(value).all():
+        raise ValueError(f"{name} must hold finite numbers, and at least one")
+
+
 def token_ids(
     name: str, tokens: object, dimensions: int, model: PreTrainedModel | None = None
 ) -> None:

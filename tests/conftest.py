@@ -15,9 +15,9 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from rotlib.checkpoints import stock
+from rotlib.disk import ROOT
 from rotlib.models.walk import norms_in_model_dtype
 from rotlib.models.zoo import load_tokenizer
-from rotlib.study.files import ROOT
 
 SHAPE = {
     "vocab_size": 96,
@@ -84,6 +84,12 @@ def save_short_text(folder: Path) -> None:
     for part in ("train", "test"):
         lines = (" ".join(draw.choices(words, k=40)) for _ in range(80))
         (folder / "wikitext2" / f"wiki.{part}.raw").write_text("\n".join(lines))
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first, so that none runs alone at the end."""
+    longest = ("test_faults.py", "test_zeroshot.py", "test_recipe.py", "test_numerics.py")
+    items.sort(key=lambda item: item.path.name not in longest)
 
 
 def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

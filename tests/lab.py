@@ -18,7 +18,7 @@ import nbformat
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from rotlib.study.files import ROOT
+from rotlib.disk import ROOT
 
 PICTURES = ROOT / "build" / "lab"
 MINUTES = 30  # that one notebook may take

@@ -96,13 +96,10 @@ def test_a_sixteen_bit_model_is_exported_by_its_codes(tokens, tmp_path):
 
 def test_a_group_as_wide_as_a_row_is_a_group(tokens, tmp_path):
     model = quantized(rl.WeightQuant(group_size=16), tokens, "llama, head_dim ≠ hidden/heads")
-    narrow = model.model.layers[0].self_attn.k_proj
-    narrow.quantized = narrow.quantized._replace(
-        codes=narrow.quantized.codes[:, :16],
-        scale=narrow.quantized.scale[:, :1],
-        zero=narrow.quantized.zero[:, :1],
-    )
-    assert checkpoint._packing(checkpoint.codes_of(model)).group_size == 16
+    weights = checkpoint.codes_of(model)
+    codes, scale, zero = weights["layers.0.k"]
+    weights["layers.0.k"] = rl.QuantizedWeight(codes[:, :16], scale[:, :1], zero[:, :1])
+    assert checkpoint._packing(weights).group_size == 16
 
 
 def test_a_big_model_is_written_in_shards(tokens, tmp_path, monkeypatch):
@@ -148,7 +145,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         ),
         (online, "out", {"format": "fused"}, "needs R4 while it runs"),
         (done, "full", {}, "isn't an empty folder"),
-        (done, "full", {"overwrite": True}, "holds something else than a checkpoint"),
+        (done, "full", {"overwrite": True}, "holds something else than an export"),
         (done, "full/notes.txt/out", {}, "can't be made a folder"),
         (done, "out", {"dtype": torch.int8}, r"dtype must be one of torch.float32"),
     ):

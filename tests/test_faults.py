@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 import rotlib as rl
-from rotlib.study import files, store
+from rotlib.disk import ROOT
+from rotlib.study import store
 from rotlib.study.recipe import OWN
 from rotlib.study.sweep_file import read_sweep
 
@@ -166,8 +167,8 @@ def test_the_slurm_script_starts_ray_on_its_allocation_and_runs_the_sweep(folder
         "SLURM_JOB_NODELIST": "here",
         "SLURM_JOB_NUM_NODES": "1",
     }
-    command = [files.ROOT / "configs" / "slurm.sh", folder / "sweep.yaml"]
+    command = [ROOT / "configs" / "slurm.sh", folder / "sweep.yaml"]
     subprocess.run(
-        command, cwd=files.ROOT, env=os.environ | ENVIRONMENT | allocation, check=True, timeout=300
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT | allocation, check=True, timeout=300
     )
     assert len(list(results_in(folder))) == 8

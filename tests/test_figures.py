@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from rotlib import disk
 from rotlib.measure.outliers import HISTOGRAM_EDGES
 from rotlib.models.families import Family
 from rotlib.study import figures, files, plots, store, tables
@@ -245,7 +246,7 @@ def test_a_draft_touches_neither_the_reproduced_figure_nor_its_data(folder, monk
     reproduced = digests()
     kept = (files.results_folder() / "local" / "figures" / "figure.json").read_bytes()
     monkeypatch.delenv("ROTLIB_FIGURES")
-    monkeypatch.setattr(figures, "ROOT", folder / "checkout")
+    monkeypatch.setattr(disk, "ROOT", folder / "checkout")
     figures.save(plots.kl_bars([arm("optrot", 0.2)]), "figure")
     assert figures.figures_folder() == folder / "checkout" / "figures" / "draft"
     assert set(digests()) == {"figure.pdf", "figure.png"}

@@ -245,7 +245,7 @@ def test_an_interrupted_model_is_not_quantized_twice(tokens, monkeypatch):
 
 def test_layers_with_different_masks_are_refused_where_it_matters(tokens):
     config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     with pytest.raises(ValueError, match="at most its 8 tokens of sliding window, not 32"):
         rl.gptq(model, tokens, rl.WeightQuant())
     rl.gptq(model, tokens[:, :8], rl.WeightQuant())

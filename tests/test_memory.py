@@ -12,11 +12,12 @@ from conftest import tiny_model
 from transformers import LlamaConfig, Qwen3Config
 
 import rotlib as rl
+from rotlib.disk import ROOT
 from rotlib.learning.network import Student
 from rotlib.models import zoo
 from rotlib.models.families import Family, adapt
 from rotlib.quantization.hessian import hessians
-from rotlib.study import files, memory
+from rotlib.study import memory
 from rotlib.study.recipe import Recipe
 from rotlib.study.sweep_file import read_sweep
 
@@ -160,7 +161,7 @@ def test_the_estimate_grows_with_what_a_recipe_holds():
 def test_the_paper_scale_of_an_8B_model_fits_on_a_device_of_24_GB(config, tmp_path):
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     config.save_pretrained(tmp_path)
-    for recipe in read_sweep(files.ROOT / "configs" / "sweeps" / "paper.yaml"):
+    for recipe in read_sweep(ROOT / "configs" / "sweeps" / "paper.yaml"):
         if recipe.model == "meta-llama/Llama-3.1-8B":
             assert memory.estimate(replace(recipe, model=str(tmp_path))).streamed < 24e9, (
                 recipe.spec()

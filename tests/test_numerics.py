@@ -11,11 +11,12 @@ import pytest
 from mutants import MUTANTS
 
 import rotlib as rl
-from rotlib.study import canaries, files, numerics, renew, store
+from rotlib.disk import ROOT
+from rotlib.study import canaries, numerics, renew, store
 from rotlib.study.recipe import rotations
 
 NUMERIC = ("rotations", "quantization", "learning", "measure")
-FOLDER = files.ROOT / "rotlib"
+FOLDER = ROOT / "rotlib"
 # constants that decide how fast something is computed, or how it is named, and not what
 NOT_NUMBERS = {
     *("BLOCK", "_STRIP", "_BLOCK", "_CHUNK", "CHUNK", "ATTENTION", "_HEADS", "_SYLVESTER", "_ONE"),
@@ -132,7 +133,7 @@ def test_a_result_reads_the_stages_of_its_own_computation_and_no_others():
 
 
 def test_every_committed_result_notes_the_stages_it_reads_and_none_is_stale():
-    for path in sorted((files.ROOT / "results" / "study").glob("*.json")):
+    for path in sorted((ROOT / "results" / "study").glob("*.json")):
         result = store.read(path)
         assert sorted(result.provenance["stages"]) == numerics.stages_of(result.spec)
         assert not result.stale, path.name

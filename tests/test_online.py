@@ -193,7 +193,7 @@ def test_R3_needs_rotary_embeddings_and_R4_a_hadamard_matrix():
         ({"R4": True}, "R4 turns the 92 inputs of down_proj"),
         ({"R3": True}, "R3 turns the 92 coordinates of a head"),
     ):
-        model = AutoModelForCausalLM.from_config(odd)
+        model = AutoModelForCausalLM.from_config(odd).eval()
         with pytest.raises(ValueError, match=f"{part}: no Hadamard matrix of order 92"):
             rl.fuse(model, rl.Rotation(None, None, **on))
         assert not rl.is_rotated(model)

@@ -8,7 +8,8 @@ import pytest
 from conftest import exact_logits, tiny_model
 
 import rotlib as rl
-from rotlib.study import engines, files, numerics, own, plots, store, sweep, tables
+from rotlib.disk import ROOT
+from rotlib.study import engines, numerics, own, plots, store, sweep, tables
 from rotlib.study.recipe import OWN
 from rotlib.study.sweep_file import read_sweep
 
@@ -24,7 +25,7 @@ def none_registered():
 @pytest.fixture
 def cosine(tmp_path) -> Path:
     """README's example in a file."""
-    section = (files.ROOT / "README.md").read_text().split("### Add a rotation")[1]
+    section = (ROOT / "README.md").read_text().split("### Add a rotation")[1]
     path = tmp_path / "cosine.py"
     path.write_text(section.split("```python")[1].split("```")[0])
     return path

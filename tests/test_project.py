@@ -13,10 +13,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from rotlib.disk import ROOT
 from rotlib.models.zoo import PACKAGED
 from rotlib.study import notebook as shared
 from rotlib.study import reproduce
-from rotlib.study.files import ROOT
 from rotlib.study.reproduce import make_plan
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -143,7 +143,7 @@ def test_a_mistyped_scale_or_notebook_is_refused_before_anything_runs(call, mess
 def test_a_scale_cannot_name_a_parameter_that_a_notebook_lacks(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "bad.yaml").write_text("00_quickstart: {sedes: [1]}")
-    monkeypatch.setattr("rotlib.study.reproduce.ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "CONFIGS", tmp_path / "configs")
     with pytest.raises(ValueError, match="00_quickstart has no parameter 'sedes'"):
         make_plan("bad")
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 import rotlib as rl
-from rotlib.study import files, store, tables
+from rotlib.disk import ROOT
+from rotlib.study import store, tables
 
 pytestmark = pytest.mark.real_model
 SMOKE = rl.Recipe(calibration_windows=2, test_windows=2)  # as 00_quickstart runs it
@@ -62,7 +63,7 @@ def test_the_cache_changes_nothing_in_what_a_model_with_quantized_keys_writes():
 @pytest.fixture(scope="module")
 def study() -> dict[tuple[str, str, str], tables.Arm]:
     """The committed arms whose name, precision and rounding tell all."""
-    paths = sorted((files.ROOT / "results" / "study").glob("quantize-*.json"))
+    paths = sorted((ROOT / "results" / "study").glob("quantize-*.json"))
     arms = tables.arms(store.read(path) for path in paths)
     return {
         (arm.rotation, arm.recipe.precision, arm.rounding): arm

@@ -15,6 +15,7 @@ import torch
 from conftest import save_short_text, save_tiny_model
 
 import rotlib as rl
+from rotlib import disk
 from rotlib.models.families import Family
 from rotlib.study import diagnostics, files, numerics, store, tables
 from rotlib.study.recipe import rotations
@@ -55,6 +56,7 @@ def test_every_result_says_what_ran_where_on_which_tokens(recipe):
         "stages",
         "versions",
         "device",
+        "content",
         "tokens",
         "model_commit",
     }
@@ -106,7 +108,7 @@ def test_a_failed_write_leaves_neither_half_a_file_nor_the_old_one_broken(tmp_pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        files.write_atomically(path, fail)
+        disk.write_atomically(path, fail)
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
     assert path.read_text() == "old"
 
@@ -496,13 +498,13 @@ def test_a_claim_about_arms_that_were_not_run_says_so():
 
 def test_a_result_of_another_version_is_named(recipe):
     path = files.local_path({"task": "quantize", "foo": 1})
-    files.write_atomically(
+    disk.write_atomically(
         path,
         lambda scratch: scratch.write_text(
             json.dumps(
                 {
                     "spec": {"task": "quantize", "foo": 1},
-                    "metrics": {},
+                    "metrics": {"perplexity": 1, "kl": 0},
                     "seconds": {},
                     "peak_memory_mb": 0,
                     "provenance": {"stages": {}},

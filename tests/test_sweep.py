@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 import rotlib as rl
+from rotlib.disk import ROOT
 from rotlib.study import engines, files, store, sweep
 from rotlib.study.sweep_file import read_sweep
 
@@ -54,7 +55,7 @@ def test_a_recipe_named_twice_is_run_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((files.ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+    "path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_the_sweeps_of_this_project_can_be_read(path):
     assert len(read_sweep(path)) >= 40

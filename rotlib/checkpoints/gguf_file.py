@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotlib.checkpoints.packed import bits_for, codes_of
+from rotlib.checkpoints.packed import bits_for, codes_of, tied
 from rotlib.models.families import Family, adapt
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.rotations.rotation import placed_weights
@@ -75,8 +75,40 @@ class GgufFile:
                 f"this model's rotary embeddings are scaled by {rope['rope_type']!r}: "
                 "export it as 'fused', for llama.cpp's own converter"
             )
+        self._tied = model.config.tie_word_embeddings and tied(model)
+        self._check_computed()
+        self._check_range()
         self._layout = self._lay_out()
         self.size = sum(size for _, _, _, size, _ in self._layout)
+
+    def _check_computed(self) -> None:
+        """Raises ValueError for what llama.cpp would compute otherwise, since no key says it."""
+        config = self._family.config
+        for name, wanted in {"hidden_act": "silu", "use_sliding_window": False}.items():
+            if (found := getattr(config, name, wanted)) != wanted:
+                raise ValueError(
+                    f"this model has {name} {found!r}, and llama.cpp reads its family with "
+                    f"{wanted!r}: export it as 'compressed-tensors'"
+                )
+        window = getattr(config, "sliding_window", None)
+        if config.model_type == "mistral" and window and window < config.max_position_embeddings:
+            raise ValueError(
+                f"this model attends to {window} tokens at a time, and llama.cpp reads its family "
+                "with attention to all: export it as 'compressed-tensors'"
+            )
+
+    def _check_range(self) -> None:
+        """Raises ValueError for what a float16 of the file can't hold."""
+        for name, tensor, weight, _ in self._named():
+            if weight is None:
+                parts = [_floats(tensor)]
+            else:
+                parts = [part.half() for part in (weight.scale, weight.scale * weight.zero)]
+            if not all(torch.isfinite(part).all() for part in parts):
+                raise ValueError(
+                    f"{name} has values beyond float16, which GGUF's blocks are made of: export it "
+                    "as 'compressed-tensors' with dtype=torch.bfloat16"
+                )
 
     def write(self, folder: Path) -> None:
         """`NAME`, with the tokenizer inside."""
@@ -155,7 +187,7 @@ class GgufFile:
         if family.config.rope_parameters["rope_type"] == "llama3":
             yield "rope_freqs.weight", _frequency_factors(family), None, None
         for path, tensor in family.model.state_dict().items():
-            if path == "lm_head.weight" and family.config.tie_word_embeddings:
+            if path == "lm_head.weight" and self._tied:
                 continue
             module = modules[path.rpartition(".")[0]]
             kind = self._types.get(module) if path.endswith(".weight") else None

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.models.families import adapt
-from rotlib.quantization.grids import QuantizedWeight, WeightQuant
+from rotlib.quantization.grids import QuantizedWeight, WeightQuant, check_on_grid
 from rotlib.rotations.rotation import placed_weights
 
 SHARD = "5GB"
@@ -53,11 +53,23 @@ class Checkpoint:
             for path, module in modules
             if hasattr(module, "quantized")
         }
-        self._tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+        self._tied = ("lm_head.weight",) if model.config.tie_word_embeddings and tied(model) else ()
         self._parts = self._make_parts()
         shapes = {name: make("meta") for name, make in self._parts.items()}
         self._plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
         self.size = sum(shape.nbytes for shape in shapes.values())
+        if torch.finfo(dtype).max < 1e6:
+            self._check_range()
+
+    def _check_range(self) -> None:
+        """Raises ValueError for what this dtype makes infinite of."""
+        for name, make in self._parts.items():
+            part = make("cpu")
+            if part.is_floating_point() and not torch.isfinite(part).all():
+                raise ValueError(
+                    f"{name} has values beyond {self._dtype}: pass dtype=torch.bfloat16, or "
+                    "torch.float32"
+                )
 
     def write(self, folder: Path) -> None:
         """Weights, their index, config and tokenizer."""
@@ -111,6 +123,7 @@ class Checkpoint:
         for mark in _OURS:
             if hasattr(config, mark):
                 delattr(config, mark)
+        config.tie_word_embeddings = bool(self._tied)
         config.architectures = [type(self._model).__name__]
         config.dtype = self._dtype
         if self._packing is not None:
@@ -131,7 +144,7 @@ class Checkpoint:
 def codes_of(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
     """The codes of every quantized weight, by names such as "layers.0.q".
 
-    Raises ValueError where one has none.
+    Raises ValueError where one has none, or another weight by now than its codes stand for.
     """
     weights = {}
     for placed in placed_weights(adapt(model), quantized_only=True):
@@ -141,7 +154,28 @@ def codes_of(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
                 f"{placed.name} has no codes: quantize the model with rl.gptq or rl.rtn first, "
                 "or export it as 'fused'"
             )
+        check_on_grid(placed.name, weights[placed.name])
+        if not _stands_for(weights[placed.name], placed.module.weight):
+            raise ValueError(
+                f"the weight of {placed.name} was changed since it was quantized, so its codes "
+                "aren't its own: load the original again and quantize it"
+            )
     return weights
+
+
+def _stands_for(codes: QuantizedWeight, weight: Tensor) -> bool:
+    """Whether a weight is what its codes stand for, in its own dtype or rounded to 16 bits once."""
+    dense, weight = codes.dense(), weight.to(codes.codes.device)
+    return dense.shape == weight.shape and any(
+        torch.equal(dense.to(dtype).to(weight.dtype), weight)
+        for dtype in (weight.dtype, torch.bfloat16, torch.float16)
+    )
+
+
+def tied(model: PreTrainedModel) -> bool:
+    """Whether the head is the embedding, whatever the config says."""
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    return head is embedding or bool(torch.equal(head, embedding))
 
 
 def bits_for(weight: QuantizedWeight, containers: tuple[int, ...]) -> int | None:

@@ -92,12 +92,12 @@ def _elsewhere(software: str, asked: dict, windows: Tensor | None, keep: int | N
             reason = said[-1] if said else f"it ended with status {done.returncode}"
             place = asked.get("file") or asked["folder"]
             raise RuntimeError(f"{software} can't read {place}: {reason}")
-        return Reading(**torch.load(found))
+        return Reading(**torch.load(found, weights_only=True))
 
 
 def _main(given: str, found: str) -> None:
     sys.modules["rotlib"] = None  # from here on importing it fails, wherever it is installed
-    asked = torch.load(given)
+    asked = torch.load(given, weights_only=True)
     windows = asked["windows"]
     if windows is None:
         windows = torch.empty(0, 2, dtype=torch.long)
@@ -118,6 +118,7 @@ def _transformers(asked: dict, windows: Tensor) -> tuple[str, Callable[[Tensor],
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     how = {"gguf_file": asked["gguf_file"]} if asked["gguf_file"] else {}
+    how["trust_remote_code"] = False
     model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float32, **how)
     model.eval().requires_grad_(False)
     needed = 1.3 * sum(p.nbytes for p in model.parameters())

@@ -7,19 +7,31 @@ nothing. The folder is written beside its place under another name, read back an
 model in memory, and only then renamed: what stands there is complete.
 """
 
+import json
 import os
 import shutil
+import warnings
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checkpoints.gguf_file import NAME, GgufFile
 from rotlib.checkpoints.packed import Checkpoint
 from rotlib.checks import one_of, yes_or_no
-from rotlib.models.families import adapt, check_finite, check_not_rounding, is_quantized
+from rotlib.disk import check_writable, file_digest, scratch_beside, write_json
+from rotlib.models.families import adapt, check_not_rounding, check_sound, is_quantized
+from rotlib.models.walk import final_hidden
+from rotlib.models.zoo import bars_for_downloads_only
 
 FORMATS = ("compressed-tensors", "gguf", "fused")
+CARD = "README.md"
+MARKER = "rotlib_export.json"
+# what transformers doesn't learn from a GGUF file; llama.cpp reads it off the tensors
+_UNTOLD = ("attention_bias", "mlp_bias", "rope_parameters")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,16 +47,17 @@ def export(
 ) -> Path:
     """Write the model, its tokenizer and its card (README.md) to a folder; returns the folder.
 
-    `dtype` is of all that isn't packed, scales included (None: the model's own; GGUF has its own
-    types). Raises ValueError before writing anything for a folder that isn't empty (unless
-    `overwrite`), too little room on the disk, a model that needs online rotations, or one that the
-    format can't hold; RuntimeError, leaving nothing behind, where what was written reads back as
-    something else.
+    What was written is compared with the model in memory, tensor by tensor and by its logits,
+    before it gets its name. `overwrite` replaces an earlier export, and nothing else. `dtype` is of
+    all that isn't packed, scales included (None: the model's own; GGUF has its own types). Raises
+    ValueError before writing anything for a folder that isn't empty (unless `overwrite`), too
+    little room on the disk, a model that needs online rotations, or one that the format can't hold;
+    RuntimeError, leaving nothing behind, where what was written reads back as something else.
 
     >>> from rotlib.quantization.grids import WeightQuant, rtn
     >>> weights = rtn(model, WeightQuant(bits=4))
-    >>> sorted(file.name for file in export(model, folder / "W4").iterdir())
-    ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
+    >>> sorted(file.suffix for file in export(model, folder / "W4").iterdir())
+    ['.json', '.json', '.json', '.md', '.safetensors']
     """
     one_of("format", format, FORMATS)
     yes_or_no("overwrite", overwrite)
@@ -55,70 +68,177 @@ def export(
             f"this model needs {' and '.join(online)} while it runs, "
             "which no plain checkpoint has: rotate it without them"
         )
-    if format == "gguf" and dtype is not None:
-        raise ValueError("GGUF has its own types: leave dtype out")
+    check_dtype(format, dtype)
     if format == "fused" and is_quantized(model):
         raise ValueError(
             "this model is quantized already: 'fused' writes the rotated model before that, "
             "for another quantizer"
         )
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(
-            f"dtype must be one of {', '.join(map(str, DTYPES))}, or None for the model's own, "
-            f"not {dtype!r}"
-        )
-    check_finite(model)
-    folder = checked_folder(folder, overwrite)
+    check_sound(model)
+    folder = checked_folder(folder, overwrite, source=model.config.name_or_path)
     if format == "gguf":
         content = GgufFile(model, tokenizer)
     else:
         content = Checkpoint(model, tokenizer, dtype or model.dtype, packed=format != "fused")
-    _check_room(folder, content.size)
-    beside = f".{folder.name}.{os.getpid()}"
-    scratch, old = (folder.with_name(f"{beside}.{what}") for what in ("partial", "old"))
-    scratch.mkdir()
-    try:
+    check_room(folder, content.size)
+    with scratch_beside(folder, folder=True) as scratch:
         content.write(scratch)
-        (scratch / "README.md").write_text(card, encoding="utf-8")
+        (scratch / CARD).write_text(card or _short_card(model, format), encoding="utf-8")
         if name := content.differing(scratch):
             raise RuntimeError(
                 f"{name} doesn't read back as it is in memory, so nothing was kept: "
                 "is the disk sound?"
             )
-        if overwrite and folder.exists():
-            os.rename(folder, old)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        _check_logits(model, scratch, format, dtype or model.dtype)
+        usual = (scratch / CARD).stat().st_mode  # safetensors lets nobody else read its files
+        for name in _files_in(scratch):
+            (scratch / name).chmod(usual)
+        _write_marker(scratch, format)
+        _put_in_place(scratch, folder)
     return folder
 
 
-def checked_folder(folder: str | Path, overwrite: bool) -> Path:
-    """The folder's full path, known to be free, or to hold a checkpoint that may be replaced."""
-    folder = Path(folder).resolve()
-    if folder.exists():
-        if not folder.is_dir() or (any(folder.iterdir()) and not overwrite):
-            raise ValueError(
-                f"{folder} isn't an empty folder: name another one, or pass overwrite=True to "
-                "replace a checkpoint"
-            )
-        checkpoint = any((folder / name).exists() for name in ("config.json", NAME))
-        if any(folder.iterdir()) and not checkpoint:
-            raise ValueError(
-                f"{folder} holds something else than a checkpoint, which is all that "
-                "overwrite=True replaces: name another folder"
-            )
+def check_dtype(format: str, dtype: torch.dtype | None) -> None:
+    """Raises ValueError for a dtype that a checkpoint of this format can't have."""
+    if format == "gguf" and dtype is not None:
+        raise ValueError("GGUF has its own types: leave dtype out")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(map(str, DTYPES))}, or None for the model's own, "
+            f"not {dtype!r}"
+        )
+
+
+def checked_folder(folder: str | Path, overwrite: bool, source: str = "") -> Path:
+    """The folder's full path, known to be free, or to hold an export that may be replaced.
+
+    That is one whose `MARKER` lists every file that is there, unchanged. Never the model's own
+    `source`, or a folder around the working directory. Raises ValueError otherwise.
+    """
+    if not str(folder).strip():
+        raise ValueError("the folder to write has no name")
+    folder = Path(folder).expanduser().resolve()
+    if source and Path(source).is_dir() and folder in (at := Path(source).resolve(), *at.parents):
+        raise ValueError(f"{folder} holds the model that is exported: name another folder")
+    if folder in (here := Path.cwd(), *here.parents):
+        raise ValueError(f"{folder} holds the working directory: name another folder")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        if _aside(folder).exists() and not folder.exists():  # an export was killed at that moment
+            os.replace(_aside(folder), folder)
+        shutil.rmtree(_aside(folder), ignore_errors=True)
+        if folder.exists():
+            _check_replaceable(folder, overwrite)
+        check_writable(folder.parent, "name another folder")
+        with suppress(FileNotFoundError):
+            folder.stat()  # a name may be too long for the file system
     except OSError as error:
-        raise ValueError(f"{folder.parent} can't be made a folder: {error.strerror}") from error
-    if not os.access(folder.parent, os.W_OK):
-        raise ValueError(f"{folder.parent} can't be written to: name another folder")
+        raise ValueError(f"{folder} can't be written: {error.strerror}") from error
     return folder
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    if not folder.is_dir() or (any(folder.iterdir()) and not overwrite):
+        raise ValueError(
+            f"{folder} isn't an empty folder: name another one, or pass overwrite=True to "
+            "replace an export"
+        )
+    if not any(folder.iterdir()):
+        return
+    try:
+        written = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"] | {MARKER: ""}
+        changed = [
+            name
+            for name in _files_in(folder)
+            if name not in written
+            or (name != MARKER and file_digest(folder / name) != written[name])
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} holds something else than an export of rotlib, which is all that "
+            "overwrite=True replaces: name another folder"
+        ) from error
+    if changed:
+        raise ValueError(
+            f"{folder / changed[0]} isn't as rotlib wrote it, and overwrite=True replaces "
+            "nothing else: name another folder, or move that file"
+        )
+
+
+def _write_marker(folder: Path, format: str) -> None:
+    """What the folder is, and the sha256 of every file in it."""
+    files = {name: file_digest(folder / name) for name in _files_in(folder)}
+    marker = {"made by": f"rotlib {version('rotlib')}", "format": format, "files": files}
+    write_json(folder / MARKER, marker)
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _put_in_place(scratch: Path, folder: Path) -> None:
+    """Rename, with the old folder aside until the new one stands."""
+    aside = _aside(folder)
+    if folder.exists():
+        os.replace(folder, aside)
+    try:
+        os.replace(scratch, folder)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name[:100]}.replaced")
+
+
+def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torch.dtype) -> None:
+    """Raises RuntimeError where transformers computes something else from the folder.
+
+    On two windows of fixed tokens, to what the numbers' width explains. Where there is no memory
+    for a second model, that is said and the tensors' comparison stands alone.
+    """
+    family = adapt(model)
+    size = 4 * model.num_parameters()
+    if psutil.virtual_memory().available < 1.3 * size:
+        what = f"no memory for a second model ({size / 1e9:.1f} GB): its logits aren't compared"
+        warnings.warn(what, stacklevel=3)
+        return
+    length = min(32, model.config.max_position_embeddings)
+    ids = (torch.arange(2 * length) * 7919 % model.config.vocab_size).view(2, length)
+    how = {"trust_remote_code": False}
+    if format == "gguf":
+        how |= {"gguf_file": NAME, "dtype": torch.float32}
+        how |= {key: value for key in _UNTOLD if (value := getattr(model.config, key, None))}
+    else:
+        how |= {"dtype": dtype, "use_safetensors": True}
+    with bars_for_downloads_only(str(folder)):
+        read = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+    hidden = final_hidden(family, ids)
+    with family.on_device(family.lm_head):
+        wanted = torch.stack([family.lm_head(x.to(family.device)).cpu() for x in hidden]).double()
+    found = read(ids).logits[:, :-1].double()
+    spread = wanted - wanted.mean(-1, keepdim=True)
+    error = ((found - wanted).norm() / spread.norm()).item()
+    coarse = format == "gguf" or torch.float32 not in (dtype, model.dtype) or dtype != model.dtype
+    if not error < (0.1 if coarse else 1e-3):
+        raise RuntimeError(
+            f"transformers computes other logits from the folder than the model has ({error:.0%} "
+            "off), so nothing was kept: does a hook, or a module of your own, take part in it?"
+        )
+
+
+def _short_card(model: PreTrainedModel, format: str) -> str:
+    name = Path(model.config.name_or_path).name or model.config.model_type
+    return (
+        f"# {name}, {format}\n\nMade by rotlib {version('rotlib')} with `rl.export`. "
+        "Nothing was measured: `rl.export_recipe` writes a card with perplexity and divergence.\n"
+    )
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises ValueError where the disk has fewer bytes left."""
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise ValueError(

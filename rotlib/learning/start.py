@@ -10,8 +10,8 @@ from rotlib.checks import whole_number, yes_or_no
 from rotlib.models.families import (
     Family,
     adapt,
-    check_finite,
     check_not_rounding,
+    check_sound,
     is_quantized,
     is_rotated,
 )
@@ -34,7 +34,7 @@ def original(model: PreTrainedModel) -> Family:
             "this model is already rotated or quantized: learn the rotation on the original"
         )
     check_not_rounding(model)
-    check_finite(model)
+    check_sound(model)
     return family
 
 

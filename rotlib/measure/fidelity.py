@@ -8,7 +8,7 @@ reference's and is far less noisy than perplexity. Logits exist for a few positi
 
 from copy import deepcopy
 from dataclasses import dataclass, field
-from math import exp
+from math import exp, inf
 from statistics import fmean
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids, whole_number
-from rotlib.models.families import adapt
+from rotlib.models.families import adapt, check_sound
 from rotlib.models.text import windows as cut
 from rotlib.models.walk import final_hidden
 
@@ -39,11 +39,11 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return exp(fmean(self.cross_entropy))
+        return _perplexity(self.cross_entropy)
 
     @property
     def reference_perplexity(self) -> float:
-        return exp(fmean(self.reference_cross_entropy))
+        return _perplexity(self.reference_cross_entropy)
 
     @property
     def kl_divergence(self) -> float:
@@ -63,6 +63,7 @@ class Reference:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "windows length"]):
         family = adapt(model)
+        check_sound(model)
         token_ids("windows", windows, 2, model)
         self.windows = windows
         self.lm_head = deepcopy(family.lm_head)  # the model may be rotated in place later on
@@ -81,6 +82,7 @@ def evaluate(
     True
     """
     family = adapt(model)
+    check_sound(model)
     token_ids("windows", windows, 2, model)
     if reference is not None and not isinstance(reference, Reference):
         raise ValueError(
@@ -142,6 +144,14 @@ def kl_divergence(
     """
     ids = _all_windows(tokens, window)
     return evaluate(model, ids, Reference(reference, ids)).kl_divergence
+
+
+def _perplexity(cross_entropy: list[float]) -> float:
+    """Infinite where it is beyond what a float holds: the model is broken, and the run isn't."""
+    try:
+        return exp(fmean(cross_entropy))
+    except OverflowError:
+        return inf
 
 
 def _all_windows(tokens: Tensor, window: int) -> Int[Tensor, "windows length"]:

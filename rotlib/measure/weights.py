@@ -8,6 +8,8 @@ it: the spread of energies within groups, and the groups' largest weights.
 from jaxtyping import Float
 from torch import Tensor
 
+from rotlib.checks import matrix, whole_number
+
 SHOWN_LAYER = 10  # whose coordinates' energies are kept, or the last layer of a smaller model
 
 
@@ -17,6 +19,7 @@ def incoherence(W: Float[Tensor, "out in"]) -> float:
     >>> incoherence(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))  # two of four entries hold everything
     1.414...
     """
+    matrix("W", W)
     W = W.double()
     return (W.abs().max() / W.square().mean().sqrt()).item()
 
@@ -32,6 +35,7 @@ def kurtosis(W: Float[Tensor, "out in"]) -> float:
     >>> kurtosis(torch.tensor([[5.0, 0.0, 0.0, 0.0]]))
     4.0
     """
+    matrix("W", W)
     W = W.double()
     return (W.pow(4).mean(dim=1) / W.square().mean(dim=1).square().clamp_min(1e-300)).mean().item()
 
@@ -47,6 +51,9 @@ def group_spread(W: Float[Tensor, "out in"], group_size: int) -> dict[str, float
     >>> group_spread(torch.tensor([[1.0, 1.0, 4.0, 4.0]]), group_size=2)
     {'within': 0.0, 'peak': 1.0}
     """
+    matrix("W", W)
+    if W.shape[1] % whole_number("group_size", group_size, 1):
+        raise ValueError(f"group_size {group_size} doesn't divide the {W.shape[1]} columns of W")
     W = W.double()
     log = W.square().sum(0).clamp_min(1e-300).log().view(-1, group_size)
     total = log.var(correction=0)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checks import whole_number
 from rotlib.measure.offline_tasks import METRIC, offline_items
-from rotlib.models.families import adapt
+from rotlib.models.families import adapt, check_sound
 from rotlib.models.text import check_text
 from rotlib.models.zoo import on_hub
 
@@ -87,6 +87,7 @@ def zero_shot(
     {'last_word': 4}
     """
     adapt(model)
+    check_sound(model)
     names = task_names(tasks)
     check_text(text)
     check_limit(limit)

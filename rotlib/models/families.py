@@ -9,6 +9,7 @@ are refused with the module's name.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import ClassVar
 
 import torch
@@ -146,12 +147,7 @@ def adapt(model: PreTrainedModel) -> Family:
             if stranger := _stranger(model, family):
                 reason = f"has no place in the {model_type} layout"
                 raise ValueError(_refusal(model, stranger, reason))
-            online = getattr(model.config, "rotlib_online", None)
-            if online and not hasattr(model, "rotlib_online"):
-                raise ValueError(
-                    f"this model was saved with the online rotations {', '.join(online)} on: "
-                    "rl.load restores them"
-                )
+            _check_one_meaning(model)
             return family(model)
     if norm := _POST_NORM.get(model_type):
         path = next(name for name, _ in model.named_modules() if name.endswith(f"layers.0.{norm}"))
@@ -162,6 +158,35 @@ def adapt(model: PreTrainedModel) -> Family:
     norm = type(model.model.layers[0].get_submodule(Family.norm_paths["attention_norm"])).__name__
     reason = f"is a {norm}, whose gain it doesn't know how to fold"
     raise ValueError(_refusal(model, "model.layers.0.input_layernorm", reason))
+
+
+def _check_one_meaning(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model that computes something else than its weights say.
+
+    Parts of it are shared, or of a class with a state of its own, or its config asks for online
+    rotations that aren't at work.
+    """
+    owner: dict[int, str] = {}
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}  # these may be one
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = owner.setdefault(parameter.data_ptr() or id(parameter), name)
+        if other != name and {name, other} != ends:
+            raise ValueError(
+                f"{other} and {name} are one weight, which would be rotated twice: "
+                "give each a copy of its own"
+            )
+    for name, module in _holders(model):
+        if "norm" not in name and type(module) not in (nn.Linear, nn.Embedding):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, not a plain torch.nn.Linear: merge adapters "
+                "into the weights, or load the original model"
+            )
+    online = getattr(model.config, "rotlib_online", None)
+    if online and not hasattr(model, "rotlib_online"):
+        raise ValueError(
+            f"this model was saved with the online rotations {', '.join(online)} on: "
+            "rl.load restores them"
+        )
 
 
 def is_rotated(model: PreTrainedModel) -> bool:
@@ -190,13 +215,25 @@ def check_not_rounding(model: PreTrainedModel) -> None:
         )
 
 
-def check_finite(model: PreTrainedModel) -> None:
-    """Raises ValueError naming the first parameter that holds a NaN or an infinity."""
+def check_sound(model: PreTrainedModel) -> None:
+    """Raises ValueError where a model is training, or a parameter holds a NaN or an infinity."""
+    if any(module.training for module in model.modules()):
+        raise ValueError("this model is in training mode, where it may drop out: call model.eval()")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(
                 f"{name} holds NaN or infinite weights: reload the model from a sound checkpoint"
             )
+
+
+def weights_sample(model: PreTrainedModel) -> str:
+    """A digest of a thousand entries of every parameter: what is learned of a model is its own."""
+    digest = sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        values = values[:: max(1, len(values) // 1000)].cpu().float()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _stranger(model: PreTrainedModel, family: type[Family]) -> str | None:

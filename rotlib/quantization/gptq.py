@@ -30,6 +30,7 @@ from rotlib.quantization.grids import (
     Grid,
     QuantizedWeight,
     WeightQuant,
+    check_on_grid,
     check_quantizable,
     fit_grid,
     round_to_nearest,
@@ -126,7 +127,9 @@ def gptq(
             unrounded.walk(layer)
         if done := kept and kept.get(layer):
             for site, linear in family.linears(layer).items():
-                set_weight(linear, done.weights[f"layers.{layer}.{site}"])
+                weight = done.weights[name := f"layers.{layer}.{site}"]
+                check_on_grid(name, weight, quant)
+                set_weight(linear, weight)
             batches = walk_layer(family, layer, batches)
         else:
             done = Report()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number, yes_or_no
-from rotlib.models.families import Family, adapt, check_finite, is_quantized
+from rotlib.models.families import Family, adapt, check_sound, is_quantized
 from rotlib.rotations.rotation import placed_weights
 
 CLIP_NORM = 2.4
@@ -160,11 +160,14 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
 
 
 @torch.no_grad()
-def restore(model: PreTrainedModel, weights: dict[str, QuantizedWeight]) -> PreTrainedModel:
+def restore(
+    model: PreTrainedModel, weights: dict[str, QuantizedWeight], quant: WeightQuant | None = None
+) -> PreTrainedModel:
     """Put quantized weights into a model prepared as theirs was, in place.
 
     They are what `rtn` returned, or `gptq` in its report's `weights`. Raises ValueError before
-    touching anything where they don't fit, or the model is quantized already.
+    touching anything where they don't fit, or aren't on the grid `quant` where it is given; where
+    scales or zero points aren't finite; where the model is quantized already.
 
     >>> from copy import deepcopy
     >>> original = deepcopy(model)
@@ -186,19 +189,41 @@ def restore(model: PreTrainedModel, weights: dict[str, QuantizedWeight]) -> PreT
     for name in linears.keys() | weights.keys():
         if name not in linears or not _fits(weights.get(name), linears[name].weight):
             raise ValueError(f"these quantized weights belong to another model: {name} doesn't fit")
+        check_on_grid(name, weights[name], quant)
     model.config.rotlib_quantized = True
     for name, weight in weights.items():
         set_weight(linears[name], weight)
     return model
 
 
+def check_on_grid(name: str, weight: QuantizedWeight, quant: WeightQuant | None = None) -> None:
+    """Raises ValueError for codes outside their grid, or a scale that no weight has.
+
+    Without `quant` every code that their type holds is allowed.
+    """
+    numbers = torch.isfinite(weight.scale) & torch.isfinite(weight.zero) & (weight.scale != 0)
+    if weight.codes.dtype not in (torch.int8, torch.uint8) or not numbers.all():
+        raise ValueError(
+            f"the quantized weight {name} is damaged: its codes must be int8 or uint8, its scales "
+            "finite and not zero, its zero points finite"
+        )
+    if quant is not None:
+        low, high = quant.codes
+        inside = low <= weight.codes.min() and weight.codes.max() <= high
+        if weight.codes.dtype != quant.storage or not inside:
+            raise ValueError(
+                f"the quantized weight {name} has codes outside {low} … {high}: it is damaged, or "
+                "of another grid"
+            )
+
+
 def _fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
     if not isinstance(weight, QuantizedWeight) or weight.codes.shape != shape_of.shape:
         return False
+    if weight.scale.ndim != 2 or weight.scale.shape != weight.zero.shape:
+        return False
     rows, groups = weight.scale.shape
-    divided = rows == len(shape_of) and groups > 0 and shape_of.shape[1] % groups == 0
-    finite = bool(torch.isfinite(weight.scale).all())
-    return divided and finite and weight.scale.shape == weight.zero.shape
+    return rows == len(shape_of) and groups > 0 and shape_of.shape[1] % groups == 0
 
 
 def check_quantizable(family: Family, quant: WeightQuant) -> None:
@@ -214,7 +239,7 @@ def check_quantizable(family: Family, quant: WeightQuant) -> None:
         )
     for name, linear in family.linears(0).items():
         quant.check_width(linear.in_features, f"{name}_proj")
-    check_finite(family.model)
+    check_sound(family.model)
 
 
 def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | float) -> Grid:

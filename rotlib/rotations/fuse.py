@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from rotlib.models.families import (
     Family,
     adapt,
-    check_finite,
     check_not_rounding,
+    check_sound,
     is_quantized,
     is_rotated,
 )
@@ -57,11 +57,12 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     check_not_rounding(model)
     check_rotation(family, rotation)
     check_online(family, rotation.online)
-    check_finite(model)
+    check_sound(model)
+    rotation = rotation.projected(family.device)
+    _check_range(family, rotation)
     # marked before it is: an interrupted model is neither the original nor rotated
     model.config.rotlib_rotated = True
     family.untie()
-    rotation = rotation.projected(family.device)
     for placed in placed_weights(family):
         for name, value in placed.rotated(rotation, family.device):
             getattr(placed.module, name).copy_(value)
@@ -71,6 +72,23 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     family.final_norm.weight.fill_(1.0)
     attach(family, rotation.online)
     return model
+
+
+def _check_range(family: Family, rotation: Rotation) -> None:
+    """Raises ValueError where a rotated weight is beyond float16, which a rotation can make of it.
+
+    A first pass tells before any weight is changed; wider types need none.
+    """
+    largest = torch.finfo(family.model.dtype).max
+    if largest > 1e6:
+        return
+    for placed in placed_weights(family):
+        for name, value in placed.rotated(rotation, family.device):
+            if value.abs().max() > largest:
+                raise ValueError(
+                    f"the rotated {name} of {placed.name} is beyond {family.model.dtype}: "
+                    "load the model with dtype=torch.bfloat16 or torch.float32"
+                )
 
 
 def check_rotation(family: Family, rotation: Rotation) -> None:

@@ -33,6 +33,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rotlib.disk import file_digest
 from rotlib.learning import (
     descent,
     grouped,
@@ -52,7 +53,6 @@ from rotlib.quantization import activations, gptq, grids, hessian
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
 from rotlib.rotations.rotation import Rotation, times
 from rotlib.study import recipe
-from rotlib.study.files import file_digest
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 
 from rotlib.checkpoints.gguf_file import check_holds, cut_of
-from rotlib.checkpoints.write import FORMATS, checked_folder, export
-from rotlib.checks import one_of
-from rotlib.models.zoo import load_tokenizer
+from rotlib.checkpoints.write import FORMATS, check_dtype, check_room, checked_folder, export
+from rotlib.checks import one_of, yes_or_no
+from rotlib.models.zoo import load_tokenizer, resolve
+from rotlib.study import memory
 from rotlib.study.card import model_card
 from rotlib.study.pipeline import build, run
-from rotlib.study.recipe import Recipe
+from rotlib.study.recipe import Recipe, check_recipe
 
 
 def export_recipe(
@@ -30,8 +31,11 @@ def export_recipe(
     >>> (export_recipe(recipe, folder / "W4") / "README.md").is_file()
     True
     """
+    check_recipe("export_recipe", recipe)
     one_of("format", format, FORMATS)
-    folder = checked_folder(folder, overwrite)
+    yes_or_no("overwrite", overwrite)
+    check_dtype(format, dtype)
+    folder = checked_folder(folder, overwrite, source=resolve(recipe.model))
     if recipe.online:
         raise ValueError(
             f"a plain checkpoint has no {' and '.join(recipe.online)}: "
@@ -44,6 +48,7 @@ def export_recipe(
         raise ValueError(
             "'fused' goes with the rounding 'none', the packed formats with 'rtn' and 'gptq'"
         )
+    check_room(folder, memory.least_on_disk(recipe, dtype or torch.float32))
     result = run(recipe, device)
     model, tokenizer = build(recipe, device)
     card = model_card(recipe, result, format)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import pandas
 
 from rotlib.checks import one_of
+from rotlib.disk import file_digest, write_text
 from rotlib.study import store
 from rotlib.study.figures import figures_folder
-from rotlib.study.files import file_digest, local_path, saved, write_text
+from rotlib.study.files import saved
 from rotlib.study.recipe import LEARNED, Recipe
 from rotlib.study.tables import Arm, judge, stored
 
@@ -208,7 +209,7 @@ def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[s
     `redrawn` names its files' results already, as `figures.redraw` does.
     """
     named = {
-        name: sorted({local_path(result.spec).name for arm in arms for result in arm.results})
+        name: sorted({result.file for arm in arms for result in arm.results})
         for name, arms in made_from.items()
     }
     files = {}

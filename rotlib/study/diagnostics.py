@@ -25,7 +25,7 @@ from rotlib.rotations.online import check_online, load
 from rotlib.rotations.rotation import Rotation, placed_weights
 from rotlib.study import store
 from rotlib.study.pipeline import build, calibration_tokens, rotation_of
-from rotlib.study.recipe import Recipe
+from rotlib.study.recipe import Recipe, check_recipe
 from rotlib.study.store import Record, Result
 
 
@@ -38,7 +38,7 @@ def outliers(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
     >>> outliers(recipe).metrics["modules"][0]["kurtosis"] > 1
     True
     """
-    _check_recipe("outliers", recipe)
+    check_recipe("outliers", recipe)
     recipe = recipe.of_rotation("text", "window", "calibration_windows")
     picked = pick_device(device)
 
@@ -91,7 +91,7 @@ def bounds(recipe: Recipe, every: int = 1, device: str = "auto", run: bool = Tru
     >>> module["floor"] < module["tr_D"]
     True
     """
-    _check_recipe("bounds", recipe)
+    check_recipe("bounds", recipe)
     grid = (field.name for field in fields(recipe.quant))
     recipe = recipe.of_rotation("text", "window", "calibration_windows", *grid)
     picked = pick_device(device)
@@ -123,7 +123,7 @@ def groups(recipe: Recipe, group_size: int, device: str = "auto", run: bool = Tr
     >>> sorted(groups(recipe, group_size=16).metrics["modules"][0])
     ['layer', 'peak', 'site', 'within']
     """
-    _check_recipe("groups", recipe)
+    check_recipe("groups", recipe)
     whole_number("group_size", group_size, 1)
     recipe = recipe.of_rotation()
     picked = pick_device(device)
@@ -165,7 +165,7 @@ def zero_shot_of(
     >>> zero_shot_of(recipe, ["last_word"], limit=4).metrics["items"]
     {'last_word': 4}
     """
-    _check_recipe("zero_shot_of", recipe)
+    check_recipe("zero_shot_of", recipe)
     names = task_names(tasks)
     check_limit(limit)
     picked = pick_device(device)
@@ -185,10 +185,3 @@ def zero_shot_of(
 def _once(spec: dict, device: torch.device, compute: Callable, run: bool) -> Result:
     yes_or_no("run", run)
     return store.once(spec, device, compute) if run else store.known(spec)
-
-
-def _check_recipe(name: str, recipe: object) -> None:
-    if not isinstance(recipe, Recipe):
-        raise ValueError(
-            f"{name} takes a Recipe, such as rl.Recipe(rotation='optrot'), not {recipe!r}"
-        )

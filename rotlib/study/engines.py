@@ -18,6 +18,7 @@ from multiprocessing.connection import wait
 
 import torch
 
+from rotlib.disk import folder_of
 from rotlib.study import own, store
 from rotlib.study.files import local_path
 from rotlib.study.memory import GB
@@ -146,7 +147,8 @@ def ray(
 
     address = address or os.environ.get("RAY_ADDRESS")
     if not cluster.is_initialized():  # workers elsewhere must find the same folders
-        places = {name: value for name, value in os.environ.items() if name.startswith("ROTLIB_")}
+        named = (name for name, value in os.environ.items() if name.startswith("ROTLIB_") and value)
+        places = {name: str(folder_of(name, "")) for name in named}
         options = {"log_to_driver": False, "include_dashboard": False}
         cpus = None if address else max(workers, _cores())
         try:

@@ -21,8 +21,9 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from rotlib.disk import folder_of, write_atomically, write_text
 from rotlib.study import plots, store
-from rotlib.study.files import ROOT, local_path, results_folder, saved, write_atomically, write_text
+from rotlib.study.files import results_folder, saved
 from rotlib.study.store import Result
 from rotlib.study.tables import Arm, arms
 
@@ -35,7 +36,7 @@ _METADATA = {
 
 def figures_folder() -> Path:
     """`ROTLIB_FIGURES`, else figures/draft of this checkout."""
-    return ROOT / (os.environ.get("ROTLIB_FIGURES") or "figures/draft")
+    return folder_of("ROTLIB_FIGURES", "figures/draft")
 
 
 def save(figure: Figure, name: str) -> None:
@@ -115,9 +116,9 @@ def _kept(thing: object) -> object:
     """What `revived` makes this of; raises TypeError for what no figure is drawn from."""
     match thing:
         case Arm():
-            return {"arm of": [local_path(result.spec).name for result in thing.results]}
+            return {"arm of": [result.file for result in thing.results]}
         case Result():
-            return {"result of": local_path(thing.spec).name}
+            return {"result of": thing.file}
         case torch.Tensor():
             largest = thing.abs().max().item()
             shades = (thing / largest * _SHADES).round().to(torch.int8)

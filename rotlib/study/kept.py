@@ -1,20 +1,23 @@
 """What takes minutes to make is kept: rotations, quantized weights, an unfinished GPTQ's layers.
 
-A file beside the results is used again while the stages it read, torch, the kind of device and what
-it was made for are the same; another one, or a damaged one, counts as none. A file that can't be
-written costs the next run its time, and this one nothing.
+A file beside the results is used again while the model's files, the text, the stages it read,
+torch, the kind of device and what it was made for are the same; another one, or one whose sum is
+wrong, counts as none. A file that can't be written costs the next run its time, and this one
+nothing.
 """
 
 import warnings
 from contextlib import suppress
 from dataclasses import astuple
+from hashlib import sha256
 
 import torch
 
+from rotlib.disk import write_atomically
 from rotlib.quantization.gptq import ModuleReport, Report
 from rotlib.quantization.grids import QuantizedWeight
 from rotlib.study import numerics
-from rotlib.study.files import local_path, write_atomically
+from rotlib.study.files import local_path
 
 
 class Kept:
@@ -27,14 +30,15 @@ class Kept:
 
     def read(self) -> dict | None:
         with suppress(Exception):  # no file, or a damaged one: compute anew
-            contents = torch.load(self.path, map_location="cpu")
-            if contents["maker"] == self._maker:
+            contents = torch.load(self.path, map_location="cpu", weights_only=True)
+            if contents.pop("sum") == _sum(contents) and contents["maker"] == self._maker:
                 return contents
 
     def write(self, contents: dict) -> bool:
         """Whether it is on disk now."""
         try:
             made = contents | {"maker": self._maker}
+            made["sum"] = _sum(made)
             write_atomically(self.path, lambda scratch: torch.save(made, scratch))
         except OSError as error:  # a full disk, say
             what = f"{self.path} couldn't be written, so it won't be reused ({error})"
@@ -71,6 +75,29 @@ class KeptLayers:
         every = self._of_layer("*").path  # with a star where the number stands: a pattern
         for path in every.parent.glob(every.name):
             path.unlink(missing_ok=True)
+
+
+def _sum(contents: object) -> str:
+    """sha256 of everything, tensors bit by bit: a single flipped one makes it another."""
+    digest = sha256()
+
+    def add(thing: object) -> None:
+        if isinstance(thing, torch.Tensor):
+            digest.update(f"{thing.dtype} {tuple(thing.shape)}".encode())
+            digest.update(thing.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(thing, dict):
+            for key in thing:
+                digest.update(f"{key!r}:".encode())
+                add(thing[key])
+        elif isinstance(thing, list | tuple):
+            digest.update(f"{len(thing)} of".encode())
+            for one in thing:
+                add(one)
+        else:
+            digest.update(f"{thing!r};".encode())
+
+    add(contents)
+    return digest.hexdigest()
 
 
 def packed(weights: dict[str, QuantizedWeight]) -> dict[str, tuple]:

@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rotlib.learning.sampling import BATCH, STEPS_A_DRAW
 from rotlib.measure.fidelity import CHUNK
+from rotlib.models.content import model_content
 from rotlib.models.families import Family, adapt
 from rotlib.models.walk import BATCH_TOKENS
 from rotlib.models.zoo import free_memory, one_sentence, resolve
+from rotlib.study.files import PINNED
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
 
 GB = 1e9
@@ -51,13 +53,18 @@ class Memory(NamedTuple):
         return self.weights + self.working
 
 
-@lru_cache
 def outline(model: str) -> tuple[Family, torch.dtype]:
     """(the model without its weights, the dtype of its checkpoint); raises like `load`."""
+    return _outline(model, None if model in PINNED else model_content(model))
+
+
+@lru_cache
+def _outline(model: str, content: str | None) -> tuple[Family, torch.dtype]:
     with one_sentence(model), torch.device("meta"):
-        config = AutoConfig.from_pretrained(resolve(model))
+        safely = {"trust_remote_code": False}
+        config = AutoConfig.from_pretrained(resolve(model), **safely)
         dtype = config.dtype or torch.float32
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **safely).eval()
     if online := getattr(config, "rotlib_online", None):  # `load` would apply them
         empty.rotlib_online = online
     return adapt(empty), dtype
@@ -114,6 +121,15 @@ def estimate(recipe: Recipe) -> Memory:
         working=max(stages.values()),
         streamed=max(_FLOAT * sum(sizes.values()), _FLOAT * 2 * head) + max(stages.values()),
     )
+
+
+def least_on_disk(recipe: Recipe, dtype: torch.dtype) -> int:
+    """Bytes that a checkpoint of the recipe takes at least, in whatever format."""
+    family, _ = outline(recipe.model)
+    linears = sum(linear.weight.numel() for linear in family.linears(0).values())
+    bits = 8 * dtype.itemsize if recipe.rounding == "none" else recipe.bits
+    ends = 2 * family.lm_head.weight.numel() * min(2, dtype.itemsize)
+    return len(family.layers) * linears * bits // 8 + ends
 
 
 def _on_disk(dtype: torch.dtype) -> int:

@@ -4,12 +4,16 @@ papermill only warns of a mistyped parameter and hands over whatever type it par
 `check_parameters` turns both into one sentence in a notebook's first code cell, before any work.
 """
 
+import ast
 import inspect
 from difflib import get_close_matches
 
 from rotlib.checks import inner_share, whole_number
+from rotlib.disk import check_writable
 from rotlib.models.zoo import resolve
 from rotlib.study.claims import claims
+from rotlib.study.figures import figures_folder
+from rotlib.study.files import results_folder
 from rotlib.study.recipe import Recipe
 
 PARAMETERS = {
@@ -47,14 +51,17 @@ def check_parameters() -> Recipe:
 
     Without seeds a notebook shows what has been computed; the recipe's seed is 0 then. One without
     a text reads results alone: there the model's name isn't looked up. Raises ValueError for a name
-    that no notebook has, a wrong type, a value that a recipe refuses, or an unknown model.
+    that this notebook has no parameter of, a wrong type, a value that a recipe refuses, an unknown
+    model, or a folder for results or figures that can't be written to.
     """
     namespace = inspect.stack()[1].frame.f_globals
     given = {name: value for name, value in namespace.items() if name in PARAMETERS}
     if not namespace.get("_parameters_checked"):  # later the notebook's own variables are there too
         _refuse_strangers(namespace)
+        check_writable(results_folder() / "local", "let ROTLIB_RESULTS name a writable folder")
+        check_writable(figures_folder(), "let ROTLIB_FIGURES name a writable folder")
     for name, value in given.items():
-        _check_type(name, value)
+        check_type(name, value)
     learning = {name: value for name, value in given.items() if name in _LEARNING}
     Recipe(rotation="spinquant", **learning)
     for name in _COUNTS:  # a single item has no standard error
@@ -72,7 +79,16 @@ def check_parameters() -> Recipe:
 
 
 def _refuse_strangers(namespace: dict) -> None:
-    """Raises ValueError for a variable that can only be a mistyped parameter."""
+    """Raises ValueError for a variable that can only be a mistyped parameter.
+
+    Or one that papermill put in for a parameter that this notebook doesn't have.
+    """
+    cells = namespace.get("In", ())
+    injected = {name for cell in cells if cell.startswith("# Parameters") for name in _set_by(cell)}
+    own = {name for cell in cells if not cell.startswith("# Parameters") for name in _set_by(cell)}
+    if unread := sorted(injected & PARAMETERS.keys() - own):
+        has = ", ".join(sorted(own & PARAMETERS.keys()))
+        raise ValueError(f"this notebook has no parameter {unread[0]}: it has {has}")
     kinds = bool | int | float | str | list | tuple | dict | None
     for name, value in namespace.items():
         own = name.startswith("_") or name in ("In", "Out") or name in PARAMETERS
@@ -84,7 +100,17 @@ def _refuse_strangers(namespace: dict) -> None:
             )
 
 
-def _check_type(name: str, value: object) -> None:
+def _set_by(cell: str) -> set[str]:
+    """The variables that a cell sets; none of one that isn't plain Python."""
+    try:
+        nodes = ast.parse(cell).body
+    except SyntaxError:
+        return set()
+    targets = (target for node in nodes if isinstance(node, ast.Assign) for target in node.targets)
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def check_type(name: str, value: object) -> None:
     """Raises ValueError where a parameter has the wrong type, or a list the wrong entries."""
     kind = PARAMETERS[name]
     if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):

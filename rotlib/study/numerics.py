@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-from rotlib.models.zoo import PACKAGED
 from rotlib.quantization.activations import ActivationQuant
 from rotlib.study import own
-from rotlib.study.files import spec_hash
+from rotlib.study.files import PINNED, spec_hash
 from rotlib.study.recipe import OWN, SHIPPED, THROUGH_NETWORK, Recipe
 
 FILE = Path(__file__).with_name("numerics.json")
@@ -60,7 +59,7 @@ def stages_of(spec: dict) -> list[str]:
         return spec.get(name, getattr(Recipe, name))
 
     stages = {"recipe", "text", *_OF_TASK[task]}
-    stages |= {name for name in (setting("model"), setting("text")) if name in _inputs()}
+    stages |= {name for name in (setting("model"), setting("text")) if name in PINNED}
     if rotation != "none":
         stages |= {"drawn rotations", *_OF_ROTATION.get(rotation, ())}
         stages |= {_OWN + rotation} if rotation not in SHIPPED else set()
@@ -80,11 +79,6 @@ def stages_of(spec: dict) -> list[str]:
         if setting("rounding") == "gptq":
             stages |= {"covariance", "gptq"} | ({"gptaq"} if setting("asymmetry") else set())
     return sorted(stages)
-
-
-def _inputs() -> tuple[str, ...]:
-    """Models and texts that are the same everywhere, and have an entry of their own."""
-    return (*PACKAGED, "wikipedia-mini")
 
 
 @lru_cache

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checks import yes_or_no
+from rotlib.disk import write_atomically
 from rotlib.learning.network import LearningFailed
 from rotlib.learning.optrot import kurtail, mixed, optrot
 from rotlib.learning.optrot_plus import optrot_plus
 from rotlib.learning.ostquant import ostquant
 from rotlib.learning.spinquant import spinquant
 from rotlib.measure.fidelity import Reference, evaluate
-from rotlib.models.families import adapt
+from rotlib.models.families import adapt, weights_sample
 from rotlib.models.text import fingerprint, load_tokens, windows
 from rotlib.models.zoo import load_tokenizer, pick_device, resolve
 from rotlib.quantization.activations import (
@@ -40,10 +41,10 @@ from rotlib.rotations.fuse import fuse
 from rotlib.rotations.online import check_online, load
 from rotlib.rotations.rotation import Rotation
 from rotlib.study import memory, numerics, store
-from rotlib.study.files import write_atomically
+from rotlib.study.files import content_of
 from rotlib.study.kept import Kept, KeptLayers, packed, unpacked
-from rotlib.study.recipe import LEARNED, OWN, Recipe
-from rotlib.study.store import Record, Result
+from rotlib.study.recipe import LEARNED, OWN, Recipe, check_recipe
+from rotlib.study.store import DIVERGED, Record, Result
 
 
 def run(recipe: Recipe, device: str = "auto") -> Result:
@@ -71,6 +72,8 @@ def run_all(recipes: Iterable[Recipe], device: str = "auto", run: bool = True) -
     >>> [result.stale for result in run_all([recipe, replace(recipe, rotation="hadamard")])]
     [False, False]
     """
+    if not isinstance(recipes, Iterable):
+        raise ValueError(f"run_all takes a list of Recipes, not a {type(recipes).__name__}")
     recipes = list(recipes)
     if strangers := [recipe for recipe in recipes if not isinstance(recipe, Recipe)]:
         raise ValueError(
@@ -104,6 +107,7 @@ def build(recipe: Recipe, device: str = "auto") -> tuple[PreTrainedModel, PreTra
     >>> model.config.rotlib_quantized
     True
     """
+    check_recipe("build", recipe)
     numerics.check(numerics.stages_of(recipe.spec()))
     memory.check_fits(recipe, pick_device(device))
     calibration = calibration_tokens(recipe)
@@ -126,12 +130,12 @@ class _Latest:
 
 
 def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
-    key = (recipe.sharing_weights(), recipe.R3)
-    reference_key = (recipe.model, recipe.text, recipe.window, recipe.test_windows)
+    content = tuple(content_of(recipe.spec()).items())
+    key = (recipe.sharing_weights(), recipe.R3, content)
+    reference_key = (recipe.model, recipe.text, recipe.window, recipe.test_windows, content)
     with record.timed("load"):
         calibration = calibration_tokens(recipe)
-        stream = _stream(recipe.model, recipe.text, "test")
-        test = windows(stream, recipe.window, recipe.test_windows)
+        test = windows(_stream(recipe, "test"), recipe.window, recipe.test_windows)
         if (latest.key, latest.reference_key) != (key, reference_key):
             latest.key = latest.model = None  # two models are never held at a time
             model, _ = load(recipe.model, str(latest.device))
@@ -153,6 +157,8 @@ def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
         "kl_windows": [round(kl, 6) for kl in evaluation.kl],
         "reference_perplexity": evaluation.reference_perplexity,
     }
+    if not evaluation.perplexity < DIVERGED:
+        record.metrics["diverged"] = True
     record.tokens |= {"calibration": fingerprint(calibration), "test": fingerprint(test)}
 
 
@@ -193,7 +199,7 @@ def _quantize(
     how = spec, adapt(model).device, _identity(rotation)
     whole, layers = Kept(*how), KeptLayers(*how)
     if done := whole.read():
-        restore(model, unpacked(done["weights"]))
+        restore(model, unpacked(done["weights"]), recipe.quant)
         layers.clear()
     else:
         seen = recipe.activations if recipe.order == "activations-first" else ActivationQuant()
@@ -222,12 +228,17 @@ def learning_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
 
 
 def _drawn_windows(recipe: Recipe, count: int) -> Int[Tensor, "windows length"]:
-    stream = _stream(recipe.model, recipe.text, "calibration")
-    return windows(stream, recipe.window, count, recipe.seed)
+    return windows(_stream(recipe, "calibration"), recipe.window, count, recipe.seed)
+
+
+def _stream(recipe: Recipe, split: str) -> Int[Tensor, " n"]:
+    content = tuple(content_of(recipe.spec()).items())
+    return _tokenized(recipe.model, recipe.text, split, content)
 
 
 @lru_cache
-def _stream(model: str, text: str, split: str) -> Int[Tensor, " n"]:
+def _tokenized(model: str, text: str, split: str, content: tuple) -> Int[Tensor, " n"]:
+    """Once for a model and a text that are, by their bytes, this `content`."""
     return load_tokens(text, load_tokenizer(model), split)
 
 
@@ -240,6 +251,7 @@ def make_rotation(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation | No
     >>> seconds >= 0
     True
     """
+    check_recipe("make_rotation", recipe)
     record = Record()
     return rotation_of(recipe, model, record), record.seconds["rotate"]
 
@@ -263,7 +275,8 @@ def _drawn(name: str, recipe: Recipe, model: PreTrainedModel) -> Rotation:
 
 
 def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation:
-    kept = Kept({"task": "rotation"} | recipe.rotation_reads, adapt(model).device)
+    spec = {"task": "rotation"} | recipe.rotation_reads
+    kept = Kept(spec, adapt(model).device, weights_sample(model))
     done = kept.read()
     if done is None:
         start = time.perf_counter()

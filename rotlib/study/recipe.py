@@ -55,6 +55,14 @@ def rotations() -> tuple[str, ...]:
     return (*SHIPPED, *OWN)
 
 
+def check_recipe(name: str, recipe: object) -> None:
+    """Raises ValueError, naming the function, for what is no recipe."""
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"{name} takes a Recipe, such as rl.Recipe(rotation='optrot'), not {recipe!r}"
+        )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One run; what differs from the defaults is its name.
@@ -129,7 +137,13 @@ class Recipe:
         for name in ("steps", "block"):
             if getattr(self, name) is not None:
                 whole_number(f"{name} (unless it is None)", getattr(self, name), 1)
+        if self.activations.rounds and self.sinks >= self.window:
+            raise ValueError(
+                f"{self.sinks} sinks leave nothing to round in windows of {self.window} tokens: "
+                "take fewer sinks or longer windows"
+            )
         share("asymmetry", self.asymmetry)
+        object.__setattr__(self, "asymmetry", float(self.asymmetry))  # 1 and 1.0 are one arm
         for name in ("act_order", "R3", "R4", "signs", "local", "grouped"):
             yes_or_no(name, getattr(self, name))
         check_text(self.text)

@@ -6,13 +6,13 @@ kept in the file.
 """
 
 import argparse
-import json
 import sys
 from datetime import date
 
+from rotlib.disk import write_json
 from rotlib.study import numerics
 from rotlib.study.canaries import CANARIES, INPUTS, plain
-from rotlib.study.files import spec_hash, write_text
+from rotlib.study.files import spec_hash
 from rotlib.study.numerics import agree
 from rotlib.study.store import load_results
 
@@ -51,7 +51,7 @@ def rewritten() -> tuple[dict[str, dict], list[str]]:
 def write(stages: dict[str, dict]) -> None:
     """Write the file, atomically."""
     file = {"format": numerics.FORMAT, "sum": spec_hash(stages, 64), "stages": stages}
-    write_text(numerics.FILE, json.dumps(file, indent=1, sort_keys=True) + "\n")
+    write_json(numerics.FILE, file, sort_keys=True)
     numerics.entries.cache_clear()
     numerics.drift.cache_clear()
 

@@ -16,15 +16,18 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 from tqdm import tqdm
 from traitlets.config import Config
 
+from rotlib.disk import ROOT, write_atomically
 from rotlib.study import store
-from rotlib.study.files import ROOT, absolute_folders, results_folder, write_atomically
+from rotlib.study.files import results_folder
+from rotlib.study.notebook import check_type
 from rotlib.study.tables import arms, markdown, provenance
+from rotlib.study.yaml_file import read_yaml, value_of
 
 NOTEBOOKS = ROOT / "notebooks"
+CONFIGS = ROOT / "configs"
 _IPC = Config(KernelManager={"transport": "ipc"})  # parallel runs would race for TCP ports
 _VOLATILE = ("papermill", "execution")
 
@@ -43,7 +46,6 @@ def main(arguments: list[str] | None = None) -> None:
         plan = make_plan(options.scale, options.only)
     except ValueError as error:
         parser.error(str(error))
-    absolute_folders()  # kernels run in notebooks/
     scale = options.scale + "-in-place" * options.in_place
     copies = results_folder() / "local" / "notebooks" / scale
     progress = {"desc": f"{options.scale} scale", "unit": "notebook", "disable": False}
@@ -59,22 +61,28 @@ def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dic
     Raises ValueError for an unknown scale, notebook or parameter, before anything runs.
     """
     notebooks = {path.stem: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
-    config = ROOT / "configs" / f"{scale}.yaml"
+    config = CONFIGS / f"{scale}.yaml"
     if not config.is_file():
-        known = ", ".join(sorted(path.stem for path in config.parent.glob("*.yaml")))
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
         raise ValueError(f"unknown scale {scale!r}: choose one of {known}")
     parameters = _read_scale(config)
     for name in [*(only or ()), *parameters]:
         if name not in notebooks:
             raise ValueError(f"unknown notebook {name!r}: choose among {', '.join(notebooks)}")
+    if only and len(set(only)) < len(only):
+        raise ValueError(f"--only names a notebook twice: {' '.join(only)}")
     for name, given in parameters.items():
         declared = papermill.inspect_notebook(str(notebooks[name]))
-        for parameter in given:
+        for parameter, value in given.items():
             if parameter not in declared:
                 raise ValueError(
                     f"{config.name}: {name} has no parameter {parameter!r}, "
                     f"it has {', '.join(declared)}"
                 )
+            try:
+                check_type(parameter, value)
+            except ValueError as error:
+                raise ValueError(f"{config.name}: {name}: {error}") from error
     return [
         (path, parameters.get(name, {}))
         for name, path in notebooks.items()
@@ -83,12 +91,8 @@ def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dic
 
 
 def _read_scale(config: Path) -> dict[str, dict]:
-    try:
-        scale = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{config.name} isn't valid YAML: {' '.join(str(error).split())}"
-        ) from error
+    root = read_yaml(config)
+    scale = {} if root is None else value_of(config, root)
     if not isinstance(scale, dict) or not all(isinstance(given, dict) for given in scale.values()):
         raise ValueError(
             f"{config.name} must map each notebook to its parameters, "

@@ -19,10 +19,20 @@ from pathlib import Path
 
 import torch
 
+from rotlib.disk import ROOT, check_writable, write_json
 from rotlib.study import numerics
-from rotlib.study.files import ROOT, local_path, saved, write_atomically, write_text
+from rotlib.study.files import content_of, file_name, local_path, results_folder, saved
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy")
+DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
+# what a result of each task holds at least
+_MEASURED = {
+    "quantize": ("perplexity", "kl"),
+    "outliers": ("modules", "histogram"),
+    "bounds": ("modules",),
+    "groups": ("modules",),
+    "zero-shot": ("accuracy", "average"),
+}
 
 
 @dataclass
@@ -38,6 +48,16 @@ class Result:
     seconds: dict[str, float]
     peak_memory_mb: float
     provenance: dict
+
+    @property
+    def content(self) -> dict[str, str]:
+        """What its model and text were, by their bytes, where they aren't pinned."""
+        return self.provenance.get("content", {})
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return file_name(self.spec, self.content)
 
     @property
     def stale(self) -> bool:
@@ -68,20 +88,29 @@ class Record:
 def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) -> Result:
     """The finished result of a specification, or else computed now, saved and returned.
 
-    Raises ValueError where a stage computes something else here than its committed entry says.
+    Raises ValueError where a stage computes something else here than its committed entry says, or
+    where the model's files or the text change while it goes on.
     """
     if result := find(spec):
         return result
-    _check_writable(local_path(spec).parent)
+    folder = results_folder() / "local"
+    check_writable(folder, "let ROTLIB_RESULTS name a writable folder")
     numerics.check(numerics.stages_of(spec))
+    content = content_of(spec)
     origin = _origin(spec, device)  # as it is now: the code may be edited while the run goes on
     record = Record()
     _reset_peak_memory(device)
     compute(record)
     memory = peak_memory_mb(device)
+    if content_of(spec) != content:
+        raise ValueError(
+            "the model's files or the text were changed during the run, so its result is of "
+            "neither: run it again"
+        )
+    origin |= {"content": content} if content else {}
     origin |= {"tokens": record.tokens, "model_commit": record.model_commit}
     result = Result(spec, record.metrics, record.seconds, memory, origin)
-    save(result, local_path(spec))
+    save(result, folder / result.file)
     return result
 
 
@@ -91,7 +120,13 @@ def known(spec: dict) -> Result:
     Raises ValueError where there is none.
     """
     try:
-        return load_result(local_path(spec).name)
+        name = local_path(spec).name
+    except (ImportError, ValueError):  # a model needn't be at hand for its result to be shown
+        if len(found := [result for result in load_results() if result.spec == spec]) == 1:
+            return found[0]
+        raise
+    try:
+        return load_result(name)
     except FileNotFoundError as error:
         raise ValueError(
             f"nothing is run, and there is no result of {spec} to show: run it first"
@@ -100,7 +135,7 @@ def known(spec: dict) -> Result:
 
 def save(result: Result, path: Path) -> None:
     """Write a result's file."""
-    write_text(path, json.dumps(asdict(result), indent=1, sort_keys=True) + "\n")
+    write_json(path, asdict(result), sort_keys=True)
 
 
 def find(spec: dict) -> Result | None:
@@ -135,8 +170,8 @@ def read(path: Path) -> Result | None:
     """
     try:
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
-        result.spec["task"]
-        noted = result.provenance["stages"]
+        missing = [name for name in _MEASURED[result.spec["task"]] if name not in result.metrics]
+        noted, file = result.provenance["stages"], result.file
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -147,6 +182,12 @@ def read(path: Path) -> Result | None:
         raise ValueError(
             f"{path} notes the stage {strangers[0]!r}, which this version of rotlib hasn't: "
             "it is of another version; delete it and run again"
+        )
+    if missing:
+        raise ValueError(f"{path} holds no {missing[0]}: delete it and run again")
+    if path.name != file:
+        raise ValueError(
+            f"{path} holds the result that belongs into {file}: give it that name, or delete it"
         )
     return result
 
@@ -168,17 +209,6 @@ def _origin(spec: dict, device: torch.device) -> dict:
         "versions": versions | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
     }
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises ValueError now rather than after hours of work."""
-    try:
-        write_atomically(folder / ".writable", lambda scratch: scratch.touch())
-    except OSError as error:
-        raise ValueError(
-            f"results can't be written to {folder}: let ROTLIB_RESULTS name a writable folder "
-            f"({error.strerror})"
-        ) from error
 
 
 def _reset_peak_memory(device: torch.device) -> None:

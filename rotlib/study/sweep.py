@@ -22,9 +22,10 @@ import yaml
 from tqdm import tqdm
 
 from rotlib.checks import whole_number
+from rotlib.disk import clear_leftovers
 from rotlib.study import memory, numerics, store
 from rotlib.study.engines import ENGINES, NoCluster
-from rotlib.study.files import absolute_folders, clear_leftovers, local_path, results_folder
+from rotlib.study.files import local_path, results_folder
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
 from rotlib.study.sweep_file import FIELDS, read_sweep
 
@@ -61,7 +62,10 @@ class State(NamedTuple):
 def state_of(recipe: Recipe) -> State:
     """How a recipe stands, without running anything but the canaries."""
     spec = recipe.spec()
-    path = local_path(spec)
+    try:
+        path = local_path(spec)
+    except (ImportError, ValueError):  # no such model here: its run will tell
+        return State("missing")
     try:
         if result := store.read(path):
             return _fresh_or_stale(result, "complete")
@@ -190,7 +194,6 @@ def _options(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argp
 
 def main(arguments: list[str] | None = None) -> int:
     parser, options = _options(arguments)
-    absolute_folders()
     try:
         whole_number("workers", options.workers, 1)
         recipes = _chosen(read_sweep(options.sweep), options.only)
@@ -225,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{options.workers} workers may need {needed:.1f} GB at a time, and {free:.1f} GB are "
             "free: take fewer"
         )
-    clear_leftovers()
+    clear_leftovers(results_folder() / "local")
     place = {"address": options.address, "memory_gb": memory_gb} if options.engine == "ray" else {}
     failed = 0
     with tqdm(total=len(todo), desc="sweep", unit="run", disable=False) as bar:

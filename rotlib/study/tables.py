@@ -15,15 +15,14 @@ from math import sqrt
 from statistics import fmean, stdev
 
 from rotlib.checks import positive
-from rotlib.study.files import local_path
+from rotlib.study.files import content_of
 from rotlib.study.recipe import OWN, Recipe, rotations
-from rotlib.study.store import Result, load_results
+from rotlib.study.store import DIVERGED, Result, load_results
 
 _HEADER = (
     "| rotation | precision | rounding | seeds | perplexity | KL, nats "
     "| learning, s | quantizing, s | settings |"
 )
-DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
 # the settings that an arm's name and precision tell
 _NAMED = (
     *("rotation", "block", "R1_order", "signs", "start", "local", "grouped", "activation_share"),
@@ -126,9 +125,8 @@ def recipe_of(result: Result) -> Recipe:
     try:
         return Recipe(**{name: value for name, value in result.spec.items() if name != "task"})
     except (TypeError, ValueError) as error:
-        name = local_path(result.spec).name
         raise ValueError(
-            f"the result {name} comes from another version of rotlib: delete it ({error})"
+            f"the result {result.file} comes from another version of rotlib: delete it ({error})"
         ) from error
 
 
@@ -140,7 +138,7 @@ def arms(results: Iterable[Result]) -> list[Arm]:
     groups: dict[tuple, list[Result]] = {}
     for result in results:
         if result.spec["task"] == "quantize" and _is_known(result.spec.get("rotation", "none")):
-            groups.setdefault(_but_for_the_seed(result.spec), []).append(result)
+            groups.setdefault((_but_for_the_seed(result.spec), _content(result)), []).append(result)
     found = []
     for group in groups.values():
         group.sort(key=lambda result: recipe_of(result).seed)
@@ -168,13 +166,32 @@ def stored(recipes: Iterable[Recipe], own: bool = False) -> list[Arm]:
     With `own`, beside an arm with a random Hadamard rotation stand those with rotations of one's
     own, all else the same.
     """
-    found = {_but_for_the_seed(arm.recipe.spec()): arm for arm in arms(load_results())}
+    found: dict[tuple, list[Arm]] = {}
+    for arm in arms(load_results()):
+        found.setdefault(_but_for_the_seed(arm.recipe.spec()), []).append(arm)
     asked = {}
     for recipe in recipes:
         beside = OWN if own and recipe.rotation == "hadamard" else ()
         for one in (recipe, *(replace(recipe, rotation=name) for name in beside)):
-            asked[_but_for_the_seed(one.spec())] = None
-    return [found[key] for key in asked if key in found]
+            asked[_but_for_the_seed(one.spec())] = one
+    return [arm for key, one in asked.items() if (arm := _of_today(one, found.get(key, [])))]
+
+
+def _of_today(recipe: Recipe, named_alike: list[Arm]) -> Arm | None:
+    """The arm of the model and text that a recipe's names stand for now.
+
+    Where these aren't at hand it is the only arm of those names. Raises ValueError for several.
+    """
+    try:
+        today = tuple(sorted(content_of(recipe.spec()).items()))
+    except (ImportError, ValueError) as error:
+        if len(named_alike) < 2:
+            return named_alike[0] if named_alike else None
+        raise ValueError(
+            f"there are results of {len(named_alike)} models or texts of the names "
+            f"{recipe.model!r} and {recipe.text!r}: delete those of the others ({error})"
+        ) from error
+    return next((arm for arm in named_alike if _content(arm.results[0]) == today), None)
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
@@ -190,7 +207,8 @@ def judge(better: Arm, worse: Arm, margin: float = 1.0) -> Verdict:
     """
     positive("margin", margin)
     for name in _YARDSTICK:
-        if getattr(better.recipe, name) != getattr(worse.recipe, name):
+        a, b = ((getattr(arm.recipe, name), arm.results[0].content) for arm in (better, worse))
+        if (a[0], a[1].get(name)) != (b[0], b[1].get(name)):
             raise ValueError(
                 f"{better.rotation} and {worse.rotation} differ in {name}: "
                 "compare arms with the same"
@@ -273,6 +291,10 @@ def _marked(arm: Arm) -> str:
 
 def _but_for_the_seed(spec: dict) -> tuple:
     return tuple(sorted((name, value) for name, value in spec.items() if name != "seed"))
+
+
+def _content(result: Result) -> tuple:
+    return tuple(sorted(result.content.items()))
 
 
 def _cell(mean: float, error: float, digits: int) -> str:

@@ -1,0 +1,140 @@
+"""Folders that the environment names, and files that are written whole or not at all."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from uuid import uuid4
+
+ROOT = Path(__file__).resolve().parents[1]
+_SCRATCH = re.compile(r"\..*\.([0-9a-f]{8})\.[0-9a-f]{32}\.partial")
+_DAY = 24 * 3600
+
+
+def folder_of(variable: str, default: str | Path) -> Path:
+    """The folder that an environment variable names, else the default.
+
+    `~` is one's home, and a relative folder lies in this checkout, so that it is the same one from
+    every working directory and in every process. Raises ValueError for the home of nobody.
+
+    >>> folder_of("ROTLIB_NOWHERE", "results").relative_to(ROOT)
+    PosixPath('results')
+    """
+    named = os.environ.get(variable) or default
+    try:
+        return ROOT / Path(named).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{variable} names {str(named)!r}, and there is no such user: write the folder out"
+        ) from error
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def scratch_beside(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder beside `path`, to fill and to rename; else it is gone at the end.
+
+    It is locked while its process lives. What killed ones have left there goes first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent)
+    name = path.name.encode()[:100].decode(errors="ignore")
+    scratch = path.with_name(f".{name}.{_host()}.{uuid4().hex}.partial")
+    scratch.mkdir() if folder else scratch.touch()
+    lock = os.open(scratch, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: leftovers stay for a day there
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield scratch
+    finally:
+        os.close(lock)
+        _remove(scratch)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a scratch file beside `path`, then rename it.
+
+    A killed run leaves no half file to read.
+    """
+    with scratch_beside(path) as scratch:
+        try:
+            write(scratch)
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"{path.name} couldn't be written: is the disk full? ({reason})"
+            ) from error
+        os.replace(scratch, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, thing: object, sort_keys: bool = False) -> None:
+    """Write plain data as a JSON file, atomically."""
+    write_text(path, json.dumps(thing, indent=1, sort_keys=sort_keys) + "\n")
+
+
+def check_writable(folder: Path, remedy: str) -> None:
+    """Raises ValueError, with what to do, now rather than after hours of work."""
+    try:
+        with scratch_beside(folder / "writable"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} can't be written to ({error.strerror}): {remedy}") from error
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left half written in a folder.
+
+    Of this machine's it goes at once where no living process has it locked, of others' in a day.
+    """
+    for path in folder.glob(".*.partial"):
+        if not (ours := _SCRATCH.fullmatch(path.name)):
+            continue
+        with suppress(OSError):  # its owner lives, and has just renamed it
+            # a process takes its lock a moment after it has made the file
+            least = 1 if ours[1] == _host() else _DAY
+            if time.time() - path.stat().st_mtime > least and not _locked(path):
+                _remove(path)
+
+
+def _locked(path: Path) -> bool:
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@cache
+def _host() -> str:
+    """This machine since it was started: its containers share it, process numbers they don't."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]

@@ -1,0 +1,78 @@
+"""YAML as recipes and scales are written: plain data, each name once, nothing that grows."""
+
+from pathlib import Path
+
+import yaml
+
+_MOST = 2**20  # characters
+_DEEPEST = 20
+
+
+def read_yaml(path: Path) -> yaml.Node | None:
+    """The root of a YAML file, None where it is empty.
+
+    Raises ValueError naming the file for one that can't be read, isn't YAML, is longer than a
+    mebibyte, nested deeply, or holds anchors: a few nested ones stand for gigabytes.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't text in UTF-8: {error.reason}") from error
+    if len(text) > _MOST:
+        raise ValueError(f"{path.name} is longer than {_MOST} characters: split it")
+    try:
+        _check_growth(path, text)
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} isn't valid YAML: {' '.join(str(error).split())}") from error
+    _check_names(path, root)
+    return root
+
+
+def value_of(path: Path, node: yaml.Node) -> object:
+    """What a node of the file stands for; raises ValueError naming file and line."""
+    try:
+        return yaml.safe_load(yaml.serialize(node))
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # 2026-13-45 is a date to YAML
+        raise ValueError(f"{place(path, node)}: {' '.join(str(error).split())}") from error
+
+
+def place(path: Path, node: yaml.Node) -> str:
+    """Where a node stands, such as "gsr.yaml, line 3"."""
+    return f"{path.name}, line {node.start_mark.line + 1}"
+
+
+def _check_growth(path: Path, text: str) -> None:
+    """Raises ValueError for anchors and deep nesting, before anything is made of them."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        where = f"{path.name}, line {event.start_mark.line + 1}"
+        if getattr(event, "anchor", None):
+            raise ValueError(
+                f"{where}: anchors and aliases (& and *) aren't read: write the values out"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"{where}: this is nested more than {_DEEPEST} deep")
+
+
+def _check_names(path: Path, root: yaml.Node | None) -> None:
+    """Raises ValueError for two entries of one name, of which YAML would take the last."""
+    left = [root]
+    while left:
+        node = left.pop()
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        seen = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"{place(path, key)}: a name must be a word")
+            if key.value in seen:
+                raise ValueError(f"{place(path, key)}: {key.value} stands there a second time")
+            seen.add(key.value)
+            left.append(value)

@@ -1,0 +1,367 @@
+"""Files that were damaged, exchanged or put in the way: noticed, and never believed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model, tiny_model
+from test_hostile import quantized, refused
+
+import rotlib as rl
+from rotlib import disk
+from rotlib.models import content
+from rotlib.study import files, store
+from rotlib.study.kept import Kept
+
+SHORT = {"window": 64, "calibration_windows": 2, "test_windows": 2, "text": "wikitext2"}
+KEPT = {"task": "rotation", "model": "smollm2-135m", "rotation": "hadamard", "seed": 0}
+
+
+@pytest.fixture
+def recipe(folder) -> rl.Recipe:
+    return rl.Recipe(model=str(folder / "model"), **SHORT)
+
+
+def other_weights(folder: Path) -> None:
+    """Other weights in the same folder, under the same names."""
+    torch.manual_seed(7)
+    model, tokenizer = rl.load(str(folder))
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 50)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_other_weights_in_the_same_folder_are_another_model(folder, recipe):
+    before, kept = rl.run(recipe), rl.build(recipe)[0]
+    other_weights(folder / "model")
+    after = rl.run(recipe)
+    assert after.metrics["perplexity"] != before.metrics["perplexity"]
+    assert after.content["model"] != before.content["model"]
+    assert not torch.equal(
+        rl.build(recipe)[0].model.layers[0].mlp.up_proj.weight,
+        kept.model.layers[0].mlp.up_proj.weight,
+    )
+
+
+def test_an_export_after_the_folder_changed_is_of_the_new_weights(folder, recipe):
+    rl.export_recipe(recipe, folder / "first")
+    other_weights(folder / "model")
+    second = rl.export_recipe(recipe, folder / "second")
+    built, _ = rl.build(recipe)
+    measured = rl.run(recipe).metrics["perplexity"]
+    assert f"{measured:.3f}" in (second / "README.md").read_text()
+    assert built.config.rotlib_quantized
+
+
+def test_one_relative_name_in_two_directories_is_two_models(tmp_path, folder, recipe, monkeypatch):
+    results = []
+    for number, place in enumerate(("one", "two")):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        save_tiny_model(Path("model"))
+        if number:
+            other_weights(Path("model"))
+        results.append(rl.run(rl.Recipe(model="model", rounding="rtn", **SHORT)))
+    assert results[0].file != results[1].file
+    assert results[0].metrics != results[1].metrics
+
+
+def test_a_model_that_was_moved_is_still_itself(folder, recipe):
+    first = rl.run(recipe)
+    (folder / "model").rename(folder / "elsewhere")
+    moved = rl.Recipe(model=str(folder / "elsewhere"), **SHORT)
+    assert store.find(moved.spec()).metrics == first.metrics
+
+
+def test_a_replaced_text_is_another_text_and_no_row_averages_two(folder, recipe):
+    from rotlib.study import tables
+
+    first = rl.run(recipe)
+    raw = folder / "wikitext2" / "wiki.test.raw"
+    raw.write_text(raw.read_text().replace("the", "some"))
+    second = rl.run(recipe)
+    assert second.file != first.file
+    assert len(tables.arms(store.load_results())) == 2
+    (shown,) = tables.stored([recipe])
+    assert shown.results == (second,)
+
+
+def test_a_kept_rotation_is_not_given_to_a_model_with_other_weights(folder):
+    recipe = rl.Recipe(model=str(folder / "model"), rotation="optrot", steps=4, **SHORT)
+    model, _ = rl.load(recipe.model)
+    first, _ = rl.make_rotation(recipe, model)
+    for parameter in model.parameters():
+        parameter.mul_(torch.rand_like(parameter))
+    second, _ = rl.make_rotation(recipe, model)
+    assert not torch.equal(first.R1, second.R1)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Kept:
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path))
+    kept = Kept(KEPT, torch.device("cpu"))
+    kept.write({"R": torch.randn(40, 40), "seconds": 1.5, "names": ["a", ("b", None)]})
+    return kept
+
+
+@pytest.mark.parametrize("share", [position / 40 for position in range(40)])
+def test_a_single_flipped_bit_of_what_is_kept_is_noticed_or_harmless(kept, share):
+    whole = kept.read()
+    damaged = bytearray(kept.path.read_bytes())
+    damaged[int(share * len(damaged))] ^= 16
+    kept.path.write_bytes(damaged)
+    found = kept.read()
+    assert found is None or torch.equal(found["R"], whole["R"])
+    assert found is None or found["names"] == whole["names"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x04N.", b"{}", b"\0" * 4096])
+def test_a_file_that_is_nothing_that_was_kept_counts_as_none(kept, content):
+    kept.path.write_bytes(content)
+    assert kept.read() is None
+
+
+def test_a_pickle_in_a_kept_files_place_runs_no_code(kept, monkeypatch, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "harmed",))
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"maker": Harm(), "sum": ""}, kept.path)
+    assert kept.read() is None
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.fixture
+def saved(folder, recipe) -> Path:
+    rl.run(rl.Recipe(model=recipe.model, rounding="rtn", **SHORT))
+    (path,) = (folder / "results" / "local").glob("quantize-*.json")
+    return path
+
+
+DAMAGE = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[]",
+    "null": lambda text: "null",
+    "no JSON": lambda text: "metrics",
+    "without metrics": lambda text: edited(text, metrics={}),
+    "metrics of another task": lambda text: edited(text, metrics={"modules": []}),
+    "metrics that are a number": lambda text: edited(text, metrics=3),
+    "without provenance": lambda text: edited(text, provenance={}),
+    "without a task": lambda text: edited(text, spec={"bits": 3}),
+    "an unknown task": lambda text: edited(text, spec={"task": "quantise"}),
+    "another recipe": lambda text: edited(text, spec=json.loads(text)["spec"] | {"seed": 5}),
+    "an unknown stage": lambda text: edited(
+        text, provenance=json.loads(text)["provenance"] | {"stages": {"astrology": "0"}}
+    ),
+    "one field more": lambda text: edited(text, comment="mine"),
+}
+
+
+def edited(text: str, **changes) -> str:
+    return json.dumps(json.loads(text) | changes)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_result_is_told_by_its_files_name(saved, damage):
+    saved.write_text(DAMAGE[damage](saved.read_text()))
+    with refused(saved.name):
+        store.load_results()
+
+
+def test_a_result_under_a_second_name_is_no_second_seed(saved):
+    saved.with_name("quantize-000000000000.json").write_bytes(saved.read_bytes())
+    with refused("quantize-000000000000.json holds the result that belongs into"):
+        store.load_results()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_model_whose_files_are_damaged_is_one_sentence(tmp_path, file):
+    save_tiny_model(tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with refused("can't be loaded as a"):
+        rl.load(str(tmp_path / "model"))
+
+
+def model_with(folder: Path, **config) -> str:
+    save_tiny_model(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_hidden_layers": 1}, "has no place for the weight model.layers.1"),
+        ({"num_hidden_layers": 3}, "lacks the weight model.layers.2"),
+        ({"model_type": "nonsense"}, "can't be loaded"),
+        ({"hidden_size": 47}, "can't be loaded"),
+        ({"rotlib_online": ["R4"]}, "no rotation was fused into it"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "harm.Harm"}, "model_type": "harm"},
+            "can't be loaded",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights_is_refused(config, says, tmp_path):
+    with refused(says):
+        rl.load(model_with(tmp_path / "model", **config))
+
+
+def test_code_in_a_models_folder_is_not_run(tmp_path):
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'harmed')!r}).touch()\n"
+    auto = {"AutoModelForCausalLM": "harm.Harm", "AutoConfig": "harm.Harm"}
+    folder = model_with(tmp_path / "model", model_type="harm", auto_map=auto)
+    (tmp_path / "model" / "harm.py").write_text(code)
+    script = f"import rotlib as rl; rl.load({folder!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input="y\ny\ny\n",
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_weights_that_may_hold_code_are_refused(tmp_path):
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    with refused("holds no \\*.safetensors"):
+        rl.load(str(tmp_path / "model"))
+
+
+def test_an_export_replaces_its_own_and_keeps_the_old_one_when_it_fails(tmp_path, monkeypatch):
+    model = quantized(tiny_model(dtype=torch.float32))
+    first = rl.export(model, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    from rotlib.checkpoints import write
+
+    def fail(*_):
+        raise RuntimeError("the lights went out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write, "_check_logits", fail)
+        with pytest.raises(RuntimeError):
+            rl.export(model, tmp_path / "out", overwrite=True, card="another")
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    rl.export(model, tmp_path / "out", overwrite=True, card="another")
+    assert (first / "README.md").read_text() == "another"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_killed_between_its_two_renames_loses_nothing(tmp_path):
+    model = quantized(tiny_model(dtype=torch.float32))
+    first = rl.export(model, tmp_path / "out")
+    first.rename(tmp_path / ".out.replaced")
+    with refused("isn't an empty folder"):  # it is back
+        rl.export(model, tmp_path / "out")
+    assert (first / "model.safetensors").is_file()
+
+
+def test_every_file_of_an_export_can_be_read_by_whom_the_folder_lets(tmp_path):
+    folder = rl.export(quantized(tiny_model(dtype=torch.float32)), tmp_path / "out")
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in folder.iterdir()} == {usual}
+    assert (folder / "README.md").read_text().strip()
+
+
+def test_a_head_of_its_own_under_a_tie_flag_is_written(tmp_path):
+    model = tiny_model("llama, tied", dtype=torch.float32)
+    model.lm_head.weight = torch.nn.Parameter(
+        torch.randn_like(model.lm_head.weight), requires_grad=False
+    )
+    folder = rl.export(quantized(model), tmp_path / "out")
+    assert not json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_an_activation_function_that_gguf_cannot_name_is_refused(tmp_path):
+    model, tokenizer = rl.load(model_with(tmp_path / "model", hidden_act="gelu"))
+    rl.rtn(model, rl.WeightQuant(group_size=16))
+    with refused("hidden_act 'gelu'|GGUF's blocks"):
+        rl.export(model, tmp_path / "out", "gguf", tokenizer)
+
+
+def test_a_hook_that_takes_part_in_the_model_is_noticed_before_the_export_has_its_name(tmp_path):
+    model = quantized(tiny_model(dtype=torch.float32))
+    model.model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(RuntimeError, match="computes other logits from the folder"):
+        rl.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_numbers_have_no_end_is_a_flagged_result(folder, recipe):
+    path = folder / "model" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path)
+    weights["lm_head.weight"] *= 1e5
+    save_file(weights, path, {"format": "pt"})
+    result = rl.run(rl.Recipe(model=recipe.model, rounding="rtn", bits=2, **SHORT))
+    assert result.metrics["diverged"] is True
+
+
+@pytest.mark.parametrize("named", ["~/rotlib-results", "results/elsewhere", "/tmp/rotlib-results"])
+def test_a_folder_of_the_environment_is_the_same_from_every_directory(named, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROTLIB_RESULTS", named)
+    before = files.results_folder()
+    monkeypatch.chdir(tmp_path)
+    assert files.results_folder() == before
+    assert before.is_absolute()
+    assert "~" not in str(before)
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_fills_stays(tmp_path):
+    script = (
+        "import os, sys, time; from pathlib import Path; from rotlib import disk\n"
+        "with disk.scratch_beside(Path(sys.argv[1]) / 'file') as scratch:\n"
+        "    print(scratch, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    start = [sys.executable, "-c", script, str(tmp_path)]
+    both = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    killed, living = (Path(process.stdout.readline().strip()) for process in both)
+    both[0].kill()
+    both[0].wait()
+    for path in (killed, living):
+        os.utime(path, (time.time() - 60, time.time() - 60))
+    (tmp_path / ".notes.partial").write_text("mine")
+    try:
+        disk.clear_leftovers(tmp_path)
+        assert not killed.exists()
+        assert living.exists()
+        assert (tmp_path / ".notes.partial").exists()
+    finally:
+        both[1].kill()
+        both[1].wait()
+
+
+def test_a_digest_is_computed_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
+    save_tiny_model(tmp_path / "model")
+    monkeypatch.setenv("ROTLIB_CACHE", str(tmp_path / "cache"))
+    weights = tmp_path / "model" / "model.safetensors"
+    for path in weights.parent.iterdir():
+        os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr(content, "_SETTLED", -1e18)  # they are settled, whatever their ctime
+    first = content.model_content(str(tmp_path / "model"))
+    read = []
+    monkeypatch.setattr(content, "file_digest", lambda path: read.append(path.name) or "0")
+    assert content.model_content(str(tmp_path / "model")) == first
+    assert not read
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    assert content.model_content(str(tmp_path / "model")) != first
+    assert read == ["model.safetensors"]
