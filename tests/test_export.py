@@ -146,7 +146,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         (online, "out", {"format": "fused"}, "needs R4 while it runs"),
         (done, "full", {}, "isn't an empty folder"),
         (done, "full", {"overwrite": True}, "holds something else than an export"),
-        (done, "full/notes.txt/out", {}, "can't be made a folder"),
+        (done, "full/notes.txt/out", {}, r"can't be written to \(File exists\)"),
         (done, "out", {"dtype": torch.int8}, r"dtype must be one of torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
