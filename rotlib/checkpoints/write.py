@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,6 @@ from rotlib.checks import one_of, yes_or_no
 from rotlib.disk import check_writable, file_digest, scratch_beside, write_json
 from rotlib.models.families import adapt, check_not_rounding, check_sound, is_quantized
 from rotlib.models.walk import final_hidden
-from rotlib.models.zoo import bars_for_downloads_only
 
 FORMATS = ("compressed-tensors", "gguf", "fused")
 CARD = "README.md"
@@ -213,7 +213,7 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
         how |= {key: value for key in _UNTOLD if (value := getattr(model.config, key, None))}
     else:
         how |= {"dtype": dtype, "use_safetensors": True}
-    with bars_for_downloads_only(str(folder)):
+    with redirect_stderr(StringIO()):  # the progress bars of three libraries
         read = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     hidden = final_hidden(family, ids)
     with family.on_device(family.lm_head):
