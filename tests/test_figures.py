@@ -11,7 +11,7 @@ import torch
 from rotlib import disk
 from rotlib.measure.outliers import HISTOGRAM_EDGES
 from rotlib.models.families import Family
-from rotlib.study import figures, files, plots, store, tables
+from rotlib.study import figures, files, numerics, plots, store, tables
 from rotlib.study.recipe import Recipe
 
 FUNCTIONS = [
@@ -32,7 +32,11 @@ def folder(tmp_path, monkeypatch):
 
 def stored(spec, metrics):
     result = store.Result(
-        spec, metrics, {"rotate": 10.0 + spec.get("seed", 0)}, 0.0, {"stages": {}}
+        spec,
+        metrics,
+        {"rotate": 10.0 + spec.get("seed", 0)},
+        0.0,
+        {"stages": numerics.digests(["recipe"])},
     )
     store.save(result, files.local_path(spec))
     return result

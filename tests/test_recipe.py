@@ -507,7 +507,7 @@ def test_a_result_of_another_version_is_named(recipe):
                     "metrics": {"perplexity": 1, "kl": 0},
                     "seconds": {},
                     "peak_memory_mb": 0,
-                    "provenance": {"stages": {}},
+                    "provenance": {"stages": {"recipe": "0"}},
                 }
             )
         ),

@@ -75,7 +75,7 @@ class GgufFile:
                 f"this model's rotary embeddings are scaled by {rope['rope_type']!r}: "
                 "export it as 'fused', for llama.cpp's own converter"
             )
-        self._tied = model.config.tie_word_embeddings and tied(model)
+        self._tied = tied(model)
         self._check_computed()
         self._check_range()
         self._layout = self._lay_out()

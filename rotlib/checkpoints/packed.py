@@ -47,29 +47,29 @@ class Checkpoint:
     ):
         self._model, self._tokenizer, self._dtype = model, tokenizer, dtype
         self._packing = _packing(codes_of(model)) if packed else None
-        modules = model.named_modules() if packed else ()
-        self._codes = {
-            f"{path}.weight": module.quantized
-            for path, module in modules
-            if hasattr(module, "quantized")
-        }
-        self._tied = ("lm_head.weight",) if model.config.tie_word_embeddings and tied(model) else ()
+        placed = placed_weights(adapt(model), quantized_only=True) if packed else ()
+        paths = {module: path for path, module in model.named_modules()}
+        self._codes = {f"{paths[one.module]}.weight": one.module.quantized for one in placed}
+        self._tied = ("lm_head.weight",) if tied(model) else ()
         self._parts = self._make_parts()
         shapes = {name: make("meta") for name, make in self._parts.items()}
         self._plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
         self.size = sum(shape.nbytes for shape in shapes.values())
-        if torch.finfo(dtype).max < 1e6:
+        if dtype.itemsize < 4:
             self._check_range()
 
     def _check_range(self) -> None:
-        """Raises ValueError for what this dtype makes infinite of."""
-        for name, make in self._parts.items():
-            part = make("cpu")
-            if part.is_floating_point() and not torch.isfinite(part).all():
-                raise ValueError(
-                    f"{name} has values beyond {self._dtype}: pass dtype=torch.bfloat16, or "
-                    "torch.float32"
-                )
+        """Raises ValueError for what this dtype makes infinite of, or nothing."""
+        whole = {f"{name}_scale": weight.scale for name, weight in self._codes.items()}
+        for name, tensor in (self._model.state_dict() | whole).items():
+            if name in self._parts and tensor.is_floating_point():
+                tensor = tensor.double()
+                lost = (tensor.to(self._dtype).double() - tensor).norm() / tensor.norm()
+                if tensor.any() and not lost < 0.01:
+                    raise ValueError(
+                        f"{name} has values beyond {self._dtype}: pass dtype=torch.bfloat16, or "
+                        "torch.float32"
+                    )
 
     def write(self, folder: Path) -> None:
         """Weights, their index, config and tokenizer."""
@@ -149,7 +149,7 @@ def codes_of(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
     weights = {}
     for placed in placed_weights(adapt(model), quantized_only=True):
         weights[placed.name] = getattr(placed.module, "quantized", None)
-        if weights[placed.name] is None:
+        if not isinstance(weights[placed.name], QuantizedWeight):
             raise ValueError(
                 f"{placed.name} has no codes: quantize the model with rl.gptq or rl.rtn first, "
                 "or export it as 'fused'"
@@ -173,9 +173,9 @@ def _stands_for(codes: QuantizedWeight, weight: Tensor) -> bool:
 
 
 def tied(model: PreTrainedModel) -> bool:
-    """Whether the head is the embedding, whatever the config says."""
+    """Whether the head is the embedding: a config may say so of one that isn't."""
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-    return head is embedding or bool(torch.equal(head, embedding))
+    return head is embedding or (model.config.tie_word_embeddings and torch.equal(head, embedding))
 
 
 def bits_for(weight: QuantizedWeight, containers: tuple[int, ...]) -> int | None:

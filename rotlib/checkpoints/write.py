@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from contextlib import redirect_stderr, suppress
+from hashlib import sha256
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -69,6 +70,10 @@ def export(
             "which no plain checkpoint has: rotate it without them"
         )
     check_dtype(format, dtype)
+    if not isinstance(card, str):
+        raise ValueError(f"the card is a text, not a {type(card).__name__}")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"the tokenizer must be of transformers, not a {type(tokenizer).__name__}")
     if format == "fused" and is_quantized(model):
         raise ValueError(
             "this model is quantized already: 'fused' writes the rotated model before that, "
@@ -82,7 +87,13 @@ def export(
         content = Checkpoint(model, tokenizer, dtype or model.dtype, packed=format != "fused")
     check_room(folder, content.size)
     with scratch_beside(folder, folder=True) as scratch:
-        content.write(scratch)
+        try:
+            content.write(scratch)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # transformers' own
+            reason = " ".join(str(error).split())[:300]
+            raise RuntimeError(
+                f"the checkpoint can't be written, so nothing was kept: {reason}"
+            ) from error
         (scratch / CARD).write_text(card or _short_card(model, format), encoding="utf-8")
         if name := content.differing(scratch):
             raise RuntimeError(
@@ -91,7 +102,7 @@ def export(
             )
         _check_logits(model, scratch, format, dtype or model.dtype)
         usual = (scratch / CARD).stat().st_mode  # safetensors lets nobody else read its files
-        for name in _files_in(scratch):
+        for name in _entries_of(scratch):
             (scratch / name).chmod(usual)
         _write_marker(scratch, format)
         _put_in_place(scratch, folder)
@@ -115,17 +126,18 @@ def checked_folder(folder: str | Path, overwrite: bool, source: str = "") -> Pat
     That is one whose `MARKER` lists every file that is there, unchanged. Never the model's own
     `source`, or a folder around the working directory. Raises ValueError otherwise.
     """
-    if not str(folder).strip():
-        raise ValueError("the folder to write has no name")
-    folder = Path(folder).expanduser().resolve()
+    if not isinstance(folder, str | Path) or not str(folder).strip():
+        raise ValueError(f"the folder to write is named by a string or a Path, not {folder!r}")
+    try:
+        folder = Path(folder).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder} leads nowhere: name another folder ({error})") from error
     if source and Path(source).is_dir() and folder in (at := Path(source).resolve(), *at.parents):
         raise ValueError(f"{folder} holds the model that is exported: name another folder")
     if folder in (here := Path.cwd(), *here.parents):
         raise ValueError(f"{folder} holds the working directory: name another folder")
     try:
-        if _aside(folder).exists() and not folder.exists():  # an export was killed at that moment
-            os.replace(_aside(folder), folder)
-        shutil.rmtree(_aside(folder), ignore_errors=True)
+        _recover(folder)
         if folder.exists():
             _check_replaceable(folder, overwrite)
         check_writable(folder.parent, "name another folder")
@@ -148,8 +160,10 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
         written = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"] | {MARKER: ""}
         changed = [
             name
-            for name in _files_in(folder)
+            for name in _entries_of(folder)
             if name not in written
+            or not (folder / name).is_file()
+            or (folder / name).is_symlink()
             or (name != MARKER and file_digest(folder / name) != written[name])
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -166,19 +180,24 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
 
 def _write_marker(folder: Path, format: str) -> None:
     """What the folder is, and the sha256 of every file in it."""
-    files = {name: file_digest(folder / name) for name in _files_in(folder)}
+    files = {name: file_digest(folder / name) for name in _entries_of(folder)}
     marker = {"made by": f"rotlib {version('rotlib')}", "format": format, "files": files}
     write_json(folder / MARKER, marker)
 
 
-def _files_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def _entries_of(folder: Path) -> list[str]:
+    """Every file, link and empty folder in it, by its place there."""
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+    )
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
-    """Rename, with the old folder aside until the new one stands."""
+    """Rename, with an old export aside until the new one stands."""
     aside = _aside(folder)
-    if folder.exists():
+    if (folder / MARKER).exists():
         os.replace(folder, aside)
     try:
         os.replace(scratch, folder)
@@ -186,11 +205,22 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
         if aside.exists():
             os.replace(aside, folder)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _recover(folder)
+
+
+def _recover(folder: Path) -> None:
+    """Put back, or else remove, an export that a killed one has put aside."""
+    if not ((aside := _aside(folder)) / MARKER).is_file():
+        return
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(aside, folder)
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name[:100]}.replaced")
+    whole = sha256(folder.name.encode()).hexdigest()[:16]
+    return folder.with_name(f".{folder.name[:50]}.{whole}.replaced-by-rotlib")
 
 
 def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torch.dtype) -> None:
@@ -205,7 +235,7 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
         what = f"no memory for a second model ({size / 1e9:.1f} GB): its logits aren't compared"
         warnings.warn(what, stacklevel=3)
         return
-    length = min(32, model.config.max_position_embeddings)
+    length = min(256, model.config.max_position_embeddings)
     ids = (torch.arange(2 * length) * 7919 % model.config.vocab_size).view(2, length)
     how = {"trust_remote_code": False}
     if format == "gguf":
@@ -214,18 +244,27 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
     else:
         how |= {"dtype": dtype, "use_safetensors": True}
     with redirect_stderr(StringIO()):  # the progress bars of three libraries
-        read = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
-    hidden = final_hidden(family, ids)
-    with family.on_device(family.lm_head):
-        wanted = torch.stack([family.lm_head(x.to(family.device)).cpu() for x in hidden]).double()
-    found = read(ids).logits[:, :-1].double()
+        read, keys = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
+    if unread := sorted(keys["unexpected_keys"]):
+        raise RuntimeError(
+            f"transformers reads no {unread[0]} from the folder, so nothing was kept: the config "
+            "doesn't announce it"
+        )
+    if hasattr(model, "rotlib_device"):  # it goes to its device a layer at a time
+        hidden = final_hidden(family, ids)
+        with family.on_device(family.lm_head):
+            wanted = torch.stack([family.lm_head(x.to(family.device)).cpu() for x in hidden])
+    else:
+        wanted = model(ids.to(model.device)).logits[:, :-1].cpu()
+    wanted, found = wanted.double(), read.eval()(ids).logits[:, :-1].double()
     spread = wanted - wanted.mean(-1, keepdim=True)
     error = ((found - wanted).norm() / spread.norm()).item()
     coarse = format == "gguf" or torch.float32 not in (dtype, model.dtype) or dtype != model.dtype
-    if not error < (0.1 if coarse else 1e-3):
+    if not error < (0.1 if coarse else 1e-5):
         raise RuntimeError(
-            f"transformers computes other logits from the folder than the model has ({error:.0%} "
-            "off), so nothing was kept: does a hook, or a module of your own, take part in it?"
+            "transformers computes other logits from the folder than the model has "
+            f"({100 * error:.2g} % off), so nothing was kept: a hook, a module of your own or a "
+            "changed config takes part in it"
         )
 
 

@@ -43,11 +43,18 @@ class Evaluation:
 
     @property
     def reference_perplexity(self) -> float:
-        return _perplexity(self.reference_cross_entropy)
+        return _perplexity(self._beside(self.reference_cross_entropy))
 
     @property
     def kl_divergence(self) -> float:
-        return fmean(self.kl)
+        return fmean(self._beside(self.kl))
+
+    def _beside(self, values: list[float]) -> list[float]:
+        if not values:
+            raise ValueError(
+                "this was evaluated without a reference: evaluate(model, …, reference)"
+            )
+        return values
 
 
 class Reference:
@@ -65,7 +72,7 @@ class Reference:
         family = adapt(model)
         check_sound(model)
         token_ids("windows", windows, 2, model)
-        self.windows = windows
+        self.windows = windows.clone()
         self.lm_head = deepcopy(family.lm_head)  # the model may be rotated in place later on
         self.hidden = final_hidden(family, windows)
 
@@ -92,6 +99,11 @@ def evaluate(
     if reference is not None and not torch.equal(reference.windows, windows):
         raise ValueError(
             "the reference was taken over other tokens: build it from the same windows"
+        )
+    if reference is not None and reference.lm_head.out_features != model.config.vocab_size:
+        raise ValueError(
+            f"the reference has {reference.lm_head.out_features} tokens and the model "
+            f"{model.config.vocab_size}: compare models of one vocabulary"
         )
     result = Evaluation()
     sides = [(family.lm_head, final_hidden(family, windows))]

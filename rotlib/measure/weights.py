@@ -21,7 +21,7 @@ def incoherence(W: Float[Tensor, "out in"]) -> float:
     """
     matrix("W", W)
     W = W.double()
-    return (W.abs().max() / W.square().mean().sqrt()).item()
+    return (W.abs().max() / W.square().mean().sqrt().clamp_min(1e-300)).item()
 
 
 def kurtosis(W: Float[Tensor, "out in"]) -> float:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rotlib.checks import whole_number
 from rotlib.measure.offline_tasks import METRIC, offline_items
 from rotlib.models.families import adapt, check_sound
-from rotlib.models.text import check_text
+from rotlib.models.text import check_text, check_tokenizer
 from rotlib.models.zoo import on_hub
 
 # inferred: the papers behind this project say six, eight or nine tasks, and these are the ones that
@@ -91,6 +91,7 @@ def zero_shot(
     names = task_names(tasks)
     check_text(text)
     check_limit(limit)
+    check_tokenizer(tokenizer)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"this tokenizer has {len(tokenizer)} tokens, but the model knows "

@@ -5,6 +5,7 @@ kept of a model is therefore named by its content.
 """
 
 import json
+import os
 import time
 from contextlib import suppress
 from hashlib import sha256
@@ -14,7 +15,7 @@ from rotlib.disk import file_digest, write_json
 from rotlib.models.zoo import cache_folder, hub_commit, resolve
 
 _FILES = (
-    *("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"),
+    *("config.json", "**/*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
 )
 _SETTLED = 2e9  # nanoseconds: a younger file may be written again without its times telling
@@ -29,11 +30,11 @@ def model_content(name: str) -> str:
     >>> model_content(tiny) == model_content(tiny)
     True
     """
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         return f"commit {hub_commit(name)}"
     source = Path(resolve(name))
     files = sorted({path for pattern in _FILES for path in source.glob(pattern) if path.is_file()})
-    digests = {path.name: _digest(path) for path in files}
+    digests = {str(path.relative_to(source)): _digest(path) for path in files}
     return f"sha256 {sha256(json.dumps(digests).encode()).hexdigest()}"
 
 

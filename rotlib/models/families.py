@@ -148,7 +148,8 @@ def adapt(model: PreTrainedModel) -> Family:
                 reason = f"has no place in the {model_type} layout"
                 raise ValueError(_refusal(model, stranger, reason))
             _check_one_meaning(model)
-            return family(model)
+            _check_shapes(found := family(model))
+            return found
     if norm := _POST_NORM.get(model_type):
         path = next(name for name, _ in model.named_modules() if name.endswith(f"layers.0.{norm}"))
         reason = "puts a gain between a writer and the residual stream, so R1 can't be fused"
@@ -175,17 +176,52 @@ def _check_one_meaning(model: PreTrainedModel) -> None:
                 f"{other} and {name} are one weight, which would be rotated twice: "
                 "give each a copy of its own"
             )
-    for name, module in _holders(model):
-        if "norm" not in name and type(module) not in (nn.Linear, nn.Embedding):
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, not a plain torch.nn.Linear: merge adapters "
-                "into the weights, or load the original model"
-            )
+    for mark in ("rotlib_rotated", "rotlib_quantized"):
+        if not isinstance(getattr(model.config, mark, False), bool):
+            raise ValueError(f"the config's {mark} must be true or false: it was changed by hand")
     online = getattr(model.config, "rotlib_online", None)
+    if online and not (isinstance(online, list | tuple) and {*online} <= {"R3", "R4"}):
+        raise ValueError(
+            f"the config's rotlib_online must name R3 or R4, not {online!r}: it was changed by hand"
+        )
     if online and not hasattr(model, "rotlib_online"):
         raise ValueError(
             f"this model was saved with the online rotations {', '.join(online)} on: "
             "rl.load restores them"
+        )
+
+
+def _check_shapes(family: Family) -> None:
+    """Raises ValueError for a linear that isn't one, or of another shape than the config says."""
+    config, width = family.config, family.width
+    if not len(family.layers) == config.num_hidden_layers > 0:
+        raise ValueError(
+            f"this model has {len(family.layers)} decoder layers, and its config says "
+            f"{config.num_hidden_layers}: load it again"
+        )
+    heads, keys = (
+        count * family.head_dim for count in (config.num_attention_heads, family.kv_heads)
+    )
+    wide = config.intermediate_size
+    shapes = {"q": (heads, width), "k": (keys, width), "v": (keys, width), "o": (width, heads)}
+    shapes |= {"gate": (wide, width), "up": (wide, width), "down": (width, wide)}
+    for layer in range(len(family.layers)):
+        for name, linear in family.linears(layer).items():
+            _check_shape(f"layers.{layer}.{name}", linear, nn.Linear, shapes[name])
+    _check_shape("the embedding", family.embedding, nn.Embedding, (config.vocab_size, width))
+    _check_shape("lm_head", family.lm_head, nn.Linear, (config.vocab_size, width))
+
+
+def _check_shape(name: str, module: Module, kind: type, shape: tuple[int, int]) -> None:
+    if type(module) is not kind:
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, not a plain torch.nn.{kind.__name__}: merge "
+            "adapters into the weights, or load the original model"
+        )
+    if tuple(module.weight.shape) != shape:
+        raise ValueError(
+            f"{name} has a weight of {tuple(module.weight.shape)}, and the config says {shape}: "
+            "one of them was changed since the model was loaded"
         )
 
 
@@ -196,6 +232,8 @@ def is_rotated(model: PreTrainedModel) -> bool:
     >>> is_rotated(model), is_rotated(rl.fuse(model, rl.random_rotation(model)))
     (False, True)
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a transformers model is needed, not a {type(model).__name__}")
     return bool(getattr(model.config, "rotlib_rotated", False))
 
 
@@ -216,7 +254,16 @@ def check_not_rounding(model: PreTrainedModel) -> None:
 
 
 def check_sound(model: PreTrainedModel) -> None:
-    """Raises ValueError where a model is training, or a parameter holds a NaN or an infinity."""
+    """Raises ValueError where a model is training, or its parameters aren't finite numbers.
+
+    They are all of one dtype, too.
+    """
+    kinds = {str(parameter.dtype): name for name, parameter in model.named_parameters()}
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
+        raise ValueError(f"this model has parameters of several dtypes, {found}: give it one")
+    if next(model.parameters()).is_meta:
+        raise ValueError("this model lies on the device 'meta', where weights have no values")
     if any(module.training for module in model.modules()):
         raise ValueError("this model is in training mode, where it may drop out: call model.eval()")
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -59,11 +60,21 @@ def load_tokens(
     1024
     """
     check_text(name, split)
+    check_tokenizer(tokenizer)
     text = CORPORA[name](split)
     if not text.strip():
         raise ValueError(f"the {split} split of {name} is empty: check the files in ROTLIB_DATA")
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // WHOLE * WHOLE] if len(ids) >= WHOLE else ids
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raises ValueError for what is no tokenizer of transformers."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"a tokenizer of transformers is needed, not a {type(tokenizer).__name__}: rl.load "
+            "returns (model, tokenizer)"
+        )
 
 
 def check_text(name: str, split: str = "calibration") -> None:
@@ -170,7 +181,7 @@ def prose(text: str) -> str:
 def _wikitext2(split: str) -> str:
     file = _FILES["wikitext2"][split]
     if raw := _local("wikitext2", file):
-        with raw.open(encoding="utf-8", newline="\n") as lines:
+        with _one_sentence(raw), raw.open(encoding="utf-8", newline="\n") as lines:
             rows = list(lines)  # str.splitlines would also split at form feeds and their like
         return "\n\n".join(line if line.strip() else "" for line in rows)
     part = "train" if split == "calibration" else "test"
@@ -182,7 +193,7 @@ def _wikitext2(split: str) -> str:
 def _c4(split: str) -> str:
     file = _FILES["c4"][split]
     if raw := _local("c4", file):
-        with gzip.open(raw, "rt", encoding="utf-8") as lines:
+        with _one_sentence(raw), gzip.open(raw, "rt", encoding="utf-8") as lines:
             return "\n\n".join(json.loads(line)["text"] for line in islice(lines, C4_DOCUMENTS))
     part = "train" if split == "calibration" else "validation"
     how = {"data_files": {part: f"en/{file}"}, "split": part, "streaming": True}
@@ -200,6 +211,18 @@ def _local(corpus: str, file: str) -> Path | None:
     if not path.is_file():
         raise ValueError(f"ROTLIB_DATA is set, but there is no file {corpus}/{file} in it")
     return path
+
+
+@contextmanager
+def _one_sentence(raw: Path):
+    """Turn whatever is wrong with a corpus's file into one sentence."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{raw} isn't the file that its name says: download it again ({reason})"
+        ) from error
 
 
 def _from_hub(file: str, dataset: str, *args, **kwargs):

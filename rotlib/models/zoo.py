@@ -158,9 +158,11 @@ def resolve(name: str) -> str:
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"a model is named by a string, not {name!r}")
+    if len(name) > 500:
+        raise ValueError(f"a model's name has at most 500 characters, not {len(name)}")
     if name in PACKAGED:
         return str(_unpacked(name))
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False, too, of a name that no file system takes
         if not (Path(name) / "config.json").is_file():
             raise ValueError(
                 f"the folder {name!r} holds no config.json, so it isn't a Hugging Face model"

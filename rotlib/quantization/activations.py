@@ -154,8 +154,8 @@ def _rounded_input(grid: WeightQuant, clip: float, width: int | None, sinks: int
         x = args[0]
         if sinks and x.shape[-2] <= sinks:
             raise RuntimeError(
-                f"{sinks} sinks need sequences of more tokens than that: "
-                "turn the cache off (use_cache=False)"
+                f"{sinks} sinks need sequences of more tokens than the {x.shape[-2]} here: take "
+                "longer ones, and no cache (use_cache=False)"
             )
         rounded = round_tokens(x[..., sinks:, :], grid, clip, width)
         return (torch.cat([x[..., :sinks, :], rounded], dim=-2) if sinks else rounded, *args[1:])

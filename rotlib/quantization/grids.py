@@ -189,7 +189,10 @@ def restore(
     for name in linears.keys() | weights.keys():
         if name not in linears or not _fits(weights.get(name), linears[name].weight):
             raise ValueError(f"these quantized weights belong to another model: {name} doesn't fit")
-        check_on_grid(name, weights[name], quant)
+    if quant is not None and not isinstance(quant, WeightQuant):
+        raise ValueError(f"quant must be a WeightQuant or None, not {quant!r}")
+    for name, weight in weights.items():
+        check_on_grid(name, weight, quant)
     model.config.rotlib_quantized = True
     for name, weight in weights.items():
         set_weight(linears[name], weight)
@@ -201,24 +204,31 @@ def check_on_grid(name: str, weight: QuantizedWeight, quant: WeightQuant | None 
 
     Without `quant` every code that their type holds is allowed.
     """
-    numbers = torch.isfinite(weight.scale) & torch.isfinite(weight.zero) & (weight.scale != 0)
-    if weight.codes.dtype not in (torch.int8, torch.uint8) or not numbers.all():
+    codes, scale, zero = weight
+    whole = (
+        (zero == zero.round()) & (zero >= 0) & (zero <= (255 if codes.dtype == torch.uint8 else 0))
+    )
+    usable = torch.isfinite(scale) & (scale != 0) & whole
+    if codes.dtype not in (torch.int8, torch.uint8) or not usable.all():
         raise ValueError(
             f"the quantized weight {name} is damaged: its codes must be int8 or uint8, its scales "
-            "finite and not zero, its zero points finite"
+            "finite and not zero, its zero points whole (0 where codes have a sign)"
         )
     if quant is not None:
         low, high = quant.codes
-        inside = low <= weight.codes.min() and weight.codes.max() <= high
-        if weight.codes.dtype != quant.storage or not inside:
+        inside = low <= codes.min() and codes.max() <= high
+        groups = codes.shape[1] // (quant.group_size or codes.shape[1])
+        if codes.dtype != quant.storage or not inside or scale.shape[1] != groups:
             raise ValueError(
-                f"the quantized weight {name} has codes outside {low} … {high}: it is damaged, or "
-                "of another grid"
+                f"the quantized weight {name} has codes outside {low} … {high}, or other groups: "
+                "it is damaged, or of another grid"
             )
 
 
 def _fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
-    if not isinstance(weight, QuantizedWeight) or weight.codes.shape != shape_of.shape:
+    if not isinstance(weight, QuantizedWeight):
+        return False
+    if not all(isinstance(part, Tensor) for part in weight) or weight.codes.shape != shape_of.shape:
         return False
     if weight.scale.ndim != 2 or weight.scale.shape != weight.zero.shape:
         return False
@@ -240,6 +250,13 @@ def check_quantizable(family: Family, quant: WeightQuant) -> None:
     for name, linear in family.linears(0).items():
         quant.check_width(linear.in_features, f"{name}_proj")
     check_sound(family.model)
+    for placed in placed_weights(family, quantized_only=True):
+        largest = placed.module.weight.abs().max().item()
+        if largest and not 1e-30 < largest < 1e30:
+            raise ValueError(
+                f"{placed.name} has weights of size {largest:.0e}, beyond what grids are computed "
+                "with (float32): scale the model first"
+            )
 
 
 def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | float) -> Grid:

@@ -58,6 +58,11 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     check_rotation(family, rotation)
     check_online(family, rotation.online)
     check_sound(model)
+    if hooked := [name for name, module in model.named_modules() if _has_hooks(name, module)]:
+        raise ValueError(
+            f"{hooked[0] or 'the model'} has a hook, which would see rotated states: remove it "
+            "first"
+        )
     rotation = rotation.projected(family.device)
     _check_range(family, rotation)
     # marked before it is: an interrupted model is neither the original nor rotated
@@ -72,6 +77,11 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     family.final_norm.weight.fill_(1.0)
     attach(family, rotation.online)
     return model
+
+
+def _has_hooks(name: str, module: torch.nn.Module) -> bool:
+    """Norms apart: a norm computed more exactly is the same norm."""
+    return "norm" not in name and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _check_range(family: Family, rotation: Rotation) -> None:
@@ -113,7 +123,11 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
         if found != shape:
             raise ValueError(f"{name} has shape {found}, but this model needs {shape}")
     allowed = scale_shapes(family)
+    if not isinstance(rotation.scales, dict):
+        raise ValueError(f"scales must be a dictionary of tensors, not {rotation.scales!r}")
     for name, scale in rotation.scales.items():
+        if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
+            raise ValueError(f"the scale {name!r} must be a floating-point tensor")
         if name not in allowed:
             raise ValueError(f"unknown scale {name!r}: a rotation may carry {', '.join(allowed)}")
         if tuple(scale.shape) != allowed[name]:
@@ -121,8 +135,8 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
                 f"the scale {name!r} has shape {tuple(scale.shape)}, "
                 f"but this model needs {allowed[name]}"
             )
-        if not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"the scale {name!r} must be positive and finite everywhere")
+        if not ((scale > 1e-6) & (scale < 1e6)).all():
+            raise ValueError(f"the scale {name!r} must lie between 1e-6 and 1e6 everywhere")
     error = rotation.orthogonality_error()
     if not error < ORTHOGONALITY_TOLERANCE:
         raise ValueError(

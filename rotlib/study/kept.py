@@ -26,7 +26,7 @@ class Kept:
     def __init__(self, spec: dict, device: torch.device, made_for: str = "", suffix: str = ".pt"):
         self.path = local_path(spec, suffix)
         noted = numerics.digests(numerics.stages_of(spec))
-        self._maker = [noted, str(torch.__version__), device.type, made_for]
+        self._maker = [noted, str(torch.__version__), device.type, made_for, self.path.name]
 
     def read(self) -> dict | None:
         with suppress(Exception):  # no file, or a damaged one: compute anew

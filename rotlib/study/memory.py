@@ -60,9 +60,10 @@ def outline(model: str) -> tuple[Family, torch.dtype]:
 
 @lru_cache
 def _outline(model: str, content: str | None) -> tuple[Family, torch.dtype]:
+    source = resolve(model)  # not on "meta": it may be unpacked first
     with one_sentence(model), torch.device("meta"):
         safely = {"trust_remote_code": False}
-        config = AutoConfig.from_pretrained(resolve(model), **safely)
+        config = AutoConfig.from_pretrained(source, **safely)
         dtype = config.dtype or torch.float32
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **safely).eval()
     if online := getattr(config, "rotlib_online", None):  # `load` would apply them

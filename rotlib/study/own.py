@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
-from inspect import getsource
+from inspect import getsource, signature
 from pathlib import Path
 from textwrap import dedent
 from types import FunctionType
@@ -50,7 +50,7 @@ def register_rotation(name: str, replace: bool = False) -> Callable:
 def source_digest(make: Callable) -> str:
     """Twelve hexadecimal digits over a function's source, and over what it calls of its own module.
 
-    Raises ValueError where the source can't be read.
+    The constants that these read there count too. Raises ValueError where the source can't be read.
     """
     seen: dict[str, str] = {}
 
@@ -70,11 +70,19 @@ def source_digest(make: Callable) -> str:
             called = function.__globals__.get(name)
             if isinstance(called, FunctionType) and called.__module__ == function.__module__:
                 read(called)
+            elif isinstance(called, bool | int | float | str | tuple):
+                seen[name] = repr(called)
 
     if not isinstance(make, FunctionType):
         raise ValueError(f"a rotation is made by a function, not by {make!r}")
     if hasattr(make, "source_digest"):  # it came from another process
         return make.source_digest
+    try:
+        signature(make).bind(None, seed=0, R3=False, R4=False)
+    except TypeError as error:
+        raise ValueError(
+            f"{make.__name__} must take (model, seed=0, R3=False, R4=False): {error}"
+        ) from error
     read(make)
     return sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:12]
 

@@ -271,7 +271,20 @@ def _drawn(name: str, recipe: Recipe, model: PreTrainedModel) -> Rotation:
     how = {"seed": recipe.seed, "R3": recipe.R3, "R4": recipe.R4}
     if name == "gsr":
         return gsr_rotation(model, recipe.R1_order, recipe.block, recipe.signs, **how)
-    return (DRAWN | OWN)[name](model, **how)
+    if name in DRAWN:
+        return DRAWN[name](model, **how)
+    before = weights_sample(model)
+    rotation = OWN[name](model, **how)
+    if not isinstance(rotation, Rotation):
+        raise ValueError(f"the rotation {name!r} made a {type(rotation).__name__}, not a Rotation")
+    if (rotation.R3, rotation.R4) != (recipe.R3, recipe.R4):
+        raise ValueError(
+            f"the rotation {name!r} was made with R3={rotation.R3} and R4={rotation.R4}, and asked "
+            f"for with R3={recipe.R3} and R4={recipe.R4}: let its function hand them on"
+        )
+    if weights_sample(model) != before:
+        raise ValueError(f"the rotation {name!r} has changed the model that it was made for")
+    return rotation
 
 
 def _learned(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation:

@@ -116,7 +116,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.model, str):
+        if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"a model is named by a string, not {self.model!r}")
         choices = {
             "rotation": rotations(),

@@ -62,8 +62,8 @@ def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dic
     """
     notebooks = {path.stem: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
     config = CONFIGS / f"{scale}.yaml"
-    if not config.is_file():
-        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    if scale not in (scales := sorted(path.stem for path in CONFIGS.glob("*.yaml"))):
+        known = ", ".join(scales)
         raise ValueError(f"unknown scale {scale!r}: choose one of {known}")
     parameters = _read_scale(config)
     for name in [*(only or ()), *parameters]:

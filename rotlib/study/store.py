@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 
 import torch
@@ -170,11 +171,11 @@ def read(path: Path) -> Result | None:
     """
     try:
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
-        missing = [name for name in _MEASURED[result.spec["task"]] if name not in result.metrics]
-        noted, file = result.provenance["stages"], result.file
+        noted, file = dict(result.provenance["stages"]), result.file
+        missing = _missing(result)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} isn't a result of rotlib: delete it and run again ({error})"
         ) from error
@@ -190,6 +191,20 @@ def read(path: Path) -> Result | None:
             f"{path} holds the result that belongs into {file}: give it that name, or delete it"
         )
     return result
+
+
+def _missing(result: Result) -> list[str]:
+    """What a whole result holds and this one doesn't; a number that is none counts as missing."""
+    metrics = dict(result.metrics)
+    missing = [name for name in _MEASURED[result.spec["task"]] if name not in metrics]
+    missing += [] if result.provenance["stages"] else ["stages of its computation"]
+    numbers = {name: metrics[name] for name in ("perplexity", "kl") if name in metrics}
+    for name, value in (numbers | result.seconds).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        broken = name in numbers and not numbers["perplexity"] < inf  # then it may be NaN
+        if not number or not (value > -1e-3 or broken):
+            missing.append(f"number as its {name}")
+    return missing
 
 
 def commit() -> str | None:

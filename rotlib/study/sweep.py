@@ -22,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from rotlib.checks import whole_number
-from rotlib.disk import clear_leftovers
+from rotlib.disk import check_writable
 from rotlib.study import memory, numerics, store
 from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.files import local_path, results_folder
@@ -228,7 +228,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"{options.workers} workers may need {needed:.1f} GB at a time, and {free:.1f} GB are "
             "free: take fewer"
         )
-    clear_leftovers(results_folder() / "local")
+    try:
+        check_writable(results_folder() / "local", "let ROTLIB_RESULTS name a writable folder")
+    except ValueError as error:
+        parser.error(str(error))
     place = {"address": options.address, "memory_gb": memory_gb} if options.engine == "ray" else {}
     failed = 0
     with tqdm(total=len(todo), desc="sweep", unit="run", disable=False) as bar:
@@ -259,7 +262,10 @@ def _chosen(recipes: list[Recipe], only: list[str]) -> list[Recipe]:
         wanted.setdefault(name, []).append(_read_value(value))
 
     def fits(recipe: Recipe) -> bool:
-        return all(getattr(recipe, name) in values for name, values in wanted.items())
+        return all(
+            any(_same(getattr(recipe, name), value) for value in values)
+            for name, values in wanted.items()
+        )
 
     chosen = [recipe for recipe in recipes if fits(recipe)]
     if not chosen and only:
@@ -267,6 +273,11 @@ def _chosen(recipes: list[Recipe], only: list[str]) -> list[Recipe]:
     if not chosen:
         raise ValueError("this sweep holds no recipes")
     return chosen
+
+
+def _same(value: object, other: object) -> bool:
+    """Equal, and both truth values or neither: False isn't the seed 0."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _read_value(text: str) -> object:

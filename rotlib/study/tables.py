@@ -253,7 +253,7 @@ def provenance(results: Iterable[Result]) -> str:
     """What results were computed with, and how many no run at a recorded commit stands behind."""
     results = list(results)
     origins = [result.provenance for result in results]
-    versions = (pair for origin in origins for pair in origin["versions"].items())
+    versions = (pair for origin in origins for pair in origin.get("versions", {}).items())
     kinds = Counter(f"{name} {number}" for name, number in versions)
     commits = (origin.get("model_commit") for origin in origins)
     kinds |= Counter(f"model commit {commit}" for commit in commits if commit)

@@ -1,5 +1,6 @@
 """YAML as recipes and scales are written: plain data, each name once, nothing that grows."""
 
+import re
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,8 @@ def read_yaml(path: Path) -> yaml.Node | None:
     Raises ValueError naming the file for one that can't be read, isn't YAML, is longer than a
     mebibyte, nested deeply, or holds anchors: a few nested ones stand for gigabytes.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} can't be read: it is no file")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -66,6 +69,9 @@ def _check_names(path: Path, root: yaml.Node | None) -> None:
         node = left.pop()
         if isinstance(node, yaml.SequenceNode):
             left += node.value
+        number = isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int")
+        if number and re.match(r"[-+]?0\d|.*:", node.value):  # octal and base 60, to YAML 1.1
+            raise ValueError(f"{place(path, node)}: write {node.value} as a plain number")
         if not isinstance(node, yaml.MappingNode):
             continue
         seen = set()

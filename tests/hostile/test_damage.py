@@ -14,6 +14,7 @@ from test_hostile import quantized, refused
 
 import rotlib as rl
 from rotlib import disk
+from rotlib.checkpoints import write
 from rotlib.models import content
 from rotlib.study import files, store
 from rotlib.study.kept import Kept
@@ -161,12 +162,28 @@ DAMAGE = {
     "an unknown stage": lambda text: edited(
         text, provenance=json.loads(text)["provenance"] | {"stages": {"astrology": "0"}}
     ),
+    "kl that is text": lambda text: with_metric(text, "abc"),
+    "kl that is none": lambda text: with_metric(text, None),
+    "kl below zero": lambda text: with_metric(text, -5.0),
+    "kl that is no number": lambda text: with_metric(text, float("nan")),
+    "no stages": lambda text: edited(
+        text, provenance=json.loads(text)["provenance"] | {"stages": {}}
+    ),
+    "stages that are a list": lambda text: edited(
+        text, provenance=json.loads(text)["provenance"] | {"stages": []}
+    ),
+    "times that are text": lambda text: edited(text, seconds={"load": "x"}),
+    "endless brackets": lambda text: "[" * 100_000,
     "one field more": lambda text: edited(text, comment="mine"),
 }
 
 
 def edited(text: str, **changes) -> str:
     return json.dumps(json.loads(text) | changes)
+
+
+def with_metric(text: str, kl: object) -> str:
+    return edited(text, metrics=json.loads(text)["metrics"] | {"kl": kl})
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -246,7 +263,6 @@ def test_an_export_replaces_its_own_and_keeps_the_old_one_when_it_fails(tmp_path
     model = quantized(tiny_model(dtype=torch.float32))
     first = rl.export(model, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in first.iterdir()}
-    from rotlib.checkpoints import write
 
     def fail(*_):
         raise RuntimeError("the lights went out")
@@ -264,10 +280,73 @@ def test_an_export_replaces_its_own_and_keeps_the_old_one_when_it_fails(tmp_path
 def test_an_export_killed_between_its_two_renames_loses_nothing(tmp_path):
     model = quantized(tiny_model(dtype=torch.float32))
     first = rl.export(model, tmp_path / "out")
-    first.rename(tmp_path / ".out.replaced")
+    first.rename(write._aside(first))
     with refused("isn't an empty folder"):  # it is back
         rl.export(model, tmp_path / "out")
     assert (first / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["out", "x" * 150])
+def test_a_folder_that_is_named_like_one_put_aside_is_left_alone(name, tmp_path):
+    aside = write._aside(tmp_path / name)
+    aside.mkdir()
+    (aside / "notes.txt").write_text("mine")
+    model = quantized(tiny_model(dtype=torch.float32))
+    rl.export(model, tmp_path / name)
+    assert write._aside(tmp_path / (name + "y")) != aside
+    with refused("isn't an empty folder"):
+        rl.export(model, tmp_path / name)
+    assert (aside / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["link", "folder link", "empty folder", "file"])
+def test_an_export_with_anything_of_somebody_elses_in_it_is_not_replaced(kind, tmp_path):
+    model = quantized(tiny_model(dtype=torch.float32))
+    folder = rl.export(model, tmp_path / "out")
+    stranger = folder / "stranger"
+    {
+        "link": lambda: stranger.symlink_to("/nowhere"),
+        "folder link": lambda: stranger.symlink_to(tmp_path),
+        "empty folder": stranger.mkdir,
+        "file": stranger.touch,
+    }[kind]()
+    with refused("isn't as rotlib wrote it"):
+        rl.export(model, tmp_path / "out", overwrite=True)
+
+
+def test_a_bias_that_the_config_does_not_announce_is_noticed(tmp_path):
+    model = quantized(tiny_model(dtype=torch.float32))
+    bias = torch.nn.Parameter(torch.full((48,), 1e-5), requires_grad=False)
+    model.model.layers[0].self_attn.q_proj.bias = bias
+    with pytest.raises(RuntimeError, match=r"reads no model\.layers\.0\.self_attn\.q_proj\.bias"):
+        rl.export(model, tmp_path / "out")
+
+
+def test_kept_weights_under_another_recipes_name_count_as_none(recipe):
+    first, second = (rl.Recipe(model=recipe.model, seed=seed, **SHORT) for seed in (0, 1))
+    true = [rl.run(one).metrics["kl"] for one in (first, second)]
+    specs = (one.sharing_weights().spec() | {"task": "weights"} for one in (first, second))
+    weights = [files.local_path(spec, ".pt") for spec in specs]
+    weights[1].write_bytes(weights[0].read_bytes())
+    files.local_path(second.spec()).unlink()
+    assert rl.run(second).metrics["kl"] == true[1]
+
+
+def test_a_constant_that_a_rotation_of_ones_own_reads_is_part_of_it(tmp_path):
+    from rotlib.study import own
+
+    (tmp_path / "shifted.py").write_text(
+        "import rotlib as rl\nSHIFT = 0\n"
+        "def shifted(model, seed=0, R3=False, R4=False):\n"
+        "    return rl.random_rotation(model, seed + SHIFT, R3, R4)\n"
+    )
+    digests = []
+    for shift in (0, 5):
+        text = (tmp_path / "shifted.py").read_text().replace("SHIFT = 0", f"SHIFT = {shift}")
+        (tmp_path / f"shifted{shift}.py").write_text(text)
+        own.read_rotations(tmp_path / f"shifted{shift}.py")
+        digests.append(own.source_digest(sys.modules[f"shifted{shift}"].shifted))
+    assert digests[0] != digests[1]
 
 
 def test_every_file_of_an_export_can_be_read_by_whom_the_folder_lets(tmp_path):

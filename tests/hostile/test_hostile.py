@@ -19,6 +19,7 @@ from torch import nn
 import rotlib as rl
 from rotlib.models.zoo import load_tokenizer
 from rotlib.study import reproduce
+from rotlib.study.recipe import OWN
 from rotlib.study.sweep_file import read_sweep
 
 HERE = Path(__file__).parent
@@ -102,6 +103,58 @@ def asking_for_R4(model):
 def almost_too_large(model):
     model.model.layers[0].mlp.up_proj.weight.fill_(60000.0)
     return model
+
+
+def hooked(model):
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output)
+    return model
+
+
+def saying(model, **config):
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def with_a_half_layer(model):
+    model.model.layers[1].half()
+    return model
+
+
+def without_layers(model):
+    del model.model.layers[:]
+    return model
+
+
+def times(model, factor):
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.mul_(factor)
+    return model
+
+
+def alone(model):
+    return rl.random_rotation(model)
+
+
+def nothing(model, seed=0, R3=False, R4=False):
+    return None
+
+
+def without_R4(model, seed=0, R3=False, R4=False):
+    return rl.random_rotation(model, seed)
+
+
+def zeroing(model, seed=0, R3=False, R4=False):
+    model.model.layers[0].mlp.up_proj.weight.zero_()
+    return rl.random_rotation(model, seed)
+
+
+def own(name, make, R4=False):
+    rl.register_rotation(name)(make)
+    try:
+        return rl.make_rotation(rl.Recipe(rotation=name, R4=R4), tiny_model(dtype=torch.float32))
+    finally:
+        OWN.clear()
 
 
 def with_other_weights(model):
