@@ -57,6 +57,14 @@ def matrix(name: str, value: object) -> None:
         raise ValueError(f"{name} must hold finite numbers, and at least one")
 
 
+def floats(name: str, value: object, last: int | None = None) -> None:
+    """Known to be a floating-point tensor with an axis, the last one of this length."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.ndim:
+        raise ValueError(f"{name} must be a floating-point tensor with at least one axis")
+    if last is not None and value.shape[-1] != last:
+        raise ValueError(f"the last axis of {name} must have {last} entries, not {value.shape[-1]}")
+
+
 def token_ids(
     name: str, tokens: object, dimensions: int, model: PreTrainedModel | None = None
 ) -> None:

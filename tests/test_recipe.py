@@ -58,6 +58,7 @@ def test_every_result_says_what_ran_where_on_which_tokens(recipe):
         "device",
         "content",
         "tokens",
+        "weights",
         "model_commit",
     }
     assert all(len(digest) == 64 for digest in result.provenance["tokens"].values())

@@ -16,6 +16,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -27,6 +28,7 @@ from rotlib.checks import one_of, yes_or_no
 from rotlib.disk import check_writable, file_digest, scratch_beside, write_json
 from rotlib.models.families import adapt, check_not_rounding, check_sound, is_quantized
 from rotlib.models.walk import final_hidden
+from rotlib.models.zoo import bars_for_downloads_only
 
 FORMATS = ("compressed-tensors", "gguf", "fused")
 CARD = "README.md"
@@ -243,7 +245,8 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
         how |= {key: value for key in _UNTOLD if (value := getattr(model.config, key, None))}
     else:
         how |= {"dtype": dtype, "use_safetensors": True}
-    with redirect_stderr(StringIO()):  # the progress bars of three libraries
+    gguf_bar = patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda them, **_: them)
+    with gguf_bar, bars_for_downloads_only(str(folder)), redirect_stderr(StringIO()):
         read, keys = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     if unread := sorted(keys["unexpected_keys"]):
         raise RuntimeError(

@@ -67,7 +67,7 @@ def open_model(
             "read, so save the model with transformers' save_pretrained first"
         )
     tokenizer = load_tokenizer(name)
-    with one_sentence(name), _bars_for_downloads_only(source):
+    with one_sentence(name), bars_for_downloads_only(source):
         model, loading = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, use_safetensors=True, **_safely(source)
         )
@@ -113,7 +113,7 @@ def _safely(source: str) -> dict:
 
 
 @contextmanager
-def _bars_for_downloads_only(source: str):
+def bars_for_downloads_only(source: str):
     """Hide the progress bar where a local folder is read, which takes a second."""
     hide = Path(source).is_dir() and logging.is_progress_bar_enabled()
     if hide:

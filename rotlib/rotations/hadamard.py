@@ -21,7 +21,7 @@ from sympy import ZZ, factorint
 from sympy.polys.galoistools import gf_irreducible_p, gf_rem, gf_sqr
 from torch import Tensor
 
-from rotlib.checks import whole_number
+from rotlib.checks import floats, whole_number
 
 LARGEST = 2**20  # far above any width; the search for neighbours of an impossible order stays short
 _SYLVESTER = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
@@ -49,6 +49,7 @@ def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
     >>> apply_hadamard(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
+    floats("x", x)
     n = x.shape[-1]
     left, right = _balanced_on(n, x.dtype, x.device)
     # dividing by √n apart keeps the factors ±1: rounded to bfloat16, 1/√n would be a gain that
@@ -75,9 +76,13 @@ class BlockHadamard:
     order: Int[Tensor, " block"] | None = None
 
     def __post_init__(self):
-        if self.n % self.block:
+        whole_number("n", self.n, 1)
+        if self.n % whole_number("block", self.block, 1):
             raise ValueError(f"blocks of {self.block} don't divide {self.n} coordinates")
         hadamard_factors(self.block)
+        for name in ("signs", "order"):
+            if not isinstance(getattr(self, name), Tensor | None):
+                raise ValueError(f"{name} must be a tensor or None, not {getattr(self, name)!r}")
         if self.signs is not None and (
             self.signs.shape != (self.n,) or not self.signs.abs().eq(1).all()
         ):
@@ -86,6 +91,7 @@ class BlockHadamard:
             raise ValueError(f"the order must name each of the {self.block} columns once")
 
     def __call__(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+        floats("x", x, self.n)
         x = x if self.signs is None else x * self.signs.to(x)
         rotated = apply_hadamard(x.unflatten(-1, (-1, self.block)))
         if self.order is not None:

@@ -7,9 +7,11 @@ import torch
 from rotlib.checkpoints.gguf_file import check_holds, cut_of
 from rotlib.checkpoints.write import FORMATS, check_dtype, check_room, checked_folder, export
 from rotlib.checks import one_of, yes_or_no
+from rotlib.models.families import weights_sample
 from rotlib.models.zoo import load_tokenizer, resolve
 from rotlib.study import memory
 from rotlib.study.card import model_card
+from rotlib.study.files import local_path
 from rotlib.study.pipeline import build, run
 from rotlib.study.recipe import Recipe, check_recipe
 
@@ -51,5 +53,11 @@ def export_recipe(
     check_room(folder, memory.least_on_disk(recipe, dtype or torch.float32))
     result = run(recipe, device)
     model, tokenizer = build(recipe, device)
+    if result.provenance.get("weights") != weights_sample(model):
+        # what was measured is kept no more, and made again it may differ in the last bits
+        del model
+        local_path(recipe.spec()).unlink(missing_ok=True)
+        result = run(recipe, device)
+        model, tokenizer = build(recipe, device)
     card = model_card(recipe, result, format)
     return export(model, folder, format, tokenizer, card, dtype, overwrite)

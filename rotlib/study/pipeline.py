@@ -146,6 +146,7 @@ def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
         latest.model, latest.record = model, _prepare(recipe, model, calibration)
         latest.key = key
     record.model_commit = getattr(latest.model.config, "_commit_hash", None)
+    record.weights = weights_sample(latest.model)
     record.metrics |= latest.record.metrics
     record.seconds |= latest.record.seconds
     with record.timed("evaluate"), quantized_activations(latest.model, recipe.activations):

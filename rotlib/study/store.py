@@ -70,13 +70,15 @@ class Result:
 class Record:
     """What a run notes down while it goes.
 
-    Metrics, seconds by step, the sha256 of each token stream, the model's commit on the Hub.
+    Metrics, seconds by step, the sha256 of each token stream, the model's commit on the Hub, a
+    digest of the weights that were measured.
     """
 
     metrics: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     model_commit: str | None = None
+    weights: str | None = None
 
     @contextmanager
     def timed(self, name: str):
@@ -110,6 +112,7 @@ def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) ->
         )
     origin |= {"content": content} if content else {}
     origin |= {"tokens": record.tokens, "model_commit": record.model_commit}
+    origin |= {"weights": record.weights} if record.weights else {}
     result = Result(spec, record.metrics, record.seconds, memory, origin)
     save(result, folder / result.file)
     return result

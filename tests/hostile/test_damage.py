@@ -60,6 +60,20 @@ def test_an_export_after_the_folder_changed_is_of_the_new_weights(folder, recipe
     assert built.config.rotlib_quantized
 
 
+def test_a_card_is_of_the_weights_in_its_folder_even_where_the_measured_ones_are_gone(
+    folder, recipe
+):
+    rl.run(recipe)
+    store_path = files.local_path(recipe.spec())
+    text = json.loads(store_path.read_text())
+    text["provenance"]["weights"] = "others"
+    text["metrics"]["perplexity"] = 1.0
+    store_path.write_text(json.dumps(text))
+    card = (rl.export_recipe(recipe, folder / "out") / "README.md").read_text()
+    assert f"{rl.run(recipe).metrics['perplexity']:.3f}" in card
+    assert "| 1.000 |" not in card
+
+
 def test_one_relative_name_in_two_directories_is_two_models(tmp_path, folder, recipe, monkeypatch):
     results = []
     for number, place in enumerate(("one", "two")):
