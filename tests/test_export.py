@@ -152,7 +152,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         with pytest.raises(ValueError, match=message):
             rl.export(model, tmp_path / folder, **settings)
     usage = namedtuple("usage", "total used free")(10, 9, 1)
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match="0 MiB left"):
         rl.export(done, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

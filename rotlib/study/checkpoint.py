@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from rotlib.checkpoints.folder import check_room, checked_folder
 from rotlib.checkpoints.gguf_file import check_holds, cut_of
-from rotlib.checkpoints.write import FORMATS, check_dtype, check_room, checked_folder, export
+from rotlib.checkpoints.write import FORMATS, check_dtype, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.families import weights_sample
 from rotlib.models.zoo import load_tokenizer, resolve

@@ -15,10 +15,12 @@ from test_hostile import quantized, refused
 import rotlib as rl
 from rotlib import disk
 from rotlib.checkpoints import write
+from rotlib.checkpoints.folder import _aside
 from rotlib.models import content
 from rotlib.study import files, store
 from rotlib.study.kept import Kept
 
+pytestmark = pytest.mark.slow
 SHORT = {"window": 64, "calibration_windows": 2, "test_windows": 2, "text": "wikitext2"}
 KEPT = {"task": "rotation", "model": "smollm2-135m", "rotation": "hadamard", "seed": 0}
 
@@ -294,7 +296,7 @@ def test_an_export_replaces_its_own_and_keeps_the_old_one_when_it_fails(tmp_path
 def test_an_export_killed_between_its_two_renames_loses_nothing(tmp_path):
     model = quantized(tiny_model(dtype=torch.float32))
     first = rl.export(model, tmp_path / "out")
-    first.rename(write._aside(first))
+    first.rename(_aside(first))
     with refused("isn't an empty folder"):  # it is back
         rl.export(model, tmp_path / "out")
     assert (first / "model.safetensors").is_file()
@@ -302,12 +304,12 @@ def test_an_export_killed_between_its_two_renames_loses_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["out", "x" * 150])
 def test_a_folder_that_is_named_like_one_put_aside_is_left_alone(name, tmp_path):
-    aside = write._aside(tmp_path / name)
+    aside = _aside(tmp_path / name)
     aside.mkdir()
     (aside / "notes.txt").write_text("mine")
     model = quantized(tiny_model(dtype=torch.float32))
     rl.export(model, tmp_path / name)
-    assert write._aside(tmp_path / (name + "y")) != aside
+    assert _aside(tmp_path / (name + "y")) != aside
     with refused("isn't an empty folder"):
         rl.export(model, tmp_path / name)
     assert (aside / "notes.txt").read_text() == "mine"
