@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 def whole_number(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
     """`value`, known to be an int (no bool) from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        bounds = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+        small = most == 2**63 - 1 and not (isinstance(value, int) and value > most)
+        bounds = f"of at least {least}" if small else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")
     return value
 

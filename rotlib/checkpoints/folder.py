@@ -27,14 +27,17 @@ def checked_folder(folder: str | Path, overwrite: bool, source: str = "") -> Pat
         raise ValueError(f"the folder to write is named by a string or a Path, not {folder!r}")
     try:
         folder = Path(folder).expanduser().resolve()
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder} leads nowhere: name another folder ({error})") from error
+        os.fsencode(folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder!r} leads nowhere: name another folder ({error})") from error
     if source and Path(source).is_dir() and folder in (at := Path(source).resolve(), *at.parents):
         raise ValueError(f"{folder} holds the model that is exported: name another folder")
     if folder in (here := Path.cwd(), *here.parents):
         raise ValueError(f"{folder} holds the working directory: name another folder")
     try:
         _recover(folder)
+        if _aside(folder).exists():
+            raise ValueError(f"{_aside(folder)} is in the way, and no export: move it")
         if folder.exists():
             _check_replaceable(folder, overwrite)
         check_writable(folder.parent, "name another folder")
@@ -116,7 +119,7 @@ def _recover(folder: Path) -> None:
 
 
 def _aside(folder: Path) -> Path:
-    whole = sha256(folder.name.encode()).hexdigest()[:16]
+    whole = sha256(os.fsencode(folder.name)).hexdigest()[:16]
     return folder.with_name(f".{folder.name[:50]}.{whole}.replaced-by-rotlib")
 
 

@@ -74,8 +74,8 @@ def export(
             "which no plain checkpoint has: rotate it without them"
         )
     check_dtype(format, dtype)
-    if not isinstance(card, str):
-        raise ValueError(f"the card is a text, not a {type(card).__name__}")
+    if not isinstance(card, str) or card.encode(errors="ignore").decode() != card:
+        raise ValueError(f"the card is a text that UTF-8 holds, not {str(card)[:50]!r}")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"the tokenizer must be of transformers, not a {type(tokenizer).__name__}")
     if format == "fused" and is_quantized(model):

