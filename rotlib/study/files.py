@@ -4,7 +4,7 @@ import json
 from hashlib import sha256
 from pathlib import Path
 
-from rotlib.disk import folder_of
+from rotlib.disk import check_writable, folder_of
 from rotlib.models.content import model_content
 from rotlib.models.text import text_content
 from rotlib.models.zoo import PACKAGED
@@ -17,6 +17,11 @@ _CONTENT = {"model": model_content, "text": text_content}
 def results_folder() -> Path:
     """`ROTLIB_RESULTS`, else results/ of this checkout."""
     return folder_of("ROTLIB_RESULTS", "results")
+
+
+def check_results_folder() -> None:
+    """Raises ValueError where this machine's results can't be written."""
+    check_writable(results_folder() / "local", "let ROTLIB_RESULTS name a writable folder")
 
 
 def spec_hash(thing: object, digits: int = 12) -> str:

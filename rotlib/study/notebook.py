@@ -13,7 +13,7 @@ from rotlib.disk import check_writable
 from rotlib.models.zoo import resolve
 from rotlib.study.claims import claims
 from rotlib.study.figures import figures_folder
-from rotlib.study.files import results_folder
+from rotlib.study.files import check_results_folder
 from rotlib.study.recipe import Recipe
 
 PARAMETERS = {
@@ -58,7 +58,7 @@ def check_parameters() -> Recipe:
     given = {name: value for name, value in namespace.items() if name in PARAMETERS}
     if not namespace.get("_parameters_checked"):  # later the notebook's own variables are there too
         _refuse_strangers(namespace)
-        check_writable(results_folder() / "local", "let ROTLIB_RESULTS name a writable folder")
+        check_results_folder()
         check_writable(figures_folder(), "let ROTLIB_FIGURES name a writable folder")
     for name, value in given.items():
         check_type(name, value)

@@ -20,9 +20,16 @@ from pathlib import Path
 
 import torch
 
-from rotlib.disk import ROOT, check_writable, write_json
+from rotlib.disk import ROOT, write_json
 from rotlib.study import numerics
-from rotlib.study.files import content_of, file_name, local_path, results_folder, saved
+from rotlib.study.files import (
+    check_results_folder,
+    content_of,
+    file_name,
+    local_path,
+    results_folder,
+    saved,
+)
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy")
 DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
@@ -96,8 +103,7 @@ def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) ->
     """
     if result := find(spec):
         return result
-    folder = results_folder() / "local"
-    check_writable(folder, "let ROTLIB_RESULTS name a writable folder")
+    check_results_folder()
     numerics.check(numerics.stages_of(spec))
     content = content_of(spec)
     origin = _origin(spec, device)  # as it is now: the code may be edited while the run goes on
@@ -114,7 +120,7 @@ def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) ->
     origin |= {"tokens": record.tokens, "model_commit": record.model_commit}
     origin |= {"weights": record.weights} if record.weights else {}
     result = Result(spec, record.metrics, record.seconds, memory, origin)
-    save(result, folder / result.file)
+    save(result, results_folder() / "local" / result.file)
     return result
 
 

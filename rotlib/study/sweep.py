@@ -22,10 +22,9 @@ import yaml
 from tqdm import tqdm
 
 from rotlib.checks import whole_number
-from rotlib.disk import check_writable
 from rotlib.study import memory, numerics, store
 from rotlib.study.engines import ENGINES, NoCluster
-from rotlib.study.files import local_path, results_folder
+from rotlib.study.files import check_results_folder, local_path, results_folder
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
 from rotlib.study.sweep_file import FIELDS, read_sweep
 
@@ -229,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
             "free: take fewer"
         )
     try:
-        check_writable(results_folder() / "local", "let ROTLIB_RESULTS name a writable folder")
+        check_results_folder()
     except ValueError as error:
         parser.error(str(error))
     place = {"address": options.address, "memory_gb": memory_gb} if options.engine == "ray" else {}
