@@ -125,14 +125,29 @@ def plain(thing: object) -> object:
 # --- inputs ---------------------------------------------------------------------------------------
 
 
+@contextmanager
+def inputs_on(device: torch.device) -> Iterator[None]:
+    """Make every canary's inputs on that device while open: the stage is computed there."""
+    global _device
+    before, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = before
+
+
+_device = torch.device("cpu")
+
+
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Gaussian numbers from a stream that numpy has frozen."""
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape))
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape)).to(_device)
 
 
 def token_windows(windows: int = 2, length: int = 12) -> Tensor:
     """Windows of token ids."""
-    return torch.from_numpy(np.random.RandomState(7).randint(0, 40, (windows, length)))
+    ids = np.random.RandomState(7).randint(0, 40, (windows, length))
+    return torch.from_numpy(ids).to(_device)
 
 
 def tiny(dtype: torch.dtype = torch.float64, qwen3: bool = False, **other: int) -> PreTrainedModel:
@@ -152,7 +167,7 @@ def tiny(dtype: torch.dtype = torch.float64, qwen3: bool = False, **other: int) 
         model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape, attention_bias=True, mlp_bias=True))
-    model = model.to(dtype).eval().requires_grad_(False)
+    model = model.to(_device, dtype).eval().requires_grad_(False)
     for number, (name, parameter) in enumerate(model.named_parameters()):
         values = noise(*parameter.shape, seed=number)
         parameter.copy_(1 + 0.2 * values if "norm" in name else 0.2 * values)
@@ -162,19 +177,20 @@ def tiny(dtype: torch.dtype = torch.float64, qwen3: bool = False, **other: int) 
 def covariance(n: int, seed: int = 1) -> Tensor:
     """A positive definite matrix whose eigenvalues fall by a power law."""
     Q = torch.linalg.qr(noise(n, n, seed=seed)).Q
-    return Q * torch.arange(1, n + 1, dtype=torch.float64).pow(-1.0) @ Q.T
+    return Q * torch.arange(1, n + 1, dtype=torch.float64, device=_device).pow(-1.0) @ Q.T
 
 
 def profile(matrix: Tensor) -> Tensor:
     """A few sums that see every entry of a matrix and where it stands."""
     flat = matrix.detach().double().flatten()
-    places = torch.arange(1, len(flat) + 1, dtype=torch.float64)
+    places = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
     return torch.stack([flat.square().sum().sqrt(), *(flat @ (places * w).cos() for w in (0.4, 2))])
 
 
 def with_scales(model: PreTrainedModel, seed: int = 3) -> Rotation:
     """A random rotation with R3, R4 and all of OSTQuant's scales."""
     turned = drawn.random_rotation(model, seed=seed, R3=True, R4=True)
+    turned = turned.to(_device, torch.float64)
     shapes = rotation.scale_shapes(adapt(model))
     for number, (name, shape) in enumerate(shapes.items()):
         turned.scales[name] = 1 + 0.3 * noise(*shape, seed=number).abs()
@@ -202,6 +218,7 @@ def _drawn_rotations() -> dict:
         "LH signed": drawn.gsr_rotation(model, order="hadamard", block=4, signs=True, seed=1),
     }
     x = noise(2, 24)
+    named = {name: turned.to(_device, torch.float64) for name, turned in named.items()}
     numbers = {name: times(x, turned.R1) for name, turned in named.items()}
     numbers |= {f"{name}, R2": profile(turned.R2) for name, turned in named.items()}
     for n in (1, 2, 16, 20, 28, 36, 60, 104):  # Sylvester, Paley I and II, prime powers, products
@@ -390,7 +407,7 @@ def _leaves(seed: int = 1, local: bool = False) -> Rotation:
     """A rotation to learn from, in float64."""
     given = drawn.gsr_rotation(tiny(), block=8, signs=True, seed=seed)
     R1 = (rotation.as_blocks if local else rotation.as_matrix)(given.R1)
-    return Rotation(R1, given.R2, R4=True)
+    return Rotation(R1, given.R2, R4=True).to(_device, torch.float64)
 
 
 @canary("objective", Rotation, tolerance=1e-4)
@@ -404,7 +421,7 @@ def _objective() -> dict:
     rows = matrices[2].rows("R1", turned)
     value, slope = sampling.fourth_power(rows, turned.R1.float())
     numbers |= {"rows": profile(rows), "value": value, "slope": profile(slope)}
-    blocks = rotation.as_blocks(drawn.gsr_rotation(model, block=8).R1).float()
+    blocks = rotation.as_blocks(drawn.gsr_rotation(model, block=8).R1).to(_device).float()
     numbers["slope of blocks"] = profile(sampling.fourth_power(rows, blocks)[1])
     numbers["as random"] = [matrix.as_random(turned) for matrix in matrices[:7]]
     begun = {
@@ -463,7 +480,7 @@ def _row_sampling() -> dict:
     tolerance=1e-3,
 )
 def _descent() -> dict:
-    R, slope = drawn.random_rotation(tiny(), 1).R1, noise(24, 24, seed=4)
+    R, slope = drawn.random_rotation(tiny(), 1).R1.to(_device), noise(24, 24, seed=4)
     walker = descent.Descent(R)
     walker.step(slope, 0.5)
     walker.step(slope.mT, 0.3)

@@ -13,6 +13,7 @@ changed or dropped one does.
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from math import inf, isfinite
 from pathlib import Path
 
 import torch
@@ -151,17 +152,27 @@ def drift(stage: str) -> str | None:
 
 def agree(found: object, expected: object, tolerance: float) -> bool:
     """Equal, or for numbers within the tolerance times the largest magnitude."""
-    if isinstance(expected, list):
-        if not isinstance(found, list) or len(found) != len(expected):
-            return False
+    return distance(found, expected) <= tolerance
+
+
+def distance(found: object, expected: object) -> float:
+    """How far numbers are from those expected, in units of their largest magnitude.
+
+    It is 0 for equal things of any kind, infinite for other things that differ.
+    """
+    if found == expected:
+        return 0.0
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         flat, wanted = list(_flat(found)), list(_flat(expected))
-        if len(flat) != len(wanted) or not all(isinstance(x, float | int) for x in flat + wanted):
-            return found == expected
-        largest = max(map(abs, wanted), default=0.0)
-        return all(abs(x - y) <= tolerance * largest for x, y in zip(flat, wanted, strict=True))
-    if isinstance(expected, float) and isinstance(found, float | int):
-        return abs(found - expected) <= tolerance * abs(expected)
-    return found == expected
+    elif isinstance(expected, float):
+        flat, wanted = [found], [expected]
+    else:
+        return inf
+    if len(flat) != len(wanted) or not all(isinstance(x, float | int) for x in flat + wanted):
+        return inf
+    largest = max(map(abs, wanted), default=0.0)
+    worst = max(abs(x - y) for x, y in zip(flat, wanted, strict=True))
+    return worst / largest if largest and isfinite(worst) else inf
 
 
 def _flat(values: list) -> Iterator:

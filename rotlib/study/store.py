@@ -108,7 +108,7 @@ def once(spec: dict, device: torch.device, compute: Callable[[Record], None]) ->
     content = content_of(spec)
     origin = _origin(spec, device)  # as it is now: the code may be edited while the run goes on
     record = Record()
-    _reset_peak_memory(device)
+    reset_peak_memory(device)
     compute(record)
     memory = peak_memory_mb(device)
     if content_of(spec) != content:
@@ -238,7 +238,7 @@ def _origin(spec: dict, device: torch.device) -> dict:
     }
 
 
-def _reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -1,0 +1,315 @@
+"""What a machine with a GPU is asked for, in the order of worth.
+
+The command is ``python -m rotlib.study.gpu --minutes 9 --out FOLDER``. A phase writes what it has
+found into ``FOLDER/<phase>.json`` line by line, so a machine that is taken away costs the line at
+work, and the same command goes on with the phases that aren't complete. Nothing is read from the
+network, and the first two phases need no model's file:
+
+- ``parity``: every stage of the computation on the device, against `numerics.json`, which was made
+  on a CPU; the exactness gate; a model kept on the host against one that the device holds.
+- ``stages``: seconds and peak memory of each stage on a random model of a real one's shape.
+- ``study``: the recipes of configs/sweeps/gpu.yaml, whose results go into ``FOLDER/results``.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from rotlib.checks import positive
+from rotlib.disk import ROOT, write_json
+from rotlib.learning.optrot import optrot
+from rotlib.measure.fidelity import Reference, evaluate
+from rotlib.models.families import adapt
+from rotlib.models.walk import norms_in_model_dtype
+from rotlib.models.zoo import pick_device
+from rotlib.quantization.gptq import gptq
+from rotlib.quantization.grids import WeightQuant
+from rotlib.rotations.drawn import hadamard_rotation
+from rotlib.rotations.fuse import fuse
+from rotlib.study import memory, numerics, store
+from rotlib.study.canaries import CANARIES, inputs_on
+from rotlib.study.pipeline import run
+from rotlib.study.recipe import Recipe
+from rotlib.study.sweep_file import read_sweep
+
+SWEEP = ROOT / "configs" / "sweeps" / "gpu.yaml"
+
+
+class Shape(NamedTuple):
+    """A model's shape and the text that its stages are measured on."""
+
+    config: dict
+    window: int
+    calibration_windows: int
+    test_windows: int
+
+
+_LLAMA = {"head_dim": 128, "num_key_value_heads": 8, "tie_word_embeddings": False}
+SHAPES = {
+    "tiny": Shape(
+        dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2)
+        | dict(num_attention_heads=4, num_key_value_heads=2),
+        *(32, 4, 2),
+    ),
+    "llama-3.1-8b": Shape(
+        dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+        | dict(num_attention_heads=32, max_position_embeddings=8192)
+        | _LLAMA,
+        *(2048, 128, 141),
+    ),
+}
+
+
+class Job(NamedTuple):
+    """What a phase is to do."""
+
+    device: torch.device
+    shape: Shape
+    out: Path
+    time_is_up: Callable[[], bool]
+
+
+Line = dict[str, object]  # one finding, with its name
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rotlib.study.gpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after that")
+    parser.add_argument("--out", type=Path, required=True, help="the folder of what is found")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--shape", choices=SHAPES, help="of the stages; the largest on a GPU")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    options = parser.parse_args(arguments)
+    try:
+        positive("--minutes", options.minutes)
+        end = time.monotonic() + 60 * options.minutes
+        device = pick_device(options.device)
+        out = options.out.resolve()
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    shape = SHAPES[options.shape or ("tiny" if device.type == "cpu" else "llama-3.1-8b")]
+    if options.layers:
+        shape = shape._replace(config=shape.config | {"num_hidden_layers": options.layers})
+    job = Job(device, shape, out, lambda: time.monotonic() > end)
+    os.environ["ROTLIB_RESULTS"] = str(out / "results")
+    return 0 if all([_done(phase, job) for phase in options.phases]) else 1
+
+
+def _done(phase: str, job: Job) -> bool:
+    """Run a phase, writing after each of its lines; False where time was up before its end."""
+    path = job.out / f"{phase}.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["complete"]:
+        print(f"{phase}: complete")
+        return True
+    if job.time_is_up():
+        print(f"{phase}: not begun, the time is up")
+        return False
+    found = {"machine": _machine(job.device), "lines": [], "complete": False}
+    for line in PHASES[phase](job):
+        found["lines"].append(line)
+        write_json(path, found)
+        print(f"{phase}: {json.dumps(line)}", flush=True)
+        if job.time_is_up():
+            print(f"{phase}: the time is up")
+            return False
+    write_json(path, found | {"complete": True})
+    return True
+
+
+def _machine(device: torch.device) -> Line:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"device": name, "torch": str(torch.__version__), "commit": store.commit()}
+
+
+# --- parity ---------------------------------------------------------------------------------------
+
+
+def parity(job: Job) -> Iterator[Line]:
+    """How far the device's numbers are from the CPU's."""
+    with torch.inference_mode(False):
+        for stage, canary in CANARIES.items():
+            yield _agreement(stage, canary, job.device)
+    yield {"name": "exactness, float64", "difference": _exactness(job.device), "tolerance": 1e-9}
+    yield from _against_the_cpu(job.device)
+
+
+def _agreement(stage: str, canary: object, device: torch.device) -> Line:
+    start = time.perf_counter()
+    line = {"name": stage, "tolerance": canary.tolerance}
+    try:
+        with inputs_on(device):
+            numbers = canary.numbers()
+    except Exception as error:  # the other stages are still worth knowing
+        return line | {"error": f"{type(error).__name__}: {error}"}
+    expected = numerics.entries()[stage]["numbers"]
+    worst = {name: numerics.distance(numbers.get(name), value) for name, value in expected.items()}
+    name = max(worst, key=worst.get)
+    seconds = round(time.perf_counter() - start, 2)
+    return line | {"difference": worst[name], "of": name, "seconds": seconds}
+
+
+def _exactness(device: torch.device) -> float:
+    """The largest change of a logit, by fusing R1, R2, R3 and R4 in float64, over the largest."""
+    model = _random_model(
+        dict(vocab_size=512, hidden_size=576, intermediate_size=1536, num_hidden_layers=4)
+        | dict(num_attention_heads=9, num_key_value_heads=3),
+        device,
+        torch.float64,
+    )
+    ids = _tokens(model, 2, 64).to(device)
+    with torch.no_grad(), norms_in_model_dtype(model):
+        before = model(ids).logits
+        fuse(model, hadamard_rotation(model, R3=True, R4=True))
+        return ((model(ids).logits - before).abs().max() / before.abs().max()).item()
+
+
+def _against_the_cpu(device: torch.device) -> Iterator[Line]:
+    """One small model through all stages: on the CPU, on the device, kept on the host for it."""
+    shape = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3)
+    shape |= dict(num_attention_heads=8, num_key_value_heads=4)
+    found = {}
+    for where in ("cpu", "device", "streamed"):
+        model = _random_model(shape, torch.device("cpu"))
+        if where == "device":
+            model.to(device)
+        if where == "streamed":
+            model.rotlib_device = device
+        ids = _tokens(model, 8, 128)
+        reference = Reference(model, ids[:2])
+        fuse(model, hadamard_rotation(model, R4=True))
+        unquantized = deepcopy(model)
+        report = gptq(model, ids, WeightQuant(bits=4), asymmetry=0.25)
+        found[where] = (
+            [module.error for module in report.modules],
+            report.weights,
+            evaluate(model, ids[:2], reference),
+            evaluate(unquantized, ids[:2], reference),
+        )
+    errors, weights, quantized, fused = found["cpu"]
+    for where in ("device", "streamed"):
+        e, w, q, f = found[where]
+        same = [(w[name].codes == weights[name].codes).float().mean().item() for name in w]
+        yield {"name": f"layer errors, {where}", "difference": numerics.distance(e, errors)}
+        yield {"name": f"codes that differ, {where}", "difference": 1 - min(same)}
+        for name, one, other in (
+            ("cross-entropy", f.cross_entropy, fused.cross_entropy),
+            ("KL after GPTQ", q.kl, quantized.kl),
+        ):
+            yield {"name": f"{name}, {where}", "difference": numerics.distance(one, other)}
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def stages(job: Job) -> Iterator[Line]:
+    """Seconds and peak memory of every stage, beside what `--dry-run` would say."""
+    shape, device = job.shape, job.device
+    recipe = _recipe(shape)
+    kept: dict[str, object] = {}
+
+    def measured(name: str, stage: Callable[[], object]) -> Line:
+        store.reset_peak_memory(device)
+        _wait(device)
+        start = time.perf_counter()
+        kept[name] = stage()
+        _wait(device)
+        seconds = round(time.perf_counter() - start, 2)
+        return {"name": name, "seconds": seconds, "peak_mb": store.peak_memory_mb(device)}
+
+    yield measured("draw the model", lambda: _random_model(shape.config, device))
+    model = kept["draw the model"]
+    yield {
+        "name": "the machine",
+        "layers": shape.config["num_hidden_layers"],
+        "weights_mb": round(sum(p.nbytes for p in model.parameters()) / 2**20),
+        "estimate_mb": {
+            name: round(value / 2**20) for name, value in memory.estimate(recipe)._asdict().items()
+        },
+    }
+    calibration = _tokens(model, shape.calibration_windows, shape.window)
+    test = _tokens(model, shape.test_windows, shape.window)
+    yield measured("reference", lambda: Reference(model, test))
+    yield measured("optrot", lambda: optrot(model)) | {
+        "objective": [kept["optrot"].history[0], kept["optrot"].history[-1]]
+    }
+    yield measured("fuse", lambda: fuse(model, kept["optrot"]))
+    rounded = WeightQuant(bits=4)
+    yield measured("gptq", lambda: gptq(model, calibration, rounded)) | {
+        "fallbacks": kept["gptq"].fallbacks
+    }
+    yield measured("evaluate", lambda: evaluate(model, test, kept["reference"])) | {
+        "kl": kept["evaluate"].kl_divergence
+    }
+
+
+def _recipe(shape: Shape) -> Recipe:
+    """The recipe whose memory is estimated: of a folder that holds nothing but the config."""
+    folder = tempfile.mkdtemp()
+    LlamaConfig(**shape.config, dtype="float32").save_pretrained(folder)
+    return Recipe(
+        model=folder,
+        rotation="optrot",
+        window=shape.window,
+        calibration_windows=shape.calibration_windows,
+        test_windows=shape.test_windows,
+    )
+
+
+def _random_model(
+    config: dict, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A Llama with Gaussian weights and norms that aren't all ones, drawn where it is."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def _tokens(model: PreTrainedModel, windows: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(windows)
+    return torch.randint(0, model.config.vocab_size, (windows, length), generator=generator)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def study(job: Job) -> Iterator[Line]:
+    """The sweep's recipes in its order, as many as there is time for."""
+    for recipe in read_sweep(SWEEP):
+        start = time.perf_counter()
+        result = run(recipe, str(job.device))
+        yield {
+            "name": json.dumps(recipe.spec()),
+            "kl": result.metrics["kl"],
+            "seconds": result.seconds,
+            "wall": round(time.perf_counter() - start, 2),
+            "peak_mb": result.peak_memory_mb,
+        }
+
+
+PHASES = {"parity": parity, "stages": stages, "study": study}
+
+if __name__ == "__main__":
+    sys.exit(main())
