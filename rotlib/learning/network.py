@@ -23,9 +23,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, positive, token_ids, whole_number
-from rotlib.learning.start import coarse_products, finished, original, starting_point
+from rotlib.learning.start import finished, original, starting_point
 from rotlib.models.families import Family, adapt
 from rotlib.models.walk import hooks
+from rotlib.precision import coarse_products
 from rotlib.quantization.activations import (
     ActivationQuant,
     check_activations,

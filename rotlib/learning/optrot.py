@@ -31,7 +31,8 @@ from rotlib.learning.objectives import (
     weight_matrices,
 )
 from rotlib.learning.sampling import STEPS_A_DRAW, R2Rows, RowSampler, fourth_power
-from rotlib.learning.start import coarse_products, finished, original, starting_point
+from rotlib.learning.start import finished, original, starting_point
+from rotlib.precision import coarse_products
 from rotlib.rotations.rotation import Rotation
 
 PASSES = 2  # times that a draw is used

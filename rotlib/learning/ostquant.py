@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotlib.learning.network import Preset, Student, chosen, learn_through, prepare
-from rotlib.learning.start import coarse_products
 from rotlib.models.families import Family
 from rotlib.models.walk import final_hidden
+from rotlib.precision import coarse_products
 from rotlib.quantization.activations import ActivationQuant
 from rotlib.quantization.grids import WeightQuant
 from rotlib.quantization.hessian import hessians

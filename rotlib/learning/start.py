@@ -1,8 +1,5 @@
 """Where learning starts, a checked model and a first rotation; how it ends, an orthogonal one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from transformers import PreTrainedModel
 
@@ -85,17 +82,3 @@ def finished(rotation: Rotation) -> Rotation:
     if not (drift := rotation.orthogonality_error()) < DRIFT:
         raise RuntimeError(f"learning lost orthogonality: max|R Rᵀ − I| is {drift:.1e} in float32")
     return rotation.projected(rotation.R1.device)
-
-
-@contextmanager
-def coarse_products() -> Iterator[None]:
-    """Let matrix products round to bfloat16 or TF32 where the hardware does that fast.
-
-    That is far below the noise of sampling.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -21,6 +21,7 @@ from rotlib.checks import token_ids, whole_number
 from rotlib.models.families import adapt, check_sound
 from rotlib.models.text import windows as cut
 from rotlib.models.walk import final_hidden
+from rotlib.precision import model_products
 
 CHUNK = 128  # positions whose logits exist at a time
 
@@ -115,7 +116,7 @@ def evaluate(
     if reference is not None:
         sides.append((reference.lm_head, reference.hidden))
     heads = [head for head, _ in sides]
-    with family.on_device(*heads):
+    with family.on_device(*heads), model_products(family.device):
         for number, ids in enumerate(windows):
             labels = ids[1:].to(family.device)
             streams = [hidden[number].to(family.device).split(CHUNK) for _, hidden in sides]

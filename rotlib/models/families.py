@@ -66,16 +66,25 @@ class Family:
         return getattr(self.model, "rotlib_device", self.embedding.weight.device)
 
     @contextmanager
-    def on_device(self, *modules: Module) -> Iterator[None]:
-        """While open, hold these modules where the model computes; then where its weights are."""
-        home = self.embedding.weight.device
+    def on_device(self, *modules: Module, changed: bool = False) -> Iterator[None]:
+        """While open, hold these modules where the model computes.
+
+        Then they are on the host again, as they were there, or with what has `changed` meanwhile.
+        """
+        if self.device == self.embedding.weight.device:
+            yield
+            return
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        at_home = [tensor.data for tensor in tensors]
         try:
-            for module in modules:
-                module.to(self.device)
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device, non_blocking=True)
             yield
         finally:
-            for module in modules:
-                module.to(home)
+            for tensor, home in zip(tensors, at_home, strict=True):
+                if changed:
+                    home.copy_(tensor.data)
+                tensor.data = home
 
     def linears(self, layer: int) -> dict[str, nn.Linear]:
         """q, k, v, o, gate, up and down of one layer, by those names."""

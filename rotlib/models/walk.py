@@ -1,7 +1,7 @@
 """A model run by hand: hooks on its modules, and its decoder layers one at a time.
 
-Only one layer's inputs exist at once, on the host, so a model that doesn't fit its device is walked
-like any other: each layer goes there for its turn.
+Only one layer's inputs exist at once, on the device where there is room for them, else on the host.
+A model that doesn't fit its device is walked like any other: each layer goes there for its turn.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotlib.models.families import Family
+from rotlib.models.zoo import free_memory
+from rotlib.precision import model_products
 
 BATCH_TOKENS = 16384  # tokens that go through a layer at a time
+# hidden states stay on the device if so many copies of them fit there: those of two models, before
+# and behind a layer, and what the layer works on
+_COPIES = 6
 
 Batch = tuple[Tensor, dict]  # what a decoder layer is called with: hidden states and keywords
 
@@ -57,17 +62,18 @@ def norms_in_model_dtype(model: PreTrainedModel) -> Iterator[None]:
 def layer_inputs(
     family: Family, windows: Int[Tensor, "windows length"], at_a_time: int | None = None
 ) -> list[Batch]:
-    """What the first decoder layer is called with, batch by batch, hidden states on the host.
+    """What the first decoder layer is called with, batch by batch.
 
     Masks and rotary embeddings are made inside transformers' decoder, so it is run as far as its
     first layer, and stopped there. A batch has `at_a_time` windows, or as many as make up
     `BATCH_TOKENS`. Raises ValueError for windows that need more than one attention mask.
     """
     _check_masks(family, windows.shape[1])
+    home = _home(family, windows)
     batches = []
 
     def catch(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        batches.append((args[0].cpu(), kwargs))
+        batches.append((_kept(args[0], home), kwargs))
         raise Stop
 
     with hooks([(family.layers[0], catch)], with_kwargs=True):
@@ -79,7 +85,9 @@ def layer_inputs(
 
 def run_decoder(family: Family, ids: Int[Tensor, "windows length"]) -> None:
     """Run the decoder on some windows, for the sake of the hooks on its modules."""
-    family.decoder(input_ids=ids.to(family.embedding.weight.device), use_cache=False)
+    ids = ids.to(family.embedding.weight.device)
+    with model_products(ids.device):
+        family.decoder(input_ids=ids, use_cache=False)
 
 
 def walk_layer(family: Family, layer: int, batches: list[Batch]) -> list[Batch]:
@@ -89,22 +97,38 @@ def walk_layer(family: Family, layer: int, batches: list[Batch]) -> list[Batch]:
 
 
 def run_layer(layer: nn.Module, x: Float[Tensor, "windows length d"], kwargs: dict) -> Tensor:
-    """A decoder layer's output hidden states, kept on the host between layers."""
+    """A decoder layer's output hidden states, where its inputs are."""
     device = next(layer.parameters()).device
-    out = layer(x.to(device), **send_to_device(kwargs, device))
-    return (out[0] if isinstance(out, tuple) else out).cpu()
+    with model_products(device):
+        out = layer(x.to(device, non_blocking=True), **send_to_device(kwargs, device))
+    return _kept(out[0] if isinstance(out, tuple) else out, x.device)
 
 
 @torch.no_grad()
 def final_hidden(
     family: Family, windows: Int[Tensor, "windows length"]
 ) -> list[Float[Tensor, "length-1 d"]]:
-    """What lm_head reads at every position of every window that has a next token, on the host."""
+    """What lm_head reads at every position of every window that has a next token."""
     batches = layer_inputs(family, windows, at_a_time=1)
     for layer in range(len(family.layers)):
         batches = walk_layer(family, layer, batches)
     with family.on_device(family.final_norm):
-        return [family.final_norm(x.to(family.device))[0, :-1].cpu() for x, _ in batches]
+        return [_kept(family.final_norm(x.to(family.device))[0, :-1], x.device) for x, _ in batches]
+
+
+def _home(family: Family, windows: Int[Tensor, "windows length"]) -> torch.device:
+    """Where hidden states lie between layers."""
+    size = windows.numel() * family.width * family.embedding.weight.element_size()
+    if family.device.type == "cuda" and _COPIES * size < free_memory(family.device):
+        return family.device
+    return torch.device("cpu")
+
+
+def _kept(x: Tensor, home: torch.device) -> Tensor:
+    """x there; on the host in memory that a device copies from and to without a detour."""
+    if x.device == home or not x.is_cuda:
+        return x.to(home)
+    return torch.empty(x.shape, dtype=x.dtype, device=home, pin_memory=True).copy_(x)
 
 
 def _check_masks(family: Family, length: int) -> None:

@@ -11,10 +11,11 @@ read, column q hands ``w_q P_q`` on to the columns behind it, P = α · triu(E[(
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from rotlib.checks import positive, share, token_ids, yes_or_no
 from rotlib.models.families import READERS, Family, adapt
 from rotlib.models.walk import Batch, Stop, hooks, layer_inputs, run_layer, walk_layer
+from rotlib.precision import exact_products
 from rotlib.quantization.grids import (
     Grid,
     QuantizedWeight,
@@ -100,10 +102,9 @@ def gptq(
 
     `damping` is a fraction of the mean of H's diagonal. With `act_order` columns are visited by
     falling H_jj and groups keep the scales of the original weights. `asymmetry` is GPTAQ's α (0.25
-    in its paper, 0 for GPTQ); it costs a second pass through every layer, and one layer's inputs of
-    the whole calibration text on the host. Layers that `kept` holds are put back instead of
-    quantized, and the others are handed to it. Raises ValueError before any work for unsuitable
-    models, grids or tokens.
+    in its paper, 0 for GPTQ); every batch then goes through the original layer as well. Layers that
+    `kept` holds are put back instead of quantized, and the others are handed to it. Raises
+    ValueError before any work for unsuitable models, grids or tokens.
 
     >>> report = gptq(model, tokens, WeightQuant(bits=4, group_size=16))
     >>> report.fallbacks, report.weights["layers.0.q"].codes.dtype
@@ -125,9 +126,9 @@ def gptq(
     report = Report()
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
         start = time.perf_counter()
-        if unrounded:
-            unrounded.walk(layer)
         if done := kept is not None and kept.get(layer):
+            if unrounded:
+                unrounded.walk(layer)
             for site, linear in family.linears(layer).items():
                 weight = done.weights[name := f"layers.{layer}.{site}"]
                 check_on_grid(name, weight, quant)
@@ -135,7 +136,7 @@ def gptq(
             batches = walk_layer(family, layer, batches)
         else:
             done = Report()
-            with family.on_device(family.layers[layer]):
+            with family.on_device(family.layers[layer], changed=True):
                 batches = _quantize_layer(family, layer, batches, solve, done, unrounded)
             done.seconds = time.perf_counter() - start
             if kept is not None:
@@ -151,6 +152,9 @@ class Solver:
     quant: WeightQuant
     act_order: bool = False
     damping: float = DAMPING
+
+    def __post_init__(self):
+        self._round_strip = Replayed(partial(round_strip, *self.quant.codes))
 
     def __call__(
         self,
@@ -188,12 +192,12 @@ class Solver:
         group = self.quant.group_size
         block = BLOCK if group is None else group * max(1, BLOCK // group)
         strip = group if group and (group < block or group % _STRIP) else _STRIP
-        grid_of, grids = self._grids(W, order)
+        grids_of, grids = self._grids(W, order)
         X = W.T[order].contiguous()  # (in, out): the weights, made up for earlier errors
         E = torch.empty_like(X)  # errors over the pivots
         codes = torch.empty_like(X)
 
-        def carried(done: slice, to: slice | int) -> Tensor:
+        def carried(done: slice, to: slice) -> Tensor:
             """What finished columns hand on to those of `to`."""
             rounding = U.T[to, done] @ E[done]
             return rounding if P is None else rounding - P.T[to, done] @ X[done]
@@ -202,67 +206,150 @@ class Solver:
             block_end = min(b + block, n)
             for s in range(b, block_end, strip):
                 end = min(s + strip, block_end)
-                X[s:end] -= carried(slice(b, s), slice(s, end))
-                for j in range(s, end):
-                    X[j] -= carried(slice(s, j), j)
-                    grid = grid_of(X, j)
-                    codes[j] = grid.codes(X[j])
-                    E[j] = (X[j] - (codes[j] - grid.zero).mul_(grid.scale)) / U[j, j]
+                here = slice(s, end)
+                X[here] -= carried(slice(b, s), here)
+                hands_on = [U[here, here]] + ([] if P is None else [P[here, here]])
+                X[here], codes[here], E[here] = self._round_strip(
+                    X[here], *grids_of(X, here), *hands_on
+                )
             X[block_end:] -= carried(slice(b, block_end), slice(block_end, n))
         scale = torch.stack([grid.scale for grid in grids], dim=1)
         zero = torch.stack([grid.zero for grid in grids], dim=1)
         codes = codes[order.argsort()].T.contiguous()
         return QuantizedWeight(codes.to(self.quant.storage), scale, zero)
 
-    def _grids(self, W: Tensor, order: Tensor) -> tuple[Callable[[Tensor, int], Grid], list[Grid]]:
-        """Which grid a column is rounded to, and all of them in the order of the inputs.
+    def _grids(
+        self, W: Tensor, order: Tensor
+    ) -> tuple[Callable[[Tensor, slice], tuple[Tensor, Tensor]], list[Grid]]:
+        """Scale and zero point of every column of a strip, and all grids in the inputs' order.
 
-        It is the row's, its own group's (act-order), or one fitted to the group's updated weights;
-        then the list is complete once every column has been asked for.
+        A column's grid is the row's, its own group's (act-order), or one fitted to the group's
+        updated weights; then the list is complete once every column has been asked for.
         """
         group = self.quant.group_size
+
+        def shared(grid: Grid, strip: slice) -> tuple[Tensor, Tensor]:
+            columns = strip.stop - strip.start
+            return grid.scale.expand(columns, -1), grid.zero.expand(columns, -1)
+
         if group is None:
             grid = fit_grid(W, self.quant).row()
-            return lambda X, j: grid, [grid]
+            return lambda X, strip: shared(grid, strip), [grid]
         if self.act_order:
             static = [fit_grid(part, self.quant).row() for part in W.split(group, dim=1)]
-            of_column = (order // group).tolist()
-            return lambda X, j: static[of_column[j]], static
+            scale, zero = (torch.stack([g[part] for g in static]) for part in (0, 1))
+            of_column = order // group
+            return lambda X, strip: (scale[of_column[strip]], zero[of_column[strip]]), static
         fitted = []
 
-        def fresh(X: Tensor, j: int) -> Grid:
+        def fresh(X: Tensor, strip: slice) -> tuple[Tensor, Tensor]:
+            j = strip.start
             if j % group == 0:
                 fitted.append(fit_grid(X[j : j + group].T.contiguous(), self.quant).row())
-            return fitted[-1]
+            return shared(fitted[-1], strip)
 
         return fresh, fitted
 
 
+def round_strip(
+    low: int,
+    high: int,
+    X: Float[Tensor, "k out"],
+    scale: Float[Tensor, "k out"],
+    zero: Float[Tensor, "k out"],
+    U: Float[Tensor, "k k"],
+    P: Float[Tensor, "k k"] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round a few columns, laid out as rows, one after the other, each on its grid.
+
+    Returns what they were when they were rounded, their codes, their errors over the pivots.
+    """
+    X, codes, E = X.clone(), torch.empty_like(X), torch.empty_like(X)
+    for j in range(len(X)):
+        X[j] -= U[:j, j] @ E[:j]
+        if P is not None:
+            X[j] += P[:j, j] @ X[:j]
+        grid = Grid(scale[j], zero[j], low, high)
+        codes[j] = grid.codes(X[j])
+        E[j] = (X[j] - (codes[j] - grid.zero).mul_(grid.scale)) / U[j, j]
+    return X, codes, E
+
+
+class Replayed:
+    """A function of tensors whose kernels a GPU launches all at once: it is recorded as a graph.
+
+    A strip has hundreds of small ones, and to launch them one by one takes far longer than to run
+    them. Elsewhere than on CUDA it is the function itself.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]):
+        self._function = function
+        self._recorded: dict[tuple, tuple] = {}
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """What comes out is overwritten by the next call with tensors of these shapes."""
+        if not given[0].is_cuda:
+            return self._function(*given)
+        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in given)
+        if key not in self._recorded:
+            self._recorded[key] = self._record(given)
+        graph, inputs, outputs = self._recorded[key]
+        for place, tensor in zip(inputs, given, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return outputs
+
+    def _record(self, given: tuple[Tensor, ...]) -> tuple:
+        inputs = [tensor.clone() for tensor in given]
+        with torch.cuda.device(given[0].device):
+            aside = torch.cuda.Stream()  # recording asks for a first run, apart from other work
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self._function(*inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = self._function(*inputs)
+        return graph, inputs, outputs
+
+
 class _Unrounded:
-    """GPTAQ's second stream: what the unquantized model reads, one layer at a time."""
+    """GPTAQ's second stream: what the unquantized model reads, a batch and an input at a time."""
 
     def __init__(self, family: Family, batches: list[Batch], asymmetry: float):
         self._family, self._batches, self._asymmetry = family, batches, asymmetry
+        self._sum, self._tokens = 0, 0
 
     def walk(self, layer: int) -> None:
-        """Go through a layer that isn't quantized yet, and keep what its weights read there."""
-        self._inputs = defaultdict(list)
+        """Go through a layer that isn't quantized yet."""
+        self._batches = walk_layer(self._family, layer, self._batches)
 
-        def keep(sites: tuple[str, ...]) -> Callable:
-            return lambda module, args: self._inputs[sites].append(args[0].cpu())
+    @contextmanager
+    def beside(self, layer: int) -> Iterator[None]:
+        """While open, hold a copy of a layer that is about to be quantized; then walk it."""
+        self._layer = deepcopy(self._family.layers[layer])
+        yield
+        self._batches = [(run_layer(self._layer, *batch), batch[1]) for batch in self._batches]
+        del self._layer
 
-        linears = self._family.linears(layer)
-        with hooks((linears[sites[0]], keep(sites)) for sites in READERS):
-            self._batches = walk_layer(self._family, layer, self._batches)
+    def add(self, site: str, batch: int, x: Float[Tensor, "... n"]) -> None:
+        """Sum (x̃ − x) xᵀ over one batch, of which a weight of the quantized model reads x."""
 
-    def drift(self, sites: tuple[str, ...], seen: list[Tensor]) -> Float[Tensor, "n n"]:
-        """α E[(x̃ − x) xᵀ] of some weights, from what they read of every batch."""
-        device = self._family.device
-        total, tokens = 0, 0
-        for original, x in zip(self._inputs.pop(sites), seen, strict=True):
-            original, x = (values.to(device).flatten(0, -2).float() for values in (original, x))
-            total, tokens = total + (original - x).T @ x, tokens + len(x)
-        return total * (self._asymmetry / tokens)
+        def compare(module: nn.Module, args: tuple) -> None:
+            original, read = (values.flatten(0, -2).float() for values in (args[0], x))
+            self._sum = self._sum + (original - read).T @ read
+            self._tokens += len(read)
+            raise Stop
+
+        linear = self._layer.get_submodule(self._family.linear_paths[site])
+        with hooks([(linear, compare)]), suppress(Stop):
+            run_layer(self._layer, *self._batches[batch])
+
+    def take(self) -> Float[Tensor, "n n"]:
+        """α E[(x̃ − x) xᵀ] of what was added; the next starts from nothing."""
+        drift = self._sum * (self._asymmetry / self._tokens)
+        self._sum, self._tokens = 0, 0
+        return drift
 
 
 def _quantize_layer(
@@ -285,31 +372,34 @@ def _quantize_layer(
     *others, last = batches
     quantized, reached = set(), set()
     hessian = Hessian()
-    seen: list[Tensor] = []
+    running = len(others)  # the number of the batch that runs
 
     def at_input(sites: tuple[str, ...]) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
+            nonlocal running
             if sites in quantized:
                 return
             hessian.add(args[0])
             if unrounded:
-                seen.append(args[0].cpu())
+                unrounded.add(sites[0], running, args[0])
             if sites in reached:  # this is one of the others: it has been seen, and is sent again
                 raise Stop
             reached.add(sites)
-            for batch in others:
+            for number, batch in enumerate(others):
+                running = number
                 with suppress(Stop):
                     run_layer(layer, *batch)
-            in_order = seen[1:] + seen[:1]  # the last batch came first
-            C = unrounded.drift(sites, in_order) if unrounded else None
-            seen.clear()
+            running = len(others)
+            C = unrounded.take() if unrounded else None
             weights = {name: linears[name] for name in sites}
-            _quantize_together(index, weights, hessian.take(), C, solve, report)
+            with exact_products():
+                _quantize_together(index, weights, hessian.take(), C, solve, report)
             quantized.add(sites)
 
         return hook
 
-    with hooks((linears[sites[0]], at_input(sites)) for sites in READERS):
+    beside = unrounded.beside(index) if unrounded else nullcontext()
+    with beside, hooks((linears[sites[0]], at_input(sites)) for sites in READERS):
         final = run_layer(layer, *last)
         return [(run_layer(layer, *batch), batch[1]) for batch in others] + [(final, last[1])]
 

@@ -24,7 +24,8 @@ CLIP_NORM = 2.4
 CLIP_FACTORS = 1.0 - torch.arange(80) / 100  # 1.00 … 0.21
 # coarse to fine: steps from the best so far
 SEARCH = (tuple(range(0, 80, 8)), (-6, -4, -2, 0, 2, 4, 6), (-1, 0, 1))
-_CHUNK = 2**19  # entries searched at a time, so that temporaries stay in the processor's cache
+# entries searched at a time: temporaries stay in a processor's cache, and fill a GPU
+_CHUNK = {"cpu": 2**19, "cuda": 2**26}
 CONVENTIONS = ("half", "full")
 
 
@@ -117,7 +118,7 @@ def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
     """The grid of each row, with the clip factor searched where `quant` says so."""
     if not quant.clip_search:
         return grid_at(W, quant, 1.0)
-    rows = max(1, _CHUNK // W.shape[1])
+    rows = max(1, _CHUNK[W.device.type] // W.shape[1])
     factors = torch.cat([_best_factor(part, quant) for part in W.split(rows)])
     return grid_at(W, quant, factors)
 

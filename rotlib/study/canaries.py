@@ -470,6 +470,7 @@ def _row_sampling() -> dict:
     optrot.learn_sampled,
     momentum=descent.MOMENTUM,
     iterations=descent.FIXED_POINT_ITERATIONS,
+    steps_to_polar=descent.STEPS_TO_POLAR,
     passes=optrot.PASSES,
     R2_every=optrot.R2_EVERY,
     R2_steps=optrot.R2_STEPS,

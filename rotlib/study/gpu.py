@@ -29,7 +29,6 @@ from rotlib.checks import positive
 from rotlib.disk import ROOT, write_json
 from rotlib.learning.optrot import optrot
 from rotlib.measure.fidelity import Reference, evaluate
-from rotlib.models.families import adapt
 from rotlib.models.walk import norms_in_model_dtype
 from rotlib.models.zoo import pick_device
 from rotlib.quantization.gptq import gptq
@@ -54,20 +53,25 @@ class Shape(NamedTuple):
     test_windows: int
 
 
-_LLAMA = {"head_dim": 128, "num_key_value_heads": 8, "tie_word_embeddings": False}
+def _llama(vocabulary: int, width: int, wide: int, layers: int, heads: int, kv_heads: int) -> dict:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
+
+
 SHAPES = {
-    "tiny": Shape(
-        dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2)
-        | dict(num_attention_heads=4, num_key_value_heads=2),
-        *(32, 4, 2),
-    ),
-    "llama-3.1-8b": Shape(
-        dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-        | dict(num_attention_heads=32, max_position_embeddings=8192)
-        | _LLAMA,
-        *(2048, 128, 141),
-    ),
+    "tiny": Shape(_llama(96, 64, 112, 2, 4, 2), 32, 4, 2),
+    "llama-3.2-1b": Shape(_llama(128256, 2048, 8192, 16, 32, 8), 2048, 128, 141),
+    "llama-3.1-8b": Shape(_llama(128256, 4096, 14336, 32, 32, 8), 2048, 128, 141),
 }
+_SMALL = _llama(512, 576, 1536, 3, 9, 3)
 
 
 class Job(NamedTuple):
@@ -106,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         shape = shape._replace(config=shape.config | {"num_hidden_layers": options.layers})
     job = Job(device, shape, out, lambda: time.monotonic() > end)
     os.environ["ROTLIB_RESULTS"] = str(out / "results")
-    return 0 if all([_done(phase, job) for phase in options.phases]) else 1
+    return 0 if all(_done(phase, job) for phase in options.phases) else 1
 
 
 def _done(phase: str, job: Job) -> bool:
@@ -164,12 +168,7 @@ def _agreement(stage: str, canary: object, device: torch.device) -> Line:
 
 def _exactness(device: torch.device) -> float:
     """The largest change of a logit, by fusing R1, R2, R3 and R4 in float64, over the largest."""
-    model = _random_model(
-        dict(vocab_size=512, hidden_size=576, intermediate_size=1536, num_hidden_layers=4)
-        | dict(num_attention_heads=9, num_key_value_heads=3),
-        device,
-        torch.float64,
-    )
+    model = _random_model(_SMALL, device, torch.float64)
     ids = _tokens(model, 2, 64).to(device)
     with torch.no_grad(), norms_in_model_dtype(model):
         before = model(ids).logits
@@ -179,11 +178,9 @@ def _exactness(device: torch.device) -> float:
 
 def _against_the_cpu(device: torch.device) -> Iterator[Line]:
     """One small model through all stages: on the CPU, on the device, kept on the host for it."""
-    shape = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3)
-    shape |= dict(num_attention_heads=8, num_key_value_heads=4)
     found = {}
     for where in ("cpu", "device", "streamed"):
-        model = _random_model(shape, torch.device("cpu"))
+        model = _random_model(_SMALL, torch.device("cpu"))
         if where == "device":
             model.to(device)
         if where == "streamed":

@@ -1,0 +1,43 @@
+"""How exactly float32 matrices are multiplied: decided here, for every stage.
+
+| stage | CPU | CUDA |
+|---|---|---|
+| fusing, projecting | float64 | float64 |
+| grids, GPTQ's solver, objectives | float32 | float32 |
+| passes through the model, Hessians, logits | float32 | TF32 |
+| slopes that learning follows | bfloat16 where the processor has it | TF32 |
+
+TF32 keeps ten bits of a factor's mantissa and sums in float32, so a product is off by some 3e-4 of
+its size: far less than rounding to 8 bits, and a slope's noise of sampling is larger still. Other
+dtypes than float32 are never touched.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+
+def coarse_products() -> AbstractContextManager:
+    """Of slopes: bfloat16 or TF32 where the hardware does that fast."""
+    return _products("medium")
+
+
+def model_products(device: torch.device) -> AbstractContextManager:
+    """Of passes through the model: TF32 on CUDA."""
+    return _products("high") if device.type == "cuda" else nullcontext()
+
+
+def exact_products() -> AbstractContextManager:
+    """Of what decides about codes: float32, also within a pass through the model."""
+    return _products("highest")
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
