@@ -34,9 +34,23 @@ def exact_products() -> AbstractContextManager:
 
 
 @contextmanager
+def float32_everywhere() -> Iterator[None]:
+    """While open, every stage multiplies in float32: to compare a device with another."""
+    global _coarsest
+    before, _coarsest = _coarsest, "highest"
+    try:
+        yield
+    finally:
+        _coarsest = before
+
+
+_coarsest: str | None = None
+
+
+@contextmanager
 def _products(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(_coarsest or precision)
     try:
         yield
     finally:

@@ -46,6 +46,8 @@ class Preset(NamedTuple):
     checkpointing: bool  # are layers run again going back?
 
 
+# logits that exist at a time, beyond those of one window: a processor gains nothing by more
+_LOGITS = {"cuda": 2**29}
 # "paper": the authors' settings; "laptop": what 2 CPU cores do in minutes
 PRESETS = ("paper", "laptop")
 
@@ -124,21 +126,23 @@ class Student:
             torch.autograd.backward([value for value, _ in met], [gradient for _, gradient in met])
 
     def logits(
-        self, ids: Int[Tensor, " length"], rotation: Rotation
-    ) -> Float[Tensor, "length-1 vocabulary"]:
+        self, ids: Int[Tensor, "*windows length"], rotation: Rotation
+    ) -> Float[Tensor, "*windows length-1 vocabulary"]:
         """Of every position that has a next token."""
         embedding, head = (
             module.weight.detach() for module in (self._original.embedding, self._original.lm_head)
         )
-        x = times(F.embedding(ids[None].to(embedding.device), embedding), rotation.R1)
-        hidden = self._family.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[0, :-1]
-        return F.linear(
+        windows = ids.reshape(-1, ids.shape[-1]).to(embedding.device)
+        x = times(F.embedding(windows, embedding), rotation.R1)
+        hidden = self._family.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[:, :-1]
+        logits = F.linear(
             times(hidden, rotation.R1.mT) * self._original.final_norm.weight.detach(),
             head,
             self._original.lm_head.bias,
         )
+        return logits.view(*ids.shape[:-1], *logits.shape[1:])
 
-    def not_finite(self, ids: Int[Tensor, " length"], rotation: Rotation) -> str:
+    def not_finite(self, ids: Int[Tensor, "*windows length"], rotation: Rotation) -> str:
         """The first module whose weight, or else whose output, holds a NaN or an infinity."""
         modules = [
             (f"layers.{layer}.{name}", linear)
@@ -190,17 +194,20 @@ def learn_through(
     optimizer: Optimizer,
     calibration: Int[Tensor, "windows length"],
     activations: ActivationQuant,
-    loss: Callable[[Float[Tensor, "n vocabulary"], int], Tensor],
+    loss: Callable[[Float[Tensor, "windows length-1 vocabulary"], list[int]], Tensor],
     preset: Preset,
     seed: int,
 ) -> Rotation:
-    """Descend `loss(logits, number of the window)` over batches of windows, all in turn.
+    """Descend `loss(logits, the windows' numbers)` over batches of windows, all in turn.
 
-    `history` holds the mean loss of every step's windows. Raises LearningFailed, naming step and
-    module, where it isn't finite.
+    A GPU is given as many windows of a batch at once as it has room for logits. `history` holds the
+    mean loss of every step's windows. Raises LearningFailed, naming step and module, where it isn't
+    finite.
     """
     generator = torch.Generator().manual_seed(seed)
     order, history, good = [], [], None
+    logits = student.model.config.vocab_size * calibration.shape[1]
+    at_once = max(1, _LOGITS.get(student.model.device.type, 0) // logits)
     with quantized_activations(student.model, activations):
         for step in tqdm(range(preset.steps), desc="learning", unit="step"):
             if len(order) < preset.batch:
@@ -210,11 +217,14 @@ def learn_through(
             with coarse_products():
                 student.show(rotation)
                 history.append(0.0)
-                for number in batch:
-                    value = loss(student.logits(calibration[number], rotation), number) / len(batch)
+                for begin in range(0, len(batch), at_once):
+                    numbers = batch[begin : begin + at_once]
+                    windows = calibration[numbers]
+                    value = loss(student.logits(windows, rotation), numbers)
+                    value = value * len(numbers) / len(batch)
                     history[-1] += value.item()
                     if not isfinite(history[-1]):
-                        where = student.not_finite(calibration[number], rotation)
+                        where = student.not_finite(windows, rotation)
                         what = f"the loss is {history[-1]} at step {step}, first in {where}"
                         raise _failure(what, preset, good)
                     value.backward()

@@ -70,16 +70,17 @@ def ostquant(
     student = Student(family, quant, rotation.online, settings.checkpointing)
     optimizer = RotationAdam(rotation, settings.lr)
 
-    def loss(logits: Tensor, number: int) -> Tensor:
+    def loss(logits: Tensor, numbers: list[int]) -> Tensor:
         with torch.no_grad():
-            truth = family.lm_head(hidden[number].to(logits.device))
+            read = torch.stack([hidden[number] for number in numbers])
+            truth = family.lm_head(read.to(logits.device))
         return kl_top_loss(logits, truth)
 
     return learn_through(student, optimizer, calibration, activations, loss, settings, seed)
 
 
 def kl_top_loss(
-    logits: Float[Tensor, "n vocabulary"], truth: Float[Tensor, "n vocabulary"], top: int = TOP
+    logits: Float[Tensor, "*n vocabulary"], truth: Float[Tensor, "*n vocabulary"], top: int = TOP
 ) -> Float[Tensor, ""]:
     """Σ p log(p/q) over the teacher's `top` likeliest tokens, in nats, the mean over positions."""
     logits, truth = logits.float(), truth.float()

@@ -55,8 +55,9 @@ def spinquant(
     student = Student(family, quant, rotation.online, settings.checkpointing)
     optimizer = CayleySGD(rotation, settings.lr)
 
-    def cross_entropy(logits: Tensor, number: int) -> Tensor:
-        return F.cross_entropy(logits.float(), calibration[number][1:].to(logits.device))
+    def cross_entropy(logits: Tensor, numbers: list[int]) -> Tensor:
+        following = calibration[numbers][:, 1:].to(logits.device)
+        return F.cross_entropy(logits.float().flatten(0, 1), following.flatten())
 
     return learn_through(
         student, optimizer, calibration, activations, cross_entropy, settings, seed

@@ -5,7 +5,8 @@ gensim: every fourth article is test, the others are calibration. `wikitext2` fo
 protocol (all rows of wikitext-2-raw-v1 joined with a blank line; train calibrates, test tests) and
 `c4` takes the first shards of its English train and validation sets. Both come through `datasets`,
 or from the folder `ROTLIB_DATA`: `wikitext2/wiki.{train,test}.raw`,
-`c4/c4-train.00000-of-01024.json.gz`, `c4/c4-validation.00000-of-00008.json.gz`.
+`c4/c4-train.00000-of-01024.json.gz`, `c4/c4-validation.00000-of-00008.json.gz`. There may also lie
+`wikipedia-mini/{calibration,test}.txt`, for a machine without gensim.
 """
 
 import bz2
@@ -141,6 +142,9 @@ def fingerprint(tokens: Int[Tensor, "..."]) -> str:
 
 
 def _wikipedia_mini(split: str) -> str:
+    data = folder_of("ROTLIB_DATA", "") / "wikipedia-mini"
+    if os.environ.get("ROTLIB_DATA") and data.is_dir():  # for machines without gensim
+        return (data / f"{split}.txt").read_text(encoding="utf-8")
     return "\n\n".join(split_articles(_articles())[split])
 
 

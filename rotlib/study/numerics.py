@@ -162,6 +162,8 @@ def distance(found: object, expected: object) -> float:
     """
     if found == expected:
         return 0.0
+    if isinstance(found, dict) and isinstance(expected, dict) and found.keys() == expected.keys():
+        return max(distance(found[name], value) for name, value in expected.items())
     if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         flat, wanted = list(_flat(found)), list(_flat(expected))
     elif isinstance(expected, float):

@@ -346,7 +346,7 @@ def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
     if recipe.rotation == "optrot+":
         how |= {"form": recipe.form, "steps": recipe.steps}
         return optrot_plus(model, tokens, **how), tokens.numel()
-    how |= {"preset": recipe.preset, "steps": recipe.steps} | start
+    how |= {"preset": recipe.preset, "steps": recipe.steps, "lr": recipe.lr} | start
     if recipe.learned_on == "weights":
         how["quant"] = recipe.quant
     else:

@@ -8,7 +8,7 @@ activations alone share their weights.
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 
-from rotlib.checks import inner_share, one_of, share, whole_number, yes_or_no
+from rotlib.checks import inner_share, one_of, positive, share, whole_number, yes_or_no
 from rotlib.learning.network import PRESETS
 from rotlib.learning.optrot_plus import FORMS
 from rotlib.models.text import check_text
@@ -39,7 +39,7 @@ LEARNED = {
 }
 # the settings that some learned rotations read and nothing else does
 _LEARNERS_OWN = (
-    *("activation_share", "form", "learned_on", "preset", "learning_windows", "steps"),
+    *("activation_share", "form", "learned_on", "preset", "learning_windows", "steps", "lr"),
     *("grouped", "start", "local"),
 )
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
@@ -71,8 +71,8 @@ class Recipe:
     from the `start` "gsr" begins there, and where it is `local` stays in those blocks. `grouped`
     learns OptRot's objective for groups of `group_size`. `activation_share` is λ of "mixed", `form`
     OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
-    recipe's grid, by a `preset` whose `steps` can be replaced. `rounding` "none" keeps 16-bit
-    weights; `asymmetry` is GPTAQ's α. `order` "weights-first" calibrates GPTQ on unrounded
+    recipe's grid, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none" keeps
+    16-bit weights; `asymmetry` is GPTAQ's α. `order` "weights-first" calibrates GPTQ on unrounded
     activations, "activations-first" on rounded ones. Raises ValueError at construction for a value
     outside the choices, or one that would go unread.
 
@@ -94,6 +94,7 @@ class Recipe:
     learned_on: str = "weights"
     preset: str = "laptop"
     steps: int | None = None
+    lr: float | None = None
     R3: bool = False
     R4: bool = False
     rounding: str = "gptq"
@@ -137,6 +138,9 @@ class Recipe:
         for name in ("steps", "block"):
             if getattr(self, name) is not None:
                 whole_number(f"{name} (unless it is None)", getattr(self, name), 1)
+        if self.lr is not None:
+            positive("lr (unless it is None)", self.lr)
+            object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 are one arm
         if self.activations.rounds and self.sinks >= self.window:
             raise ValueError(
                 f"{self.sinks} sinks leave nothing to round in windows of {self.window} tokens: "
@@ -180,6 +184,7 @@ class Recipe:
                 yield name, f"describes a Hadamard R1: {needs}"
         for name in _LEARNERS_OWN:
             methods = [rotation for rotation, read in LEARNED.items() if name in read]
+            methods = THROUGH_NETWORK if name == "lr" else methods
             if self.rotation not in methods:
                 belongs = f"belongs to the rotations {', '.join(methods)}"
                 yield name, f"{belongs}, not to {self.rotation!r}"
@@ -218,7 +223,9 @@ class Recipe:
         """The settings that this recipe's rotation depends on, R3 and R4 apart."""
         read = _HADAMARD_R1 if self.rotation == "gsr" else LEARNED.get(self.rotation, ())
         names = ("model", "rotation", "seed", *read, *self.learned_through)
-        return {name: getattr(self, name) for name in names}
+        # only where it is given: what was kept before there was this setting keeps its name
+        given = {} if self.lr is None else {"lr": self.lr}
+        return {name: getattr(self, name) for name in names} | given
 
     def of_rotation(self, *others: str) -> "Recipe":
         """The recipe that has this one's rotation and R4, and of its other settings only these."""

@@ -1,0 +1,162 @@
+"""What `rotlib.study.gpu` needs on a machine without a network, in parts to be sent one by one.
+
+``python -m rotlib.study.bundle pack FOLDER`` (make gpu-bundle) puts into FOLDER/1, FOLDER/2 … the
+wheels that a machine with Python 3.12, torch, transformers and what they need lacks, the packaged
+model's file and the text. There, beside a checkout, ``python -m rotlib.study.bundle unpack PLACE
+PART …`` joins them, checks every file's sha256 and says which variables to set. Unpacking needs
+nothing but Python and pip.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rotlib.disk import ROOT, file_digest, write_json
+
+# what such a machine lacks of what the suite imports
+WHEELS = (
+    *("annotated-types", "compressed-tensors", "geoopt", "gguf", "loguru", "pydantic"),
+    *("pydantic-core", "typing-inspection"),
+)
+PYTHON = "3.12"
+_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+MANIFEST = "manifest.json"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m rotlib.study.bundle", description=__doc__.splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="gather the files, and cut them into parts")
+    packing.add_argument("folder", type=Path, help="a folder that isn't there yet")
+    packing.add_argument("--part-mb", type=int, default=50, help="MiB of a part at most")
+    unpacking = commands.add_parser("unpack", help="join the parts, on the machine")
+    unpacking.add_argument("place", type=Path, help="where the files go")
+    unpacking.add_argument("parts", type=Path, nargs="+", help="the folders 1, 2 …")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "pack":
+            pack(options.folder, options.part_mb)
+        else:
+            unpack(options.parts, options.place)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def pack(folder: Path, part_mb: int) -> None:
+    """Fill the folder with parts.
+
+    Raises ValueError for a folder that is there already or parts below 1 MiB.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} is there already: name a new folder")
+    if part_mb < 1:
+        raise ValueError(f"--part-mb must be at least 1, not {part_mb}")
+    with tempfile.TemporaryDirectory() as scratch:
+        gather(Path(scratch))
+        manifest = cut(Path(scratch), folder, part_mb * 2**20)
+    for part in sorted(folder.iterdir()):
+        size = sum(path.stat().st_size for path in part.iterdir())
+        print(f"{part}: {size / 2**20:.1f} MiB")
+    print(f"{len(manifest['files'])} files, cut at commit {manifest['commit']}")
+
+
+def gather(place: Path) -> None:
+    """The wheels, the packaged model's file and the text, in folders of these names."""
+    from rotlib.models.text import CORPORA, SPLITS  # unpacking does without torch
+    from rotlib.models.zoo import PACKAGED, package_folder
+
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    pins = [re.search(rf"^{name}==\S+", lock, re.MULTILINE)[0] for name in WHEELS]
+    platforms = [word for name in _PLATFORMS for word in ("--platform", name)]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *pins]
+        + ["--only-binary=:all:", "--python-version", PYTHON, *platforms]
+        + ["--dest", str(place / "wheels")],
+        check=True,
+    )
+    for packaged in PACKAGED.values():
+        package = place / "packages" / packaged.package
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        shutil.copy(package_folder(packaged) / packaged.file, package)
+    text = place / "data" / "wikipedia-mini"
+    text.mkdir(parents=True)
+    for split in SPLITS:
+        (text / f"{split}.txt").write_text(CORPORA["wikipedia-mini"](split), encoding="utf-8")
+
+
+def cut(place: Path, folder: Path, part_size: int) -> dict:
+    """Write the files of a place, cut where a part is full, and what is where beside them."""
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    files, part, room = {}, 0, 0
+    for path in sorted(path for path in place.rglob("*") if path.is_file()):
+        name = path.relative_to(place).as_posix()
+        pieces = []
+        with path.open("rb") as source:
+            while (data := source.read(room or part_size)) or not pieces:
+                if not room:
+                    part, room = part + 1, part_size
+                    (folder / str(part)).mkdir(parents=True)
+                piece = f"{len(files)}.{len(pieces)}"
+                (folder / str(part) / piece).write_bytes(data)
+                pieces.append(piece)
+                room -= len(data)
+        files[name] = {"sha256": file_digest(path), "pieces": pieces}
+    manifest = {"commit": commit.stdout.strip() or None, "parts": part, "files": files}
+    for number in range(1, part + 1):
+        write_json(folder / str(number) / MANIFEST, manifest)
+    return manifest
+
+
+def unpack(parts: list[Path], place: Path) -> None:
+    """Join the files and install the wheels.
+
+    Raises ValueError, naming the file, for parts of several bundles, a piece that is missing, or a
+    file whose sha256 is another one.
+    """
+    if (here := "{}.{}".format(*sys.version_info)) != PYTHON:
+        raise ValueError(f"the bundle's wheels are for Python {PYTHON}, and this is {here}")
+    for part in parts:
+        if not (part / MANIFEST).is_file():
+            raise ValueError(f"{part} holds no {MANIFEST}: it is no part of a bundle")
+    manifests = [json.loads((part / MANIFEST).read_text(encoding="utf-8")) for part in parts]
+    if any(manifest != manifests[0] for manifest in manifests):
+        raise ValueError("these parts are of several bundles: pack one anew, and send all of it")
+    at = {path.name: path for part in parts for path in part.iterdir()}
+    for name, file in manifests[0]["files"].items():
+        if missing := [piece for piece in file["pieces"] if piece not in at]:
+            raise ValueError(
+                f"the piece {missing[0]} of {name} is missing: the bundle has "
+                f"{manifests[0]['parts']} parts, and {len(parts)} were given"
+            )
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as target:
+            for piece in file["pieces"]:
+                target.write(at[piece].read_bytes())
+        if file_digest(path) != file["sha256"]:
+            raise ValueError(f"{name} isn't what was packed (its sha256 differs): send it again")
+    packages = place / "packages"
+    wheels = [str(wheel) for wheel in sorted((place / "wheels").glob("*.whl"))]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        + ["--upgrade", "--target", str(packages), *wheels],
+        check=True,
+    )
+    print(
+        f"export PYTHONPATH={packages.resolve()} ROTLIB_DATA={(place / 'data').resolve()} "
+        f"ROTLIB_CACHE={(place / 'cache').resolve()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
