@@ -49,6 +49,7 @@ from rotlib.learning import (
 from rotlib.measure import bounds, fidelity, offline_tasks, outliers, slopes, weights, zeroshot
 from rotlib.models import text, walk, zoo
 from rotlib.models.families import adapt
+from rotlib.precision import float32_everywhere
 from rotlib.quantization import activations, gptq, grids, hessian
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
 from rotlib.rotations.rotation import Rotation, times
@@ -76,7 +77,7 @@ def canary(stage: str, *doors: Callable, tolerance: float = 1e-5, **constants: o
 
     def register(numbers: Callable[[], dict]) -> Callable[[], dict]:
         def computed() -> dict:
-            with _quietly():
+            with _quietly(), float32_everywhere():
                 return plain(numbers())
 
         CANARIES[stage] = Canary(computed, told, tolerance)
