@@ -19,7 +19,18 @@ NUMERIC = ("rotations", "quantization", "learning", "measure")
 FOLDER = ROOT / "rotlib"
 # constants that decide how fast something is computed, or how it is named, and not what
 NOT_NUMBERS = {
-    *("BLOCK", "_STRIP", "_BLOCK", "_CHUNK", "CHUNK", "ATTENTION", "_HEADS", "_SYLVESTER", "_ONE"),
+    *(
+        "BLOCK",
+        "_STRIP",
+        "_BLOCK",
+        "_CHUNK",
+        "CHUNK",
+        "_LOGITS",
+        "ATTENTION",
+        "_HEADS",
+        "_SYLVESTER",
+        "_ONE",
+    ),
     *("_SENTENCE_END", "_SENTENCE", "_LAST_WORD", "_SIX", "_EIGHT", "FULL", "METHODS", "SITES"),
     "TOKENS_PER_INPUT",
 }

@@ -128,7 +128,7 @@ def unpack(parts: list[Path], place: Path) -> None:
     for part in parts:
         if not (part / MANIFEST).is_file():
             raise ValueError(f"{part} holds no {MANIFEST}: it is no part of a bundle")
-    manifests = [json.loads((part / MANIFEST).read_text(encoding="utf-8")) for part in parts]
+    manifests = [_manifest(part) for part in parts]
     if any(manifest != manifests[0] for manifest in manifests):
         raise ValueError("these parts are of several bundles: pack one anew, and send all of it")
     at = {path.name: path for part in parts for path in part.iterdir()}
@@ -156,6 +156,13 @@ def unpack(parts: list[Path], place: Path) -> None:
         f"export PYTHONPATH={packages.resolve()} ROTLIB_DATA={(place / 'data').resolve()} "
         f"ROTLIB_CACHE={(place / 'cache').resolve()}"
     )
+
+
+def _manifest(part: Path) -> dict:
+    try:
+        return json.loads((part / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{part / MANIFEST} is damaged ({error}): send the part again") from None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rotlib.checks import positive
+from rotlib.checks import positive, whole_number
 from rotlib.disk import ROOT, write_json
 from rotlib.learning.optrot import optrot
 from rotlib.measure.fidelity import Reference, evaluate
@@ -101,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         positive("--minutes", options.minutes)
+        if options.layers is not None:
+            whole_number("--layers", options.layers, 1)
         end = time.monotonic() + 60 * options.minutes
         device = pick_device(options.device)
         out = options.out.resolve()
@@ -143,10 +145,6 @@ def _machine(device: torch.device) -> Line:
 
 # --- parity ---------------------------------------------------------------------------------------
 
-# numbers of canaries on whose rows' largest weight falls half-way between two codes, -127.5: which
-# of the two it gets hangs on the last bit of a division
-TIES = {"grids": ("put back",), "gptq": ("errors", "again"), "bounds": ("edge_codes",)}
-
 
 def parity(job: Job) -> Iterator[Line]:
     """How far the device's numbers are from the CPU's, and TF32's from float32's."""
@@ -168,7 +166,7 @@ def _agreement(stage: str, canary: Canary, device: torch.device) -> Line:
         return line | {"error": f"{type(error).__name__}: {error}"}
     expected = numerics.entries()[stage]["numbers"]
     apart = {name: numerics.distance(numbers.get(name), value) for name, value in expected.items()}
-    ties = {name: apart.pop(name) for name in TIES.get(stage, ())}
+    ties = {name: apart.pop(name) for name in [*apart] if name.startswith(canary.ties)}
     worst = max(apart, key=apart.get)
     line |= {"difference": apart[worst], "of": worst} | ({"ties": ties} if ties else {})
     return line | {"seconds": round(time.perf_counter() - start, 2)}

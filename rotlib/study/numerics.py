@@ -145,14 +145,9 @@ def drift(stage: str) -> str | None:
             return f"{name} is {now}, not {value}"
     numbers = found.numbers()
     for name, value in entry["numbers"].items():
-        if not agree(numbers.get(name), value, found.tolerance):
+        if distance(numbers.get(name), value) > found.allowed(name):
             return f"{name} is {_short(numbers.get(name))}, not {_short(value)}"
     return None
-
-
-def agree(found: object, expected: object, tolerance: float) -> bool:
-    """Equal, or for numbers within the tolerance times the largest magnitude."""
-    return distance(found, expected) <= tolerance
 
 
 def distance(found: object, expected: object) -> float:

@@ -13,7 +13,7 @@ from rotlib.disk import write_json
 from rotlib.study import numerics
 from rotlib.study.canaries import CANARIES, INPUTS, plain
 from rotlib.study.files import spec_hash
-from rotlib.study.numerics import agree
+from rotlib.study.numerics import distance
 from rotlib.study.store import load_results
 
 
@@ -34,7 +34,7 @@ def rewritten() -> tuple[dict[str, dict], list[str]]:
         kept = {
             name: value
             for name, value in old["numbers"].items()
-            if agree(numbers.get(name), value, found.tolerance)
+            if distance(numbers.get(name), value) <= found.allowed(name)
         }
         same = len(kept) == len(old["numbers"]) and all(
             found.constants.get(name) == value for name, value in old["constants"].items()
