@@ -207,7 +207,7 @@ def learn_through(
     generator = torch.Generator().manual_seed(seed)
     order, history, good = [], [], None
     logits = student.model.config.vocab_size * calibration.shape[1]
-    at_once = max(1, _LOGITS.get(student.model.device.type, 0) // logits)
+    at_once = windows_at_once(student.model.device.type, logits)
     with quantized_activations(student.model, activations):
         for step in tqdm(range(preset.steps), desc="learning", unit="step"):
             if len(order) < preset.batch:
@@ -236,6 +236,11 @@ def learn_through(
             good = _kept(rotation, history)
             optimizer.step(0.5 * (1 + cos(pi * step / preset.steps)))
     return finished(_kept(optimizer.rotation, history)).to("cpu", torch.float64)
+
+
+def windows_at_once(device: str, logits: int) -> int:
+    """How many windows, each of so many logits, a kind of device is given."""
+    return max(1, _LOGITS.get(device, 0) // logits)
 
 
 def _failure(what: str, preset: Preset, good: Rotation | None) -> LearningFailed:

@@ -17,7 +17,7 @@ from rotlib.checks import one_of
 from rotlib.disk import file_digest, write_text
 from rotlib.study import store
 from rotlib.study.figures import figures_folder
-from rotlib.study.files import saved
+from rotlib.study.files import results_folder, saved
 from rotlib.study.recipe import LEARNED, Recipe
 from rotlib.study.tables import Arm, judge, stored
 
@@ -203,6 +203,12 @@ def save_table(frame: pandas.DataFrame, name: str) -> None:
         write_text(figures_folder() / f"{name}.{kind}", text)
 
 
+def _digest(used: str) -> str | None:
+    """Of a result, or of another file that is named by its path under results/."""
+    found = saved(used) or [path for path in [results_folder() / used] if path.is_file()]
+    return file_digest(found[-1]) if found else None
+
+
 def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[str]]) -> None:
     """figures/manifest.json: of every file named, its sha256, its results' and the commit.
 
@@ -214,9 +220,7 @@ def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[s
     }
     files = {}
     for name, names in (redrawn | named).items():
-        results = {
-            used: file_digest(found[-1]) if (found := saved(used)) else None for used in names
-        }
+        results = {used: _digest(used) for used in names}
         for path in sorted(figures_folder().glob(f"{name}.*")):
             files[path.name] = {"results": results, "sha256": file_digest(path)}
     manifest = {"commit": store.commit(), "files": files}

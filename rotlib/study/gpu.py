@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ class Shape(NamedTuple):
     window: int
     calibration_windows: int
     test_windows: int
+    steps: int | None = None  # OptRot's own
 
 
 def _llama(vocabulary: int, width: int, wide: int, layers: int, heads: int, kv_heads: int) -> dict:
@@ -70,6 +72,8 @@ def _llama(vocabulary: int, width: int, wide: int, layers: int, heads: int, kv_h
 
 SHAPES = {
     "tiny": Shape(_llama(96, 64, 112, 2, 4, 2), 32, 4, 2),
+    "smollm2-135m": Shape(_llama(49152, 576, 1536, 30, 9, 3), 1024, 16, 8),
+    "qwen2.5-0.5b": Shape(_llama(151936, 896, 4864, 24, 14, 2), 1024, 16, 8),
     "llama-3.2-1b": Shape(_llama(128256, 2048, 8192, 16, 32, 8), 2048, 128, 141),
     "llama-3.1-8b": Shape(_llama(128256, 4096, 14336, 32, 32, 8), 2048, 128, 141),
 }
@@ -98,11 +102,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--shape", choices=SHAPES, help="of the stages; the largest on a GPU")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--steps", type=int, help="fewer steps than OptRot's own")
+    parser.add_argument(
+        "--windows", type=int, nargs=2, metavar=("N", "M"), help="of calibration and of test text"
+    )
     options = parser.parse_args(arguments)
     try:
         positive("--minutes", options.minutes)
-        if options.layers is not None:
-            whole_number("--layers", options.layers, 1)
+        shorter = {"--layers": options.layers, "--steps": options.steps}
+        shorter |= dict(zip(("--windows", "--windows "), options.windows or (), strict=False))
+        for name, number in shorter.items():
+            if number is not None:
+                whole_number(name.strip(), number, 1)
         end = time.monotonic() + 60 * options.minutes
         device = pick_device(options.device)
         out = options.out.resolve()
@@ -112,6 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     shape = SHAPES[options.shape or ("tiny" if device.type == "cpu" else "llama-3.1-8b")]
     if options.layers:
         shape = shape._replace(config=shape.config | {"num_hidden_layers": options.layers})
+    if options.windows:
+        calibration, test = options.windows
+        shape = shape._replace(calibration_windows=calibration, test_windows=test)
+    shape = shape._replace(steps=options.steps)
     job = Job(device, shape, out, lambda: time.monotonic() > end)
     os.environ["ROTLIB_RESULTS"] = str(out / "results")
     return 0 if all(_done(phase, job) for phase in options.phases) else 1
@@ -247,55 +262,71 @@ def _coarse_against_float32(device: torch.device) -> Iterator[Line]:
 def stages(job: Job) -> Iterator[Line]:
     """Seconds and peak memory of every stage, beside what `--dry-run` would say."""
     shape, device = job.shape, job.device
-    estimate = memory.estimate(_recipe(shape))
-    yield {
-        "name": "estimate",
-        "layers": shape.config["num_hidden_layers"],
-        "mb": {name: round(value / 2**20) for name, value in estimate._asdict().items()},
-    }
+    recipe = _recipe(shape)
     done: dict[str, object] = {}
 
-    def measured(name: str, stage: Callable[[], object], **told: Callable) -> Line:
+    def measured(
+        name: str,
+        stage: Callable[[], object],
+        of: str = "",
+        of_recipe: Recipe = recipe,
+        **told: Callable,
+    ) -> Line:
         """Run a stage; one that fails is a line as well, and the next may still run."""
+        line = {"name": name}
+        if of:
+            peak = memory.peak_of(of_recipe, of, device)
+            line["estimate_mb"] = round(peak / 2**20)
         store.reset_peak_memory(device)
         _wait(device)
         start = time.perf_counter()
         try:
             done[name] = stage()
         except RuntimeError as error:  # out of memory, say
-            return {
-                "name": name,
-                "error": str(error)[:500],
-                "peak_mb": store.peak_memory_mb(device),
-            }
+            return line | {"error": str(error)[:500], "peak_mb": store.peak_memory_mb(device)}
         _wait(device)
-        seconds = round(time.perf_counter() - start, 2)
-        line = {"name": name, "seconds": seconds, "peak_mb": store.peak_memory_mb(device)}
+        line["seconds"] = round(time.perf_counter() - start, 2)
+        line["peak_mb"] = store.peak_memory_mb(device)
         return line | {what: tell(done[name]) for what, tell in told.items()}
 
-    yield measured("draw", lambda: _random_model(shape.config, device))
+    yield measured("draw", lambda: _random_model(shape.config, device)) | {
+        "layers": shape.config["num_hidden_layers"],
+        "windows": [shape.calibration_windows, shape.test_windows, shape.window],
+    }
     model = done["draw"]
     calibration = _tokens(model, shape.calibration_windows, shape.window)
     test = _tokens(model, shape.test_windows, shape.window)
     rounded = WeightQuant(bits=4)
-    yield measured("reference", lambda: Reference(model, test))
+    yield measured("reference", lambda: Reference(model, test), "evaluate")
     yield measured(
-        "optrot", lambda: optrot(model), objective=lambda R: [R.history[0], R.history[-1]]
+        "optrot",
+        lambda: optrot(model, steps=shape.steps),
+        "rotate",
+        objective=lambda rotation: [rotation.history[0], rotation.history[-1]],
     )
     rotation = done.get("optrot") or hadamard_rotation(model)
-    yield measured("fuse", lambda: fuse(model, rotation))
+    yield measured("fuse", lambda: fuse(model, rotation), "fuse")
     yield measured(
-        "gptq", lambda: gptq(model, calibration, rounded), fallbacks=lambda r: r.fallbacks
+        "gptq",
+        lambda: gptq(model, calibration, rounded),
+        "quantize",
+        fallbacks=lambda report: report.fallbacks,
     )
     yield measured(
         "evaluate",
         lambda: evaluate(model, test, done["reference"]),
+        "evaluate",
         kl=lambda evaluation: evaluation.kl_divergence,
     )
-    done.clear()
+    done = {"reference": done["reference"]}
     del model
     again = fuse(_random_model(shape.config, device), rotation)
-    yield measured("gptaq", lambda: gptq(again, calibration, rounded, asymmetry=0.25))
+    yield measured(
+        "gptaq",
+        lambda: gptq(again, calibration, rounded, asymmetry=0.25),
+        "quantize",
+        replace(recipe, asymmetry=0.25),
+    )
 
 
 def _recipe(shape: Shape) -> Recipe:

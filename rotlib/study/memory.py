@@ -1,12 +1,12 @@
 """How much memory a recipe takes, from its model's config alone.
 
-It is what `--dry-run` says, and what a run is refused by.
+It is what `--dry-run` says, and what a run is refused by. A run holds the model in float32, and the
+reference's hidden states with a copy of its head; each stage adds what it works on, and what it
+keeps beside the weights. The largest sum is the peak. A device with memory of its own need not hold
+the model: where it doesn't fit, the model stays on the host and goes there a layer at a time.
 
-A run holds the model in float32, the reference's hidden states with a copy of its head, and one
-stage's working set: OptRot's folded weights and drawn rows, the embedding in float64 while fusing,
-a layer's inputs, Hessian and factors in GPTQ, a chunk of logits while evaluating. The largest sum
-is the peak. A device with memory of its own need not hold the model: where it doesn't fit, the
-model stays on the host and goes there a layer at a time.
+`python -m rotlib.study.gpu --phases stages` measures every stage's peak and prints the estimate
+beside it; `results/gpu/` has what it said.
 """
 
 from functools import lru_cache
@@ -16,7 +16,11 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rotlib.learning.network import windows_at_once
+from rotlib.learning.objectives import TOKENS
+from rotlib.learning.ostquant import OSTQUANT_PRESETS
 from rotlib.learning.sampling import BATCH, STEPS_A_DRAW
+from rotlib.learning.spinquant import SPINQUANT_PRESETS
 from rotlib.measure.fidelity import CHUNK
 from rotlib.models.content import model_content
 from rotlib.models.families import Family, adapt
@@ -31,7 +35,17 @@ _PROCESS = 0.72 * GB  # Python, torch, transformers and a text before any model
 SURE = 0.8  # of an estimate: what it may be too high by is no reason to refuse
 # how many copies of its largest operand a stage holds at its peak, counted in the code and checked
 # against measured peaks
-_ROWS, _LOGITS, _WIDE, _HESSIANS, _WEIGHTS = 2, 6, 3, 7, 6
+_ROWS, _HEADS, _WIDE, _HESSIANS, _WEIGHTS, _SCORES = 2, 3, 3, 7, 6, 2
+_LOGITS = {"evaluate": 6, "spinquant": 3, "ostquant": 5}
+
+
+class Stage(NamedTuple):
+    """Bytes that a stage holds at its peak, besides the model and the reference."""
+
+    working: float = 0.0  # where the model computes
+    gpu: float = 0.0  # there too, on a GPU: attention's scores, more windows at a time
+    beside: float = 0.0  # where the weights are
+    host: float = 0.0  # on the host, wherever the model is
 
 
 class Memory(NamedTuple):
@@ -76,52 +90,119 @@ def estimate(recipe: Recipe) -> Memory:
 
     Raises like `load` for a model that isn't to be had.
     """
+    family, _ = outline(recipe.model)
+    found = stages(recipe).values()
+    held = held_throughout(recipe)
+    head = family.lm_head.weight.numel()
+    layer = sum(linear.weight.numel() for linear in family.linears(0).values())
+    return Memory(
+        host=_PROCESS + held + max(one.working + one.beside + one.host for one in found),
+        beside=_PROCESS + held + max(one.beside + one.host for one in found),
+        weights=held,
+        working=max(one.working + one.gpu + one.beside for one in found),
+        streamed=_FLOAT * max(layer, 2 * head) + max(one.working + one.gpu for one in found),
+    )
+
+
+def peak_of(recipe: Recipe, stage: str, device: torch.device) -> float:
+    """The peak of one stage, of the process or of a device that holds the model."""
+    one, held = stages(recipe)[stage], held_throughout(recipe)
+    if device.type == "cpu":
+        return _PROCESS + held + one.working + one.beside + one.host
+    return held + one.working + one.gpu + one.beside
+
+
+def held_throughout(recipe: Recipe) -> float:
+    """The model, and the reference with its head."""
+    family, _ = outline(recipe.model)
+    head = family.lm_head.weight.numel()
+    layer = sum(linear.weight.numel() for linear in family.linears(0).values())
+    hidden = recipe.test_windows * recipe.window * family.width
+    return _FLOAT * (len(family.layers) * layer + 3 * head + hidden)
+
+
+def stages(recipe: Recipe) -> dict[str, Stage]:
+    """What each stage of a recipe holds; raises like `estimate`."""
     family, dtype = outline(recipe.model)
     layers, d = len(family.layers), family.width
     sizes = {name: linear.weight.numel() for name, linear in family.linears(0).items()}
     wide = family.linears(0)["down"].in_features
     head = family.lm_head.weight.numel()
     linears = layers * sum(sizes.values())
-    weights = _FLOAT * (linears + 2 * head)
-    reference = _FLOAT * (recipe.test_windows * recipe.window * d + head)
+    codes = linears if recipe.rounding != "none" else 0
+
+    def states(windows: int) -> float:
+        return _FLOAT * windows * recipe.window * d
 
     def layer_run(tokens: int) -> float:
         return _FLOAT * tokens * (3 * d + _WIDE * wide)
 
-    logits = _FLOAT * _LOGITS * min(CHUNK, recipe.window) * head / d
-    stages = {"evaluate": layer_run(recipe.window) + logits}
-    codes = linears if recipe.rounding != "none" else 0
-    host = {
-        "evaluate": 2 * _FLOAT * recipe.test_windows * recipe.window * d + codes,
-        "load": (linears + head) * _on_disk(dtype),
+    def scores(windows: int) -> float:
+        heads = family.config.num_attention_heads
+        return _FLOAT * _SCORES * windows * heads * recipe.window**2
+
+    def logits(tokens: int, of: str) -> float:
+        return _FLOAT * _LOGITS[of] * tokens * head / d
+
+    found = {
+        "load": Stage(host=(linears + head) * _on_disk(dtype)),
+        "evaluate": Stage(
+            layer_run(recipe.window) + logits(min(CHUNK, recipe.window), "evaluate"),
+            scores(1),
+            2 * states(recipe.test_windows),
+            codes,
+        ),
     }
     if recipe.rotation != "none":
-        stages["fuse"] = _DOUBLE * 3 * head
+        found["fuse"] = Stage(_DOUBLE * 3 * head)
     if recipe.rotation in THROUGH_NETWORK:
-        # a copy and its gradients; what the layers keep for going back comes on top
-        stages["rotate"] = _FLOAT * 2 * linears
+        presets = {"spinquant": SPINQUANT_PRESETS, "ostquant": OSTQUANT_PRESETS}
+        preset = presets[recipe.rotation][recipe.preset]
+
+        def learning(windows: int, attention: float = 0.0) -> float:
+            """A copy, what its layers keep for going back, and the logits or a layer's slopes.
+
+            Gradients gather from a batch's first windows on.
+            """
+            tokens, gradients = windows * recipe.window, _FLOAT * linears
+            kept = layers * (states(windows) if preset.checkpointing else layer_run(tokens))
+            at_logits = logits(tokens, recipe.rotation)
+            at_logits += gradients if windows < preset.batch else 0
+            going_back = gradients + layer_run(tokens) + attention
+            return _FLOAT * linears + kept + max(at_logits, going_back)
+
+        at_once = windows_at_once("cuda", family.config.vocab_size * recipe.window)
+        at_once = min(preset.batch, at_once)
+        there = learning(at_once, scores(at_once))
+        found["rotate"] = Stage(here := learning(1), max(0.0, there - here))
     elif recipe.rotation in LEARNED:
         rows = min(STEPS_A_DRAW * BATCH, STEPS_A_DRAW * linears // d) * d
         heads = layers * (sizes["o"] + sizes["v"])
-        stages["rotate"] = _FLOAT * (_ROWS * rows + 4 * heads)
-        folded = sum(sizes[name] for name in ("q", "k", "v", "gate", "up"))
-        host["rotate"] = _FLOAT * layers * folded
+        covariances = 3 * layers * d**2 if recipe.rotation == "optrot+" else 0
+        learned_on = 0 if recipe.rotation == "kurtail" else linears
+        if recipe.rotation in ("kurtail", "mixed"):
+            learned_on += TOKENS * layers * (2 * d + family.linears(0)["o"].in_features)
+        found["rotate"] = Stage(
+            _FLOAT * (_ROWS * rows + _HEADS * heads + covariances), beside=_FLOAT * learned_on
+        )
     if recipe.rounding == "gptq":
-        tokens = recipe.calibration_windows * recipe.window
-        solve = max(
+        windows = recipe.calibration_windows
+        at_once = min(windows, max(1, BATCH_TOKENS // recipe.window))
+        solve = _FLOAT * max(
             _HESSIANS * wide**2 + _WEIGHTS * sizes["down"],
             _HESSIANS * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]),
         )
-        stages["quantize"] = layer_run(min(tokens, BATCH_TOKENS)) + _FLOAT * solve
-        host["quantize"] = _FLOAT * 2 * tokens * d + codes
-    held = _PROCESS + weights + reference
-    return Memory(
-        host=held + max(stages.get(stage, 0) + host.get(stage, 0) for stage in stages | host),
-        beside=held + max(host.values()),
-        weights=weights + reference,
-        working=max(stages.values()),
-        streamed=max(_FLOAT * sum(sizes.values()), _FLOAT * 2 * head) + max(stages.values()),
-    )
+        working, streams = layer_run(at_once * recipe.window), 1
+        if recipe.asymmetry:  # the original layer, what it computes, and the drift of what is read
+            working = 2 * working + _FLOAT * (sum(sizes.values()) + 2 * wide**2)
+            streams = 2
+        found["quantize"] = Stage(
+            working + solve,
+            max(0.0, scores(at_once) - solve),  # the scores are gone when a weight is solved for
+            streams * 2 * states(windows),
+            codes,
+        )
+    return found
 
 
 def least_on_disk(recipe: Recipe, dtype: torch.dtype) -> int:
