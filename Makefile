@@ -1,4 +1,4 @@
-# make reproduce · quick · figures · test · test-fast · test-lab · lab · setup · notebooks · numerics · lint · lock
+# make reproduce · quick · figures · test · test-fast · test-lab · lab · gpu · gpu-bundle · setup · notebooks · numerics · lint · lock
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c '' 2>/dev/null && command -v $$p && break; done)
 VENV := .venv
@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: setup model reproduce quick figures test test-fast test-lab lab notebooks numerics lint lock
+.PHONY: setup model reproduce quick figures test test-fast test-lab lab gpu gpu-bundle notebooks numerics lint lock
 setup: $(READY)
 
 # the stamp is written last, so an interrupted set-up starts again
@@ -60,6 +60,14 @@ test-fast: $(READY)
 test-lab: model
 	$(PIP) playwright==1.65.2
 	$(BIN)/pytest tests/lab.py
+
+# what a machine with a GPU does first; a second call goes on
+gpu: model
+	$(BIN)/python -m rotlib.study.gpu --minutes 9 --out results/local/gpu
+
+# what the same command needs on a machine without a network
+gpu-bundle: model
+	$(BIN)/python -m rotlib.study.bundle pack bundle
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -14,7 +14,6 @@ network, and the first two phases need no model's file:
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -92,7 +91,8 @@ class Job(NamedTuple):
 Line = dict[str, object]  # one finding, with its name
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> bool:
+    """Whether every phase asked for is complete."""
     parser = argparse.ArgumentParser(
         prog="python -m rotlib.study.gpu", description=__doc__.splitlines()[0]
     )
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     shape = shape._replace(steps=options.steps)
     job = Job(device, shape, out, lambda: time.monotonic() > end)
     os.environ["ROTLIB_RESULTS"] = str(out / "results")
-    return 0 if all(_done(phase, job) for phase in options.phases) else 1
+    return all(_done(phase, job) for phase in options.phases)
 
 
 def _done(phase: str, job: Job) -> bool:
@@ -386,4 +386,4 @@ def study(job: Job) -> Iterator[Line]:
 PHASES = {"parity": parity, "stages": stages, "study": study}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
