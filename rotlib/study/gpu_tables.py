@@ -16,9 +16,6 @@ def tables() -> dict[str, tuple[pandas.DataFrame, list[str]]]:
     """(the table, the files under results/ that it was made from) of stages, parity and study.
 
     Only what some machine has found is there.
-
-    >>> sorted(tables())
-    ['parity', 'stages', 'study']
     """
     found = {}
     for name, rows_of in (("stages", _stages), ("parity", _parity), ("study", _study)):
