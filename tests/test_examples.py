@@ -90,10 +90,10 @@ def test_packages_import_downward_only():
                 module = getattr(node, "module", None) or ""
                 parts = module.split(".")
                 if isinstance(node, ast.ImportFrom) and parts[0] == "rotlib" and len(parts) > 1:
-                    assert parts[1] in ("checks", "disk", "precision") or order.index(parts[1]) <= place, (
-                        path.name,
-                        module,
-                    )
+                    assert (
+                        parts[1] in ("checks", "disk", "precision")
+                        or order.index(parts[1]) <= place
+                    ), (path.name, module)
 
 
 def test_no_module_is_shadowed_by_a_function_of_its_name():

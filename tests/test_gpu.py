@@ -12,7 +12,7 @@ import rotlib as rl
 from rotlib import precision
 from rotlib.learning import network
 from rotlib.models.families import adapt
-from rotlib.quantization.gptq import Replayed
+from rotlib.quantization.replayed import Replayed
 from rotlib.rotations.rotation import newton_schulz, polar
 from rotlib.study import bundle, gpu
 from rotlib.study.recipe import Recipe

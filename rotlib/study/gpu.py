@@ -9,6 +9,7 @@ network, and the first two phases need no model's file:
   on a CPU; the exactness gate; a model kept on the host against one that the device holds.
 - ``stages``: seconds and peak memory of each stage on a random model of a real one's shape.
 - ``study``: the recipes of configs/sweeps/gpu.yaml, whose results go into ``FOLDER/results``.
+- ``streamed``: the stages again, of a model that is kept on the host.
 """
 
 import argparse
@@ -259,7 +260,12 @@ def _coarse_against_float32(device: torch.device) -> Iterator[Line]:
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def stages(job: Job) -> Iterator[Line]:
+def streamed(job: Job) -> Iterator[Line]:
+    """The stages of a model that stays on the host, and goes to the device a layer at a time."""
+    return stages(job, on_host=True)
+
+
+def stages(job: Job, on_host: bool = False) -> Iterator[Line]:
     """Seconds and peak memory of every stage, beside what `--dry-run` would say."""
     shape, device = job.shape, job.device
     recipe = _recipe(shape)
@@ -275,7 +281,7 @@ def stages(job: Job) -> Iterator[Line]:
         """Run a stage; one that fails is a line as well, and the next may still run."""
         line = {"name": name}
         if of:
-            peak = memory.peak_of(of_recipe, of, device)
+            peak = memory.peak_of(of_recipe, of, device, on_host)
             line["estimate_mb"] = round(peak / 2**20)
         store.reset_peak_memory(device)
         _wait(device)
@@ -289,7 +295,14 @@ def stages(job: Job) -> Iterator[Line]:
         line["peak_mb"] = store.peak_memory_mb(device)
         return line | {what: tell(done[name]) for what, tell in told.items()}
 
-    yield measured("draw", lambda: _random_model(shape.config, device)) | {
+    def drawn() -> PreTrainedModel:
+        model = _random_model(shape.config, device)
+        if on_host:
+            model.to("cpu")
+            model.rotlib_device = device
+        return model
+
+    yield measured("draw", drawn) | {
         "layers": shape.config["num_hidden_layers"],
         "windows": [shape.calibration_windows, shape.test_windows, shape.window],
     }
@@ -320,7 +333,7 @@ def stages(job: Job) -> Iterator[Line]:
     )
     done = {"reference": done["reference"]}
     del model
-    again = fuse(_random_model(shape.config, device), rotation)
+    again = fuse(drawn(), rotation)
     yield measured(
         "gptaq",
         lambda: gptq(again, calibration, rounded, asymmetry=0.25),
@@ -383,7 +396,7 @@ def study(job: Job) -> Iterator[Line]:
         yield line | {"peak_mb": result.peak_memory_mb}
 
 
-PHASES = {"parity": parity, "stages": stages, "study": study}
+PHASES = {"parity": parity, "stages": stages, "study": study, "streamed": streamed}
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,7 @@ def tables() -> dict[str, tuple[pandas.DataFrame, list[str]]]:
     Only what some machine has found is there.
     """
     found = {}
-    for name, rows_of in (("stages", _stages), ("parity", _parity), ("study", _study)):
+    for name, rows_of in {"stages": _stages, "parity": _parity, "study": _study}.items():
         rows, files = [], []
         for machine in sorted((results_folder() / "gpu").glob("*")):
             for path, row in rows_of(machine):
@@ -30,13 +30,16 @@ def tables() -> dict[str, tuple[pandas.DataFrame, list[str]]]:
 
 
 def _stages(machine: Path) -> Iterator[tuple[Path, dict]]:
-    for path, device, line in _lines(machine, "stages"):
+    held = [(*found, "the GPU") for found in _lines(machine, "stages")]
+    sent = [(*found, "the host") for found in _lines(machine, "streamed")]
+    for path, device, line, where in held + sent:
         if "peak_mb" in line:
             estimate = line.get("estimate_mb")
             yield (
                 path,
                 {
                     "machine": device,
+                    "model on": where,
                     "stage": line["name"],
                     "seconds": line.get("seconds", line.get("error")),
                     "peak, GB": round(line["peak_mb"] * _MIB, 1),

@@ -90,25 +90,28 @@ def estimate(recipe: Recipe) -> Memory:
 
     Raises like `load` for a model that isn't to be had.
     """
-    family, _ = outline(recipe.model)
     found = stages(recipe).values()
     held = held_throughout(recipe)
-    head = family.lm_head.weight.numel()
-    layer = sum(linear.weight.numel() for linear in family.linears(0).values())
     return Memory(
         host=_PROCESS + held + max(one.working + one.beside + one.host for one in found),
         beside=_PROCESS + held + max(one.beside + one.host for one in found),
         weights=held,
         working=max(one.working + one.gpu + one.beside for one in found),
-        streamed=_FLOAT * max(layer, 2 * head) + max(one.working + one.gpu for one in found),
+        streamed=_sent_at_a_time(recipe) + max(one.working + one.gpu for one in found),
     )
 
 
-def peak_of(recipe: Recipe, stage: str, device: torch.device) -> float:
-    """The peak of one stage, of the process or of a device that holds the model."""
+def peak_of(recipe: Recipe, stage: str, device: torch.device, streamed: bool = False) -> float:
+    """The peak of one stage: of the process, or of a device that holds the model or is streamed it.
+
+    Hidden states lie on the device where there is room, so a streamed peak counts them as well.
+    """
     one, held = stages(recipe)[stage], held_throughout(recipe)
     if device.type == "cpu":
         return _PROCESS + held + one.working + one.beside + one.host
+    if streamed:
+        beside = 0 if stage == "rotate" else one.beside  # the weights' copies are on the host
+        return _sent_at_a_time(recipe) + one.working + one.gpu + beside
     return held + one.working + one.gpu + one.beside
 
 
@@ -119,6 +122,13 @@ def held_throughout(recipe: Recipe) -> float:
     layer = sum(linear.weight.numel() for linear in family.linears(0).values())
     hidden = recipe.test_windows * recipe.window * family.width
     return _FLOAT * (len(family.layers) * layer + 3 * head + hidden)
+
+
+def _sent_at_a_time(recipe: Recipe) -> float:
+    """A layer, or the heads of the model and of the reference."""
+    family, _ = outline(recipe.model)
+    layer = sum(linear.weight.numel() for linear in family.linears(0).values())
+    return _FLOAT * max(layer, 2 * family.lm_head.weight.numel())
 
 
 def stages(recipe: Recipe) -> dict[str, Stage]:
