@@ -18,7 +18,7 @@ def results(tmp_path, monkeypatch):
         for seed, kl in enumerate(kls):
             recipe = Recipe(rotation=rotation, seed=seed)
             stages = {"stages": numerics.digests(numerics.stages_of(recipe.spec()))}
-            metrics = {"kl": kl, "perplexity": 20 + kl}
+            metrics = {"kl": kl, "perplexity": 20 + kl, "reference_perplexity": 20.0}
             result = store.Result(recipe.spec(), metrics, {}, 0, stages)
             store.save(result, files.local_path(recipe.spec()))
     return tmp_path

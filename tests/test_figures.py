@@ -45,7 +45,8 @@ def stored(spec, metrics):
 def arm(rotation, kl=0.3, seeds=3, **settings):
     """An arm of made-up seeds."""
     specs = [Recipe(rotation=rotation, seed=seed, **settings).spec() for seed in range(seeds)]
-    metrics = {"perplexity": 20, "objective": 5.5, "objective_history": [8.25, 7, 1 / 3 * 20, 6]}
+    metrics = {"perplexity": 20, "reference_perplexity": 19.0}
+    metrics |= {"objective": 5.5, "objective_history": [8.25, 7, 1 / 3 * 20, 6]}
     return tables.arms(
         stored(spec, metrics | {"kl": kl + seed / 70}) for seed, spec in enumerate(specs)
     )[0]

@@ -75,11 +75,13 @@ def test_the_study_keeps_its_results_and_goes_on_after_its_time(folder, monkeypa
     [
         (["--minutes", "0"], "--minutes must be a positive number, not 0.0"),
         (["--device", "cuda:9"], "use 'auto' or 'cpu'"),
+        (["--device", "auto"], "torch sees no GPU here ("),
         (["--layers", "0"], "--layers must be a whole number of at least 1"),
         (["--shape", "7b"], "invalid choice: '7b'"),
     ],
 )
-def test_a_suite_asked_for_nonsense_says_so_at_once(tmp_path, capsys, options, said):
+def test_a_suite_asked_for_nonsense_says_so_at_once(tmp_path, capsys, monkeypatch, options, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         suite(tmp_path, *options)
     assert said in capsys.readouterr().err

@@ -505,7 +505,7 @@ def test_a_result_of_another_version_is_named(recipe):
             json.dumps(
                 {
                     "spec": {"task": "quantize", "foo": 1},
-                    "metrics": {"perplexity": 1, "kl": 0},
+                    "metrics": {"perplexity": 1, "kl": 0, "reference_perplexity": 1},
                     "seconds": {},
                     "peak_memory_mb": 0,
                     "provenance": {"stages": {"recipe": "0"}},

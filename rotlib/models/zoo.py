@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir, try_to_load_from_cache
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -71,6 +71,7 @@ def open_model(
         )
     with one_sentence(name):
         AutoConfig.from_pretrained(source, **_safely(source))
+        _check_floats(Path(source))
     tokenizer = load_tokenizer(name)
     with one_sentence(name), bars_for_downloads_only(source):
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -97,6 +98,17 @@ def open_model(
                 "its files and its config.json don't belong together"
             )
     return _placed(model.requires_grad_(False).eval(), device), tokenizer
+
+
+def _check_floats(folder: Path) -> None:
+    """Raises ValueError for whole numbers in a folder's weights, which would be read as weights."""
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - it is no dictionary
+                if (dtype := weights.get_slice(key).get_dtype())[0] not in "FB" or dtype == "BOOL":
+                    raise ValueError(
+                        f"its weight {key} is of the type {dtype}, not of floating-point numbers"
+                    )
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> bool:
             if number is not None:
                 whole_number(name.strip(), number, 1)
         end = time.monotonic() + 60 * options.minutes
-        device = pick_device(options.device)
+        device = _picked(options.device)
         out = options.out.resolve()
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -131,6 +131,21 @@ def main(arguments: list[str] | None = None) -> bool:
     job = Job(device, shape, out, lambda: time.monotonic() > end)
     os.environ["ROTLIB_RESULTS"] = str(out / "results")
     return all(_done(phase, job) for phase in options.phases)
+
+
+def _picked(name: str) -> torch.device:
+    """A device by its name; raises ValueError, with torch's reason, where "auto" finds no GPU."""
+    if name == "auto" and not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+            reason = "there is none"
+        except (RuntimeError, AssertionError) as error:  # a CPU build, or a driver that is too old
+            reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"torch sees no GPU here ({reason}): --device cpu runs the phases on the CPU, "
+            "the stages on a tiny model"
+        )
+    return pick_device(name)
 
 
 def _done(phase: str, job: Job) -> bool:

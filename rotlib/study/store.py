@@ -35,7 +35,7 @@ _VERSIONS = ("torch", "transformers", "tokenizers", "numpy")
 DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
 # what a result of each task holds at least
 _MEASURED = {
-    "quantize": ("perplexity", "kl"),
+    "quantize": ("perplexity", "kl", "reference_perplexity"),
     "outliers": ("modules", "histogram"),
     "bounds": ("modules",),
     "groups": ("modules",),
