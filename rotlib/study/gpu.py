@@ -2,8 +2,8 @@
 
 The command is ``python -m rotlib.study.gpu --minutes 9 --out FOLDER``. A phase writes what it has
 found into ``FOLDER/<phase>.json`` line by line, so a machine that is taken away costs the line at
-work, and the same command goes on with the phases that aren't complete. Nothing is read from the
-network, and the first two phases need no model's file:
+work, and the same command goes on with the phases that this commit hasn't completed there. Nothing
+is read from the network, and the first two phases need no model's file:
 
 - ``parity``: every stage of the computation on the device, against `numerics.json`, which was made
   on a CPU; the exactness gate; a model kept on the host against one that the device holds.
@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -150,14 +150,16 @@ def _picked(name: str) -> torch.device:
 
 def _done(phase: str, job: Job) -> bool:
     """Run a phase, writing after each of its lines; False where time was up before its end."""
-    path = job.out / f"{phase}.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["complete"]:
-        print(f"{phase}: complete")
-        return True
+    path, machine = job.out / f"{phase}.json", _machine(job.device)
+    with suppress(OSError, ValueError):  # none yet, or one that isn't whole: the phase runs
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before == before | {"machine": machine, "complete": True}:
+            print(f"{phase}: complete")
+            return True
     if job.time_is_up():
         print(f"{phase}: not begun, the time is up")
         return False
-    found = {"machine": _machine(job.device), "lines": [], "complete": False}
+    found = {"machine": machine, "lines": [], "complete": False}
     for line in PHASES[phase](job):
         found["lines"].append(line)
         write_json(path, found)

@@ -58,7 +58,7 @@ def _parity(machine: Path) -> Iterator[tuple[Path, dict]]:
 
 
 def _study(machine: Path) -> Iterator[tuple[Path, dict]]:
-    for path in sorted((machine / "results").glob("*.json")):
+    for path in sorted((machine / "results" / "local").glob("*.json")):
         result = read(path)
         spec = {name: value for name, value in result.spec.items() if name != "task"}
         row = {"machine": result.provenance["device"]}
