@@ -3,10 +3,12 @@
 Each raises ValueError with one sentence that says what would be right.
 """
 
-from math import inf
+import sys
 
 import torch
 from transformers import PreTrainedModel
+
+_LARGEST = sys.float_info.max
 
 
 def whole_number(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
@@ -14,32 +16,44 @@ def whole_number(name: str, value: object, least: int, most: int = 2**63 - 1) ->
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         small = most == 2**63 - 1 and not (isinstance(value, int) and value > most)
         bounds = f"of at least {least}" if small else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")
+        raise ValueError(f"{name} must be a whole number {bounds}, not {shown(value)}")
     return value
+
+
+def shown(value: object) -> str:
+    """A value as an error says it, in a line."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def yes_or_no(name: str, value: object) -> None:
     """Known to be True or False: the string "no" would count as true."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, not {value!r}")
+        raise ValueError(f"{name} must be True or False, not {shown(value)}")
 
 
 def positive(name: str, value: object) -> None:
     """Known to be a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
-        raise ValueError(f"{name} must be a positive number, not {value!r}")
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not 0 < value <= _LARGEST:
+        raise ValueError(f"{name} must be a positive number, not {shown(value)}")
 
 
 def share(name: str, value: object) -> None:
     """Known to be a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
+        raise ValueError(f"{name} must be a number from 0 to 1, not {shown(value)}")
 
 
 def inner_share(name: str, value: object) -> None:
     """Known to be a number strictly between 0 and 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"{name} must be a number between 0 and 1, both excluded, not {value!r}")
+        raise ValueError(
+            f"{name} must be a number between 0 and 1, both excluded, not {shown(value)}"
+        )
 
 
 def one_of(name: str, value: object, choices) -> None:
@@ -48,12 +62,22 @@ def one_of(name: str, value: object, choices) -> None:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
 
 
+def _stored(name: str, value: torch.Tensor) -> None:
+    """Known to be a tensor whose entries lie in memory one by one, in a type that computes."""
+    if value.is_meta or value.layout != torch.strided:
+        kind = "on the device 'meta', where it has no values" if value.is_meta else "sparse"
+        raise ValueError(f"{name} is {kind}: give a dense tensor")
+    if value.is_floating_point() and value.dtype.itemsize < 2:
+        raise ValueError(f"{name} is of {value.dtype}, which nothing is computed in: widen it")
+
+
 def matrix(name: str, value: object) -> None:
     """Known to be a matrix of finite real numbers that isn't empty."""
     if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():
         is_tensor = isinstance(value, torch.Tensor)
         found = f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__
         raise ValueError(f"{name} must be a floating-point matrix, not {found}")
+    _stored(name, value)
     if not value.numel() or not torch.isfinite(value).all():
         raise ValueError(f"{name} must hold finite numbers, and at least one")
 
@@ -62,6 +86,7 @@ def floats(name: str, value: object, last: int | None = None) -> None:
     """Known to be a floating-point tensor with an axis, the last one of this length."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.ndim:
         raise ValueError(f"{name} must be a floating-point tensor with at least one axis")
+    _stored(name, value)
     if last is not None and value.shape[-1] != last:
         raise ValueError(f"the last axis of {name} must have {last} entries, not {value.shape[-1]}")
 
@@ -78,6 +103,7 @@ def token_ids(
         found = f"{tokens.dtype} {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
         shape = ("(n,)", "(windows, length)")[dimensions - 1]
         raise ValueError(f"{name} must be a LongTensor of shape {shape}, not {found}")
+    _stored(name, tokens)
     if model is None:
         return
     if not tokens.numel() or tokens.shape[-1] < 2:

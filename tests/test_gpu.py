@@ -141,6 +141,18 @@ def test_a_bundle_that_is_not_whole_says_what_is_wrong(parts, tmp_path, capsys, 
     assert "the bundle's wheels are for Python 3.1" in said(*parts)
 
 
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", ""])
+def test_a_bundle_writes_nothing_outside_its_place(parts, tmp_path, capsys, name):
+    for part in parts:
+        manifest = json.loads((part / "manifest.json").read_text())
+        manifest["files"] = {name: manifest["files"]["data/none"]}
+        (part / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit):
+        bundle.main(["unpack", str(tmp_path / "there"), *map(str, parts)])
+    assert "would lie outside" in (said := capsys.readouterr().err) or "is damaged" in said
+    assert not (tmp_path / "escaped").exists()
+
+
 def test_a_bundle_is_not_packed_into_a_folder_that_is_there(tmp_path, capsys):
     for options in ([str(tmp_path)], [str(tmp_path / "new"), "--part-mb", "0"]):
         with pytest.raises(SystemExit):

@@ -90,7 +90,7 @@ def test_it_goes_to_a_worker_without_its_module(cosine):
     digest = own.source_digest(OWN["cosine"])
     (parcel,) = {engines._parcel([])[1]}
     OWN.clear()
-    sys.modules.pop("cosine")
+    sys.modules.pop("rotlib_rotations_cosine")
     cosine.unlink()
     own.unpack(parcel)
     assert own.source_digest(OWN["cosine"]) == digest
@@ -128,3 +128,68 @@ def test_what_cannot_be_registered_says_why(tmp_path):
     (tmp_path / "sweep.yaml").write_text("rotations: [missing.py]\narms: [{}]")
     with pytest.raises(ValueError, match=r"there is no Python file .*missing.py"):
         read_sweep(tmp_path / "sweep.yaml")
+
+
+MAKER = """
+from functools import lru_cache
+import torch
+import rotlib as rl
+
+LIST, TENSOR, NUMBER = [1], torch.ones(2), 1
+
+
+class Helper:
+    def shift(self):
+        return 1
+
+
+@lru_cache
+def cached():
+    return 1
+
+
+def maker(shift):
+    def mine(model, seed=0, R3=False, R4=False, default=NUMBER):
+        both = LIST[0] + TENSOR[0].item() + default + Helper().shift() + cached()
+        return rl.random_rotation(model, seed + shift + int(both), R3, R4)
+    return mine
+
+
+mine = rl.register_rotation("mine", replace=True)(maker(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ("maker(1))", "maker(2))"),
+        ("LIST, TENSOR, NUMBER = [1],", "LIST, TENSOR, NUMBER = [2],"),
+        ("torch.ones(2)", "torch.zeros(2)"),
+        ("torch.ones(2), 1", "torch.ones(2), 2"),
+        ("def shift(self):\n        return 1", "def shift(self):\n        return 2"),
+        ("def cached():\n    return 1", "def cached():\n    return 2"),
+    ],
+)
+def test_whatever_a_rotation_reads_of_its_module_counts(was, now, tmp_path):
+    digests = []
+    for name, text in (("a", MAKER), ("b", MAKER), ("c", MAKER.replace(was, now))):
+        (tmp_path / f"{name}.py").write_text(text)
+        own.read_rotations(tmp_path / f"{name}.py")
+        digests.append(own.source_digest(OWN["mine"]))
+    OWN.clear()
+    first, same, other = digests
+    assert first == same != other
+
+
+def test_a_rotations_file_may_have_the_name_of_a_module_and_may_not_end_the_program(tmp_path):
+    (tmp_path / "torch.py").write_text("")
+    own.read_rotations(tmp_path / "torch.py")
+    assert sys.modules["torch"].__file__ != str(tmp_path / "torch.py")
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit()")
+    with pytest.raises(ValueError, match=r"ends.py can't be imported: SystemExit"):
+        own.read_rotations(tmp_path / "ends.py")
+
+
+def test_replace_is_true_or_false():
+    with pytest.raises(ValueError, match="replace must be True or False, not 'no'"):
+        own.register_rotation("mine", replace="no")

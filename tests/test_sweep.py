@@ -105,7 +105,7 @@ def test_a_missing_file_and_a_filter_that_fits_nothing_are_one_sentence(tmp_path
         ([str(tmp_path / "no.yaml")], "can't be read: No such file"),
         ([str(path), "--only", "rotation=optrot"], "no recipe of this sweep has rotation=optrot"),
         ([str(path), "--only", "rotation"], "--only takes a recipe's fields"),
-        ([str(path), "--only", "seed=["], "no recipe of this sweep has seed=["),
+        ([str(path), "--only", "seed=["], "can't be read: while parsing a flow node"),
         ([str(path), "--address", "auto"], "--address is of a Ray cluster: it needs --engine ray"),
         ([str(path), "--workers", "0"], "workers must be a whole number of at least 1"),
     ):

@@ -30,10 +30,15 @@ def checked_folder(folder: str | Path, overwrite: bool, source: str = "") -> Pat
         os.fsencode(folder)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder!r} leads nowhere: name another folder ({error})") from error
-    if source and Path(source).is_dir() and folder in (at := Path(source).resolve(), *at.parents):
-        raise ValueError(f"{folder} holds the model that is exported: name another folder")
-    if folder in (here := Path.cwd(), *here.parents):
-        raise ValueError(f"{folder} holds the working directory: name another folder")
+    if isinstance(source, str) and source and Path(source).is_dir():
+        at = Path(source).resolve()
+        if folder in (at, *at.parents):
+            raise ValueError(f"{folder} holds the model that is exported: name another folder")
+        if at in folder.parents:
+            raise ValueError(f"{folder} lies in the model's own folder: name another one")
+    with suppress(FileNotFoundError):  # the working directory may be gone
+        if folder in (here := Path.cwd(), *here.parents):
+            raise ValueError(f"{folder} holds the working directory: name another folder")
     try:
         _recover(folder)
         if _aside(folder).exists():
@@ -66,7 +71,7 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
             or (folder / name).is_symlink()
             or (name != MARKER and file_digest(folder / name) != written[name])
         ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{folder} holds something else than an export of rotlib, which is all that "
             "overwrite=True replaces: name another folder"
@@ -113,6 +118,7 @@ def _recover(folder: Path) -> None:
     if not ((aside := _aside(folder)) / MARKER).is_file():
         return
     if folder.exists():
+        _check_replaceable(aside, overwrite=True)  # nobody has put anything into it since
         shutil.rmtree(aside, ignore_errors=True)
     else:
         os.replace(aside, folder)

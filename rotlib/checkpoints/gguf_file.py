@@ -58,11 +58,6 @@ class GgufFile:
             raise ValueError("a GGUF file carries its tokenizer: pass tokenizer=tokenizer")
         self._family, self._tokenizer = adapt(model), tokenizer
         self._cut = cut_of(tokenizer)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(
-                f"this tokenizer has {len(tokenizer)} tokens and the model "
-                f"{model.config.vocab_size}: it belongs to another model"
-            )
         weights = codes_of(model)
         placed_in_layers = placed_weights(self._family, quantized_only=True)
         self._types = {
@@ -90,6 +85,11 @@ class GgufFile:
                     f"this model has {name} {found!r}, and llama.cpp reads its family with "
                     f"{wanted!r}: export it as 'compressed-tensors'"
                 )
+        if config.model_type == "qwen3" and self._family.head_dim != 128:
+            raise ValueError(
+                f"this model's heads have {self._family.head_dim} coordinates, and transformers "
+                "reads its family's files with 128: export it as 'compressed-tensors'"
+            )
         window = getattr(config, "sliding_window", None)
         if config.model_type == "mistral" and window and window < config.max_position_embeddings:
             raise ValueError(
@@ -114,7 +114,7 @@ class GgufFile:
         """`NAME`, with the tokenizer inside."""
         config = self._family.config
         writer = gguf.GGUFWriter(folder / NAME, _ARCHITECTURES[config.model_type])
-        writer.add_name(Path(config.name_or_path).name or config.model_type)
+        writer.add_name(Path(str(config.name_or_path or "")).name or config.model_type)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
@@ -317,6 +317,8 @@ def cut_of(tokenizer: PreTrainedTokenizerBase) -> str:
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ValueError(refusal)
     description = json.loads(tokenizer.backend_tokenizer.to_str())
+    if (description["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # which it leaves out
+        raise ValueError(refusal)
     cut = description["pre_tokenizer"] or {"type": None}
     steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
     found = _CUTS.get(tuple(map(_step, steps)))

@@ -32,6 +32,7 @@ from rotlib.disk import scratch_beside
 from rotlib.models.families import adapt, check_not_rounding, check_sound, is_quantized
 from rotlib.models.walk import final_hidden
 from rotlib.models.zoo import bars_for_downloads_only
+from rotlib.precision import float32_everywhere
 
 FORMATS = ("compressed-tensors", "gguf", "fused")
 CARD = "README.md"
@@ -78,6 +79,11 @@ def export(
         raise ValueError(f"the card is a text that UTF-8 holds, not {str(card)[:50]!r}")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"the tokenizer must be of transformers, not a {type(tokenizer).__name__}")
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"this tokenizer has {len(tokenizer)} tokens and the model "
+            f"{model.config.vocab_size}: it belongs to another model"
+        )
     if format == "fused" and is_quantized(model):
         raise ValueError(
             "this model is quantized already: 'fused' writes the rotated model before that, "
@@ -153,8 +159,8 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
             "doesn't announce it"
         )
     if hasattr(model, "rotlib_device"):  # it goes to its device a layer at a time
-        hidden = final_hidden(family, ids)
-        with family.on_device(family.lm_head):
+        with float32_everywhere(), family.on_device(family.lm_head):
+            hidden = final_hidden(family, ids)
             wanted = torch.stack([family.lm_head(x.to(family.device)).cpu() for x in hidden])
     else:
         wanted = model(ids.to(model.device)).logits[:, :-1].cpu()
@@ -171,7 +177,7 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
 
 
 def _short_card(model: PreTrainedModel, format: str) -> str:
-    name = Path(model.config.name_or_path).name or model.config.model_type
+    name = Path(str(model.config.name_or_path or "")).name or model.config.model_type
     return (
         f"# {name}, {format}\n\nMade by rotlib {version('rotlib')} with `rl.export`. "
         "Nothing was measured: `rl.export_recipe` writes a card with perplexity and divergence.\n"

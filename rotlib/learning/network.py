@@ -208,7 +208,7 @@ def learn_through(
     order, history, good = [], [], None
     logits = student.model.config.vocab_size * calibration.shape[1]
     at_once = windows_at_once(student.model.device.type, logits)
-    with quantized_activations(student.model, activations):
+    with torch.enable_grad(), quantized_activations(student.model, activations):
         for step in tqdm(range(preset.steps), desc="learning", unit="step"):
             if len(order) < preset.batch:
                 order += torch.randperm(len(calibration), generator=generator).tolist()
@@ -259,6 +259,17 @@ def _kept(rotation: Rotation, history: list[float]) -> Rotation:
     )
 
 
+def check_learnable(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model of another dtype than float32, or where no slopes exist."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode is on, where nothing has a slope: leave it first")
+    if isinstance(model, PreTrainedModel) and model.dtype != torch.float32:
+        raise ValueError(
+            f"learning through the network needs a float32 model, not {model.dtype}: "
+            "load it with dtype=torch.float32"
+        )
+
+
 def chosen(presets: dict[str, Preset], preset: str, steps: int | None, lr: float | None) -> Preset:
     """A preset with its steps and rate replaced where they are given."""
     one_of("preset", preset, presets)
@@ -282,11 +293,7 @@ def prepare(
     token_ids("calibration", calibration, 2, model)
     whole_number("steps", preset.steps, 1)
     positive("lr", preset.lr)
-    if model.dtype != torch.float32:
-        raise ValueError(
-            f"learning through the network needs a float32 model, not {model.dtype}: "
-            "load it with dtype=torch.float32"
-        )
+    check_learnable(model)
     family = original(model)
     check_activations(family, activations)
     if quant is not None:

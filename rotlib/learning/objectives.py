@@ -124,7 +124,10 @@ def blended(
     Each side is in units of its value under a random rotation.
     """
     for matrices, part in ((weights, 1 - share), (tokens, share)):
-        factor = (part / sum(matrix.as_random(rotation) for matrix in matrices)) ** 0.25
+        total = sum(matrix.as_random(rotation) for matrix in matrices)
+        if not total > 0:
+            raise ValueError("these weights, or what they read, are all zero: nothing to learn on")
+        factor = (part / total) ** 0.25
         for matrix in matrices:
             matrix.values *= factor
     return weights + tokens

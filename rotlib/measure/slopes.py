@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids
-from rotlib.learning.network import Student
+from rotlib.learning.network import Student, check_learnable
 from rotlib.learning.start import original, starting_point
 from rotlib.models.families import Family
 from rotlib.quantization.activations import ActivationQuant, quantized_activations
@@ -41,10 +41,15 @@ def slope_agreement(
     token_ids("calibration", calibration, 2, model)
     if len(calibration) < 2:
         raise ValueError("the agreement of slopes is between windows: give at least two")
+    check_learnable(model)
     family = original(model)
     if quant is not None:
         check_quantizable(family, quant)
     found = slopes(family, calibration, quant, activations, seed, R4)
+    if not all(slope.norm() > 0 for slope in found):
+        raise ValueError(
+            "a window has no slope, or one that is no number: there's nothing to agree"
+        )
     return fmean(
         torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].item()
         for one, other in combinations(found, 2)

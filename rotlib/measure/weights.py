@@ -5,6 +5,7 @@ energy together, so that a group's own scale fits it better. `group_spread` meas
 it: the spread of energies within groups, and the groups' largest weights.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def incoherence(W: Float[Tensor, "out in"]) -> float:
     1.414...
     """
     matrix("W", W)
-    W = W.double()
+    W = _in_reach(W)
     return (W.abs().max() / W.square().mean().sqrt().clamp_min(1e-300)).item()
 
 
@@ -36,7 +37,7 @@ def kurtosis(W: Float[Tensor, "out in"]) -> float:
     4.0
     """
     matrix("W", W)
-    W = W.double()
+    W = _in_reach(W, dim=1)
     return (W.pow(4).mean(dim=1) / W.square().mean(dim=1).square().clamp_min(1e-300)).mean().item()
 
 
@@ -54,9 +55,19 @@ def group_spread(W: Float[Tensor, "out in"], group_size: int) -> dict[str, float
     matrix("W", W)
     if W.shape[1] % whole_number("group_size", group_size, 1):
         raise ValueError(f"group_size {group_size} doesn't divide the {W.shape[1]} columns of W")
-    W = W.double()
+    W = _in_reach(W)
     log = W.square().sum(0).clamp_min(1e-300).log().view(-1, group_size)
     total = log.var(correction=0)
     within = (log.var(dim=1, correction=0).mean() / total).item() if total > 0 else 1.0
     peaks = W.abs().view(len(W), -1, group_size).amax(2).square()
     return {"within": within, "peak": (peaks.mean() / W.square().mean().clamp_min(1e-300)).item()}
+
+
+def _in_reach(W: Float[Tensor, "out in"], dim: int | None = None) -> Float[Tensor, "out in"]:
+    """W, or each of its rows, by a power of two: its squares neither overflow nor vanish then.
+
+    The measures don't change with a weight's size.
+    """
+    W = W.double()
+    largest = W.abs().amax(dim, keepdim=True) if dim else W.abs().max()
+    return torch.ldexp(W, -torch.frexp(largest).exponent)

@@ -43,8 +43,9 @@ def _digest(path: Path) -> str:
     stamp = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
     if place not in _known:
         _known.update(_read())
-    if _known.get(place, {}).get("stamp") == stamp:
-        return _known[place]["sha256"]
+    found = _known.get(place, {})
+    if found.get("stamp") == stamp and isinstance(found.get("sha256"), str):
+        return found["sha256"]
     digest = file_digest(path)
     if time.time_ns() - max(stamp[1:]) > _SETTLED:
         _known[place] = {"stamp": stamp, "sha256": digest}
@@ -58,7 +59,7 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, dict]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, RecursionError, ValueError):
         found = json.loads(_file().read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return {place: entry for place, entry in found.items() if isinstance(entry, dict)}

@@ -9,13 +9,14 @@ are refused with the module's name.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from hashlib import sha256
 from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import Module
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # the order in which a decoder layer calls its linears; those of one tuple read the same input
 READERS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -45,7 +46,6 @@ class Family:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.config = model.config
         self.decoder = model.model
         self.layers = model.model.layers
         self.embedding = model.model.embed_tokens
@@ -56,6 +56,11 @@ class Family:
         self.head_dim = (
             getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
         )
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's, which may be replaced by one of its own."""
+        return self.model.config
 
     @property
     def device(self) -> torch.device:
@@ -188,16 +193,22 @@ def _check_one_meaning(model: PreTrainedModel) -> None:
     for mark in ("rotlib_rotated", "rotlib_quantized"):
         if not isinstance(getattr(model.config, mark, False), bool):
             raise ValueError(f"the config's {mark} must be true or false: it was changed by hand")
-    online = getattr(model.config, "rotlib_online", None)
-    if online and not (isinstance(online, list | tuple) and {*online} <= {"R3", "R4"}):
-        raise ValueError(
-            f"the config's rotlib_online must name R3 or R4, not {online!r}: it was changed by hand"
-        )
+    online = online_of(model)
     if online and not hasattr(model, "rotlib_online"):
         raise ValueError(
             f"this model was saved with the online rotations {', '.join(online)} on: "
             "rl.load restores them"
         )
+
+
+def online_of(model: PreTrainedModel) -> list[str]:
+    """The online rotations that a model's config names; raises ValueError for anything else."""
+    online = getattr(model.config, "rotlib_online", None) or []
+    if not isinstance(online, list | tuple) or not all(name in ("R3", "R4") for name in online):
+        raise ValueError(
+            f"the config's rotlib_online must name R3 or R4, not {online!r}: it was changed by hand"
+        )
+    return online
 
 
 def _check_shapes(family: Family) -> None:
@@ -226,6 +237,11 @@ def _check_shape(name: str, module: Module, kind: type, shape: tuple[int, int]) 
         raise ValueError(
             f"{name} is a {type(module).__name__}, not a plain torch.nn.{kind.__name__}: merge "
             "adapters into the weights, or load the original model"
+        )
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"the weight of {name} is computed from other tensors, as pruning and weight "
+            "normalization do: make it a plain parameter first (torch.nn.utils.prune.remove)"
         )
     if tuple(module.weight.shape) != shape:
         raise ValueError(
@@ -271,6 +287,7 @@ def check_sound(model: PreTrainedModel) -> None:
     if len(kinds) > 1:
         found = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
         raise ValueError(f"this model has parameters of several dtypes, {found}: give it one")
+    _check_surroundings()
     if next(model.parameters()).is_meta:
         raise ValueError("this model lies on the device 'meta', where weights have no values")
     if any(module.training for module in model.modules()):
@@ -280,6 +297,27 @@ def check_sound(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"{name} holds NaN or infinite weights: reload the model from a sound checkpoint"
             )
+
+
+def _check_surroundings() -> None:
+    """Raises ValueError for settings of torch under which numbers come out otherwise."""
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError(
+            f"torch's default dtype is {torch.get_default_dtype()}: set it back to torch.float32, "
+            "and load the model with the dtype that it shall have"
+        )
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise ValueError("torch.autocast is on, which rounds what is measured here: leave it first")
+    if torch.get_default_device().type == "meta":
+        raise ValueError("torch's default device is 'meta', where tensors have no values: unset it")
+
+
+def own_config(model: PreTrainedModel) -> None:
+    """Give a model a config of its own before it is marked: another one may share the object."""
+    shared, own = model.config, deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def weights_sample(model: PreTrainedModel) -> str:

@@ -14,8 +14,9 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -37,6 +38,8 @@ _GENSIM_SLICE = (
     "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 )
 C4_DOCUMENTS = 4000
+# what a damaged file raises
+_DAMAGE = (OSError, EOFError, LookupError, RecursionError, TypeError, ValueError, zlib.error)
 # of the corpora that may lie in ROTLIB_DATA
 _FILES = {
     "wikitext2": {"calibration": "wiki.train.raw", "test": "wiki.test.raw"},
@@ -123,8 +126,11 @@ def text_content(name: str) -> str:
     """
     check_text(name)
     files = _FILES.get(name, {}).values() if os.environ.get("ROTLIB_DATA") else ()
-    states = (_local(name, file).stat() for file in files)
-    return _text_content(name, tuple((state.st_size, state.st_mtime_ns) for state in states))
+    paths = [_local(name, file).resolve() for file in files]
+    states = ((path, path.stat()) for path in paths)
+    return _text_content(
+        name, tuple((path, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for path, at in states)
+    )
 
 
 @lru_cache
@@ -142,9 +148,12 @@ def fingerprint(tokens: Int[Tensor, "..."]) -> str:
 
 
 def _wikipedia_mini(split: str) -> str:
-    data = folder_of("ROTLIB_DATA", "") / "wikipedia-mini"
-    if os.environ.get("ROTLIB_DATA") and data.is_dir():  # for machines without gensim
-        return (data / f"{split}.txt").read_text(encoding="utf-8")
+    with suppress(OSError):  # no folder at all
+        packed = folder_of("ROTLIB_DATA", "") / "wikipedia-mini" if _data() else None
+        if packed and packed.is_dir():  # for machines without gensim
+            text = packed / f"{split}.txt"
+            with _one_sentence(text):
+                return text.read_text(encoding="utf-8")
     return "\n\n".join(split_articles(_articles())[split])
 
 
@@ -198,15 +207,20 @@ def _c4(split: str) -> str:
     file = _FILES["c4"][split]
     if raw := _local("c4", file):
         with _one_sentence(raw), gzip.open(raw, "rt", encoding="utf-8") as lines:
-            return "\n\n".join(json.loads(line)["text"] for line in islice(lines, C4_DOCUMENTS))
+            texts = [json.loads(line)["text"] for line in islice(lines, C4_DOCUMENTS)]
+            return "\n\n".join(texts).encode().decode()  # half a surrogate pair is no text
     part = "train" if split == "calibration" else "validation"
     how = {"data_files": {part: f"en/{file}"}, "split": part, "streaming": True}
     rows = _from_hub(f"c4/{file}", "allenai/c4", **how)
     return "\n\n".join(row["text"] for row in islice(rows, C4_DOCUMENTS))
 
 
+def _data() -> str | None:
+    return os.environ.get("ROTLIB_DATA")
+
+
 def _local(corpus: str, file: str) -> Path | None:
-    if not os.environ.get("ROTLIB_DATA"):
+    if not _data():
         return None
     folder = folder_of("ROTLIB_DATA", "")
     if not folder.is_dir():
@@ -222,7 +236,7 @@ def _one_sentence(raw: Path):
     """Turn whatever is wrong with a corpus's file into one sentence."""
     try:
         yield
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGE as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{raw} isn't the file that its name says: download it again ({reason})"

@@ -49,14 +49,16 @@ def norms_in_model_dtype(model: PreTrainedModel) -> Iterator[None]:
     shows only so: float32 norms alone move float64 logits by 1e-6.
     """
 
-    def exact(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        x = args[0]
-        mean_square = x.square().mean(-1, keepdim=True)
-        return norm.weight * x * torch.rsqrt(mean_square + norm.variance_epsilon)
-
     norms = (norm for norm in model.modules() if hasattr(norm, "variance_epsilon"))
-    with hooks(((norm, exact) for norm in norms), after=True):
+    with hooks(((norm, exact_norm) for norm in norms), after=True):
         yield
+
+
+def exact_norm(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """A hook on a norm: what it puts out, computed in the dtype of what it reads."""
+    x = args[0]
+    mean_square = x.square().mean(-1, keepdim=True)
+    return norm.weight * x * torch.rsqrt(mean_square + norm.variance_epsilon)
 
 
 def layer_inputs(

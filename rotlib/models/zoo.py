@@ -7,6 +7,7 @@ weights.
 """
 
 import gc
+import json
 import os
 import re
 from contextlib import contextmanager, suppress
@@ -101,7 +102,11 @@ def open_model(
 
 
 def _check_floats(folder: Path) -> None:
-    """Raises ValueError for whole numbers in a folder's weights, which would be read as weights."""
+    """Raises ValueError for what a folder's weights can't be: whole numbers, or files elsewhere."""
+    for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if strangers := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"its {index.name} names {strangers[0]!r}, which isn't in the folder")
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         with safe_open(file, "pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - it is no dictionary

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import positive, share, token_ids, yes_or_no
-from rotlib.models.families import READERS, Family, adapt
+from rotlib.models.families import READERS, Family, adapt, own_config
 from rotlib.models.walk import Batch, Stop, hooks, layer_inputs, run_layer, walk_layer
 from rotlib.precision import exact_products
 from rotlib.quantization.grids import (
@@ -35,6 +35,7 @@ from rotlib.quantization.grids import (
     check_on_grid,
     check_quantizable,
     fit_grid,
+    fits,
     round_to_nearest,
     set_weight,
 )
@@ -117,23 +118,22 @@ def gptq(
     positive("damping", damping)
     yes_or_no("act_order", act_order)
     share("asymmetry", asymmetry)
-    if kept is not None and not (hasattr(kept, "get") and hasattr(kept, "put")):
+    if isinstance(kept, type) or not (kept is None or isinstance(kept, Layers)):
         raise ValueError(f"kept must hold layers by get and put, not be {kept!r}")
     solve = Solver(quant, act_order, damping)
     batches = layer_inputs(family, calibration)
     # marked before it is: an interrupted model is neither the original nor quantized
+    own_config(model)
     model.config.rotlib_quantized = True
     unrounded = _Unrounded(family, batches, asymmetry) if asymmetry else None
     report = Report()
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
         start = time.perf_counter()
-        if done := kept is not None and kept.get(layer):
+        if done := _kept(kept, layer, family, quant):
             if unrounded:
                 unrounded.walk(layer)
             for site, linear in family.linears(layer).items():
-                weight = done.weights[name := f"layers.{layer}.{site}"]
-                check_on_grid(name, weight, quant)
-                set_weight(linear, weight)
+                set_weight(linear, done.weights[f"layers.{layer}.{site}"])
             batches = walk_layer(family, layer, batches)
         else:
             done = Report()
@@ -144,6 +144,20 @@ def gptq(
                 kept.put(layer, done)
         report.add(done)
     return report
+
+
+def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -> Report | None:
+    """What is kept of a layer; raises ValueError where that isn't this layer's, on this grid."""
+    if kept is None or (done := kept.get(layer)) is None:
+        return None
+    if not isinstance(done, Report):
+        raise ValueError(f"kept.get must return a Report or None, not a {type(done).__name__}")
+    for site, linear in family.linears(layer).items():
+        weight = done.weights.get(name := f"layers.{layer}.{site}")
+        if not fits(weight, linear.weight):
+            raise ValueError(f"what is kept of layer {layer} lacks {name}, or has another shape")
+        check_on_grid(name, weight, quant, family.model.dtype)
+    return done
 
 
 @dataclass

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number, yes_or_no
-from rotlib.models.families import Family, adapt, check_sound, is_quantized
+from rotlib.models.families import Family, adapt, check_sound, is_quantized, own_config
 from rotlib.rotations.rotation import placed_weights
 
 CLIP_NORM = 2.4
@@ -27,6 +27,7 @@ SEARCH = (tuple(range(0, 80, 8)), (-6, -4, -2, 0, 2, 4, 6), (-1, 0, 1))
 # entries searched at a time: temporaries stay in a processor's cache, and fill a GPU
 _CHUNK = {"cpu": 2**19, "cuda": 2**26}
 CONVENTIONS = ("half", "full")
+_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
     family = adapt(model)
     check_quantizable(family, quant)
     # marked before it is: an interrupted model is neither the original nor quantized
+    own_config(model)
     model.config.rotlib_quantized = True
     weights = {}
     every = list(placed_weights(family, quantized_only=True))
@@ -188,7 +190,7 @@ def restore(
         )
     linears = {placed.name: placed.module for placed in placed_weights(family, quantized_only=True)}
     for name in linears.keys() | weights.keys():
-        if name not in linears or not _fits(weights.get(name), linears[name].weight):
+        if name not in linears or not fits(weights.get(name), linears[name].weight):
             raise ValueError(
                 f"these quantized weights belong to another model: {name} doesn't fit, or is no "
                 "rl.QuantizedWeight"
@@ -196,27 +198,43 @@ def restore(
     if quant is not None and not isinstance(quant, WeightQuant):
         raise ValueError(f"quant must be a WeightQuant or None, not {quant!r}")
     for name, weight in weights.items():
-        check_on_grid(name, weight, quant)
+        check_on_grid(name, weight, quant, model.dtype)
+    own_config(model)
     model.config.rotlib_quantized = True
     for name, weight in weights.items():
         set_weight(linears[name], weight)
     return model
 
 
-def check_on_grid(name: str, weight: QuantizedWeight, quant: WeightQuant | None = None) -> None:
+def check_on_grid(
+    name: str,
+    weight: QuantizedWeight,
+    quant: WeightQuant | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Raises ValueError for codes outside their grid, or a scale that no weight has.
 
-    Without `quant` every code that their type holds is allowed.
+    Without `quant` every code that their type holds is allowed. The weight is for a model of
+    `dtype`.
     """
     codes, scale, zero = weight
+    if not all(part.layout == torch.strided and not part.is_meta for part in weight):
+        raise ValueError(f"the quantized weight {name} holds no values: it is meta or sparse")
+    if not all(part.dtype in _SCALES for part in (scale, zero)):
+        raise ValueError(
+            f"the quantized weight {name} has scales of {scale.dtype} and zero points of "
+            f"{zero.dtype}: both must be of a floating-point type"
+        )
     whole = (
         (zero == zero.round()) & (zero >= 0) & (zero <= (255 if codes.dtype == torch.uint8 else 0))
     )
-    usable = torch.isfinite(scale) & (scale != 0) & whole
+    # the farthest code that a type holds is 255 steps away
+    largest = torch.finfo(dtype).max / 256
+    usable = torch.isfinite(scale) & (scale != 0) & (scale.abs() < largest) & whole
     if codes.dtype not in (torch.int8, torch.uint8) or not usable.all():
         raise ValueError(
             f"the quantized weight {name} is damaged: its codes must be int8 or uint8, its scales "
-            "finite and not zero, its zero points whole (0 where codes have a sign)"
+            f"not zero and within {dtype}, its zero points whole (0 where codes have a sign)"
         )
     if quant is not None:
         low, high = quant.codes
@@ -229,7 +247,8 @@ def check_on_grid(name: str, weight: QuantizedWeight, quant: WeightQuant | None 
             )
 
 
-def _fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
+def fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
+    """Whether these are a quantized weight's parts, of the shapes that this weight asks for."""
     if not isinstance(weight, QuantizedWeight):
         return False
     if not all(isinstance(part, Tensor) for part in weight) or weight.codes.shape != shape_of.shape:

@@ -12,6 +12,7 @@ and read by plain transformers such a model is wrong, since its R4 would be miss
 import torch
 from transformers import PreTrainedModel
 
+from rotlib.checks import floats, shown
 from rotlib.models.families import (
     Family,
     adapt,
@@ -19,7 +20,9 @@ from rotlib.models.families import (
     check_sound,
     is_quantized,
     is_rotated,
+    own_config,
 )
+from rotlib.models.walk import exact_norm
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.online import attach, check_online
 from rotlib.rotations.rotation import Rotation, norm_gains, placed_weights, scale_shapes
@@ -58,7 +61,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     check_rotation(family, rotation)
     check_online(family, rotation.online)
     check_sound(model)
-    if hooked := [name for name, module in model.named_modules() if _has_hooks(name, module)]:
+    if hooked := [name for name, module in model.named_modules() if _has_hooks(module)]:
         raise ValueError(
             f"{hooked[0] or 'the model'} has a hook, which would see rotated states: remove it "
             "first"
@@ -66,6 +69,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     rotation = rotation.projected(family.device)
     _check_range(family, rotation)
     # marked before it is: an interrupted model is neither the original nor rotated
+    own_config(model)
     model.config.rotlib_rotated = True
     family.untie()
     for placed in placed_weights(family):
@@ -79,9 +83,10 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     return model
 
 
-def _has_hooks(name: str, module: torch.nn.Module) -> bool:
-    """Norms apart: a norm computed more exactly is the same norm."""
-    return "norm" not in name and bool(module._forward_hooks or module._forward_pre_hooks)
+def _has_hooks(module: torch.nn.Module) -> bool:
+    """Of others': a norm computed more exactly is the same norm."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(hook is not exact_norm for hook in hooks)
 
 
 def _check_range(family: Family, rotation: Rotation) -> None:
@@ -118,13 +123,14 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
                 f"{name} must be a real floating-point tensor or None, not a {type(R).__name__}"
             )
         else:
+            floats(name, R)
             blocks, *square = R.shape if name == "R1" and R.ndim == 3 else (1, *R.shape)
             found = tuple(blocks * size for size in square)
         if found != shape:
             raise ValueError(f"{name} has shape {found}, but this model needs {shape}")
     allowed = scale_shapes(family)
     if not isinstance(rotation.scales, dict):
-        raise ValueError(f"scales must be a dictionary of tensors, not {rotation.scales!r}")
+        raise ValueError(f"scales must be a dictionary of tensors, not {shown(rotation.scales)}")
     for name, scale in rotation.scales.items():
         if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
             raise ValueError(f"the scale {name!r} must be a floating-point tensor")

@@ -26,6 +26,8 @@ from rotlib.checks import floats, whole_number
 LARGEST = 2**20  # far above any width; the search for neighbours of an impossible order stays short
 _SYLVESTER = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
 _ONE = _SYLVESTER[:1, :1]
+_INDICES = (torch.int32, torch.int64)
+_SIGNS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int64)
 
 
 def hadamard(n: int) -> Float[Tensor, "n n"]:
@@ -84,11 +86,14 @@ class BlockHadamard:
             if not isinstance(getattr(self, name), Tensor | None):
                 raise ValueError(f"{name} must be a tensor or None, not {getattr(self, name)!r}")
         if self.signs is not None and (
-            self.signs.shape != (self.n,) or not self.signs.abs().eq(1).all()
+            self.signs.shape != (self.n,)
+            or self.signs.is_meta
+            or self.signs.dtype not in _SIGNS
+            or not self.signs.abs().eq(1).all()
         ):
-            raise ValueError(f"signs must be {self.n} numbers that are 1 or -1")
-        if self.order is not None and self.order.is_floating_point():
-            raise ValueError("the order must hold whole numbers")
+            raise ValueError(f"signs must be real, {self.n} numbers that are 1 or -1")
+        if self.order is not None and (self.order.is_meta or self.order.dtype not in _INDICES):
+            raise ValueError("the order must hold whole numbers (torch.int64)")
         if self.order is not None and self.order.sort().values.tolist() != list(range(self.block)):
             raise ValueError(f"the order must name each of the {self.block} columns once")
 

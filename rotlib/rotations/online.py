@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rotlib.models.families import Family, adapt, is_rotated
+from rotlib.models.families import Family, adapt, is_rotated, online_of
 from rotlib.models.zoo import open_model
 from rotlib.rotations.hadamard import apply_hadamard, hadamard_factors
 
@@ -50,7 +50,7 @@ def load(
     576
     """
     model, tokenizer = open_model(name, device, dtype)
-    if online := getattr(model.config, "rotlib_online", None):
+    if online := online_of(model):
         if not is_rotated(model):
             raise ValueError(
                 f"{name!r} asks for the online rotations {', '.join(online)}, but no rotation was "

@@ -132,6 +132,7 @@ def unpack(parts: list[Path], place: Path) -> None:
     if any(manifest != manifests[0] for manifest in manifests):
         raise ValueError("these parts are of several bundles: pack one anew, and send all of it")
     at = {path.name: path for part in parts for path in part.iterdir()}
+    wheels = []
     for name, file in manifests[0]["files"].items():
         if missing := [piece for piece in file["pieces"] if piece not in at]:
             raise ValueError(
@@ -139,6 +140,9 @@ def unpack(parts: list[Path], place: Path) -> None:
                 f"{manifests[0]['parts']} parts, and {len(parts)} were given"
             )
         path = place / name
+        if not path.resolve().is_relative_to(place.resolve()) or not path.name:
+            raise ValueError(f"{name!r} would lie outside {place}: this bundle isn't one of rotlib")
+        wheels += [str(path)] if path.suffix == ".whl" else []
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as target:
             for piece in file["pieces"]:
@@ -146,7 +150,6 @@ def unpack(parts: list[Path], place: Path) -> None:
         if file_digest(path) != file["sha256"]:
             raise ValueError(f"{name} isn't what was packed (its sha256 differs): send it again")
     packages = place / "packages"
-    wheels = [str(wheel) for wheel in sorted((place / "wheels").glob("*.whl"))]
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         + ["--upgrade", "--target", str(packages), *wheels],
@@ -160,9 +163,14 @@ def unpack(parts: list[Path], place: Path) -> None:
 
 def _manifest(part: Path) -> dict:
     try:
-        return json.loads((part / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
+        manifest = json.loads((part / MANIFEST).read_text(encoding="utf-8"))
+        for name, file in manifest["files"].items():
+            if not name or not isinstance(file["sha256"], str) or not [*file["pieces"]]:
+                raise ValueError(f"of {name!r}")
+        manifest["parts"]
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{part / MANIFEST} is damaged ({error}): send the part again") from None
+    return manifest
 
 
 if __name__ == "__main__":

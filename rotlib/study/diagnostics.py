@@ -71,6 +71,7 @@ def compare_outliers(
     >>> list(compare_outliers(recipe, ("none", "hadamard + R4")))
     ['none', 'hadamard + R4']
     """
+    check_recipe("compare_outliers", recipe)
     if not isinstance(rotations, list | tuple) or not all(isinstance(r, str) for r in rotations):
         raise ValueError(
             f"rotations must be a list of names such as 'hadamard + R4', not {rotations!r}"

@@ -74,7 +74,8 @@ class KeptLayers:
     def clear(self) -> None:
         every = self._of_layer("*").path  # with a star where the number stands: a pattern
         for path in every.parent.glob(every.name):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another process was faster, or it is no file
+                path.unlink()
 
 
 def _sum(contents: object) -> str:

@@ -90,7 +90,11 @@ def entries() -> dict[str, dict]:
     """
     try:
         file = json.loads(FILE.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
+        file = {"format": FORMAT}
+    except OSError as error:
+        raise ValueError(f"{FILE} can't be read ({error.strerror}): restore it with git") from error
+    if not isinstance(file, dict):
         file = {"format": FORMAT}
     if file.get("format") != FORMAT:
         raise ValueError(

@@ -7,10 +7,12 @@ from importlib.util import module_from_spec, spec_from_file_location
 from inspect import getsource, signature
 from pathlib import Path
 from textwrap import dedent
-from types import FunctionType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 
 import cloudpickle
+from torch import Tensor
 
+from rotlib.checks import yes_or_no
 from rotlib.rotations.rotation import Rotation
 from rotlib.study.recipe import OWN, SHIPPED
 
@@ -31,6 +33,7 @@ def register_rotation(name: str, replace: bool = False) -> Callable:
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"a rotation's name is a word such as 'cosine', not {name!r}")
+    yes_or_no("replace", replace)
     if name in SHIPPED:
         raise ValueError(f"the rotation {name!r} is one of rotlib's: choose another name")
 
@@ -50,29 +53,9 @@ def register_rotation(name: str, replace: bool = False) -> Callable:
 def source_digest(make: Callable) -> str:
     """Twelve hexadecimal digits over a function's source, and over what it calls of its own module.
 
-    The constants that these read there count too. Raises ValueError where the source can't be read.
+    The values that these read there count too, those of the functions around them, and defaults.
+    Raises ValueError where a source can't be read, or where a value can't be told by its bytes.
     """
-    seen: dict[str, str] = {}
-
-    def read(function: FunctionType) -> None:
-        if function.__name__ in seen:
-            return
-        try:
-            if function.__code__.co_filename == "<string>":  # Python 3.13 finds `python -c`'s there
-                raise OSError("no file holds it")
-            seen[function.__name__] = dedent(getsource(function))
-        except (OSError, TypeError) as error:
-            raise ValueError(
-                f"the source of {function.__name__} can't be read: define it in a module or in a "
-                "notebook's cell"
-            ) from error
-        for name in _names(function.__code__):
-            called = function.__globals__.get(name)
-            if isinstance(called, FunctionType) and called.__module__ == function.__module__:
-                read(called)
-            elif isinstance(called, bool | int | float | str | tuple):
-                seen[name] = repr(called)
-
     if not isinstance(make, FunctionType):
         raise ValueError(f"a rotation is made by a function, not by {make!r}")
     if hasattr(make, "source_digest"):  # it came from another process
@@ -83,8 +66,81 @@ def source_digest(make: Callable) -> str:
         raise ValueError(
             f"{make.__name__} must take (model, seed=0, R3=False, R4=False): {error}"
         ) from error
-    read(make)
-    return sha256("".join(seen[name] for name in sorted(seen)).encode()).hexdigest()[:12]
+    seen: dict[int, str] = {}
+    _read(make, make.__module__, seen)
+    return sha256("".join(sorted(seen.values())).encode()).hexdigest()[:12]
+
+
+def _read(thing: object, module: str, seen: dict[int, str], name: str = "") -> None:
+    """Note the source of a function or a class of this module, or another value, by its name."""
+    thing = getattr(thing, "__wrapped__", thing)  # behind a cache, say
+    if id(thing) in seen or isinstance(thing, ModuleType):
+        return
+    if isinstance(thing, FunctionType | type):
+        if thing.__module__ != module:
+            return
+        seen[id(thing)] = _source(thing)
+        inside = vars(thing).values() if isinstance(thing, type) else ()
+        for part in inside:
+            if isinstance(part := getattr(part, "__func__", part), FunctionType):
+                _read(part, module, seen)
+    elif isinstance(thing, BuiltinFunctionType | MethodType) or hasattr(thing, "__next__"):
+        return
+    else:
+        try:
+            told = _told(thing)
+        except Exception as error:  # whatever its class raises
+            raise ValueError(
+                f"the rotation's function reads {name}, a {type(thing).__name__}, whose value "
+                "can't be told by its bytes: make it inside the function"
+            ) from error
+        seen[id(thing)] = f"{name} {told}"
+        return
+    if isinstance(thing, FunctionType):
+        found = {one: thing.__globals__.get(one) for one in _names(thing.__code__)}
+        found |= {one: cell.cell_contents for one, cell in _cells(thing)}
+        found |= {f"default {number}": value for number, value in enumerate(_defaults(thing))}
+        for one, value in found.items():
+            if value is not None:
+                _read(value, module, seen, one)
+
+
+def _told(value: object) -> str:
+    """A value by its content: the same in every process."""
+    if isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} {[_told(one) for one in value]}"
+    if isinstance(value, dict):
+        return str([(_told(name), _told(one)) for name, one in value.items()])
+    if isinstance(value, set | frozenset):
+        return str(sorted(map(_told, value)))
+    if isinstance(value, Tensor):  # whose pickle names its place in memory
+        return f"{value.dtype} {value.tolist()}"
+    return sha256(cloudpickle.dumps(value)).hexdigest()
+
+
+def _source(thing: FunctionType | type) -> str:
+    try:
+        code = getattr(thing, "__code__", None)
+        if code and code.co_filename == "<string>":  # Python 3.13 finds `python -c`'s there
+            raise OSError("no file holds it")
+        return dedent(getsource(thing))
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"the source of {thing.__name__} can't be read: define it in a module or in a "
+            "notebook's cell"
+        ) from error
+
+
+def _cells(function: FunctionType) -> list[tuple[str, object]]:
+    """The variables of functions around it that it reads; one may not be set yet."""
+    both = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return [(name, cell) for name, cell in both if cell != CellType()]
+
+
+def _defaults(function: FunctionType) -> list[object]:
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 def _names(code) -> list[str]:
@@ -95,14 +151,15 @@ def _names(code) -> list[str]:
 
 def read_rotations(path: Path) -> None:
     """Import a file that registers rotations; raises ValueError where it can't be."""
-    spec = spec_from_file_location(path.stem, path)
+    name = f"rotlib_rotations_{path.stem}"  # of its own: a file may be called torch.py
+    spec = spec_from_file_location(name, path)
     if not path.is_file() or spec is None:
         raise ValueError(f"there is no Python file {path} to register rotations")
     module = module_from_spec(spec)
-    sys.modules[path.stem] = module  # where getsource looks for it
+    sys.modules[name] = module  # where getsource looks for it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path.name} can't be imported: {reason}") from error
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-import yaml
 from tqdm import tqdm
 
 from rotlib.checks import whole_number
@@ -27,6 +26,7 @@ from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.files import check_results_folder, local_path, results_folder
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
 from rotlib.study.sweep_file import FIELDS, read_sweep
+from rotlib.study.yaml_file import word_of
 
 # which windows the time of a step grows with
 _TOKENS = {
@@ -280,10 +280,8 @@ def _same(value: object, other: object) -> bool:
 
 
 def _read_value(text: str) -> object:
-    """As YAML has it, which takes 1e-2 for a word."""
-    value: object = text
-    with suppress(yaml.YAMLError):
-        value = yaml.safe_load(text)
+    """As a sweep file has it, and 1e-2, which YAML takes for a word, as a number."""
+    value = word_of(text)
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)

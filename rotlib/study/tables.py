@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import sqrt
+from math import isfinite, sqrt
 from statistics import fmean, stdev
 
 from rotlib.checks import positive
@@ -195,8 +195,10 @@ def _of_today(recipe: Recipe, named_alike: list[Arm]) -> Arm | None:
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard error; the error of a single value is NaN."""
+    """Mean and standard error; the error of a single value, or beside an infinite one, is NaN."""
     values = list(values)
+    if not all(map(isfinite, values)):
+        return fmean(values), float("nan")
     return fmean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else float("nan")
 
 
@@ -253,7 +255,7 @@ def provenance(results: Iterable[Result]) -> str:
     """What results were computed with, and how many no run at a recorded commit stands behind."""
     results = list(results)
     origins = [result.provenance for result in results]
-    versions = (pair for origin in origins for pair in origin.get("versions", {}).items())
+    versions = (pair for origin in origins for pair in (origin.get("versions") or {}).items())
     kinds = Counter(f"{name} {number}" for name, number in versions)
     commits = (origin.get("model_commit") for origin in origins)
     kinds |= Counter(f"model commit {commit}" for commit in commits if commit)

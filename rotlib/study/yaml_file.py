@@ -15,8 +15,11 @@ def read_yaml(path: Path) -> yaml.Node | None:
     Raises ValueError naming the file for one that can't be read, isn't YAML, is longer than a
     mebibyte, nested deeply, or holds anchors: a few nested ones stand for gigabytes.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} can't be read: it is no file")
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+    except (OSError, ValueError) as error:  # a name may be too long, or hold a null byte
+        raise ValueError(f"{str(path)[:200]!r} can't be read: {error}") from error
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -47,6 +50,25 @@ def place(path: Path, node: yaml.Node) -> str:
     return f"{path.name}, line {node.start_mark.line + 1}"
 
 
+def word_of(text: str) -> object:
+    """What a single value means, as it would in a file; raises ValueError."""
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if not isinstance(node, yaml.ScalarNode | yaml.SequenceNode) or len(text) > 1000:
+            raise ValueError("it is neither a word nor a number")
+        if isinstance(node, yaml.ScalarNode) and not _plain(node):
+            raise ValueError("it isn't a plain number")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{text[:50]!r} can't be read: {' '.join(str(error).split())}") from error
+
+
+def _plain(node: yaml.ScalarNode) -> bool:
+    """Not a number in octal or base 60, to YAML 1.1, nor one of more digits than Python reads."""
+    number = node.tag.endswith(":int")
+    return not (number and (re.match(r"[-+]?0\d|.*:", node.value) or len(node.value) > 1000))
+
+
 def _check_growth(path: Path, text: str) -> None:
     """Raises ValueError for anchors and deep nesting, before anything is made of them."""
     depth = 0
@@ -69,9 +91,8 @@ def _check_names(path: Path, root: yaml.Node | None) -> None:
         node = left.pop()
         if isinstance(node, yaml.SequenceNode):
             left += node.value
-        number = isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int")
-        if number and re.match(r"[-+]?0\d|.*:", node.value):  # octal and base 60, to YAML 1.1
-            raise ValueError(f"{place(path, node)}: write {node.value} as a plain number")
+        if isinstance(node, yaml.ScalarNode) and not _plain(node):
+            raise ValueError(f"{place(path, node)}: write {node.value[:50]} as a plain number")
         if not isinstance(node, yaml.MappingNode):
             continue
         seen = set()
