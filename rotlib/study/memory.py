@@ -164,7 +164,8 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         ),
     }
     if recipe.rotation != "none":
-        found["fuse"] = Stage(_DOUBLE * 3 * head)
+        copies = 2 if recipe.rotation in LEARNED else 3  # a Hadamard matrix is kept as its factors
+        found["fuse"] = Stage(_DOUBLE * copies * head)
     if recipe.rotation in THROUGH_NETWORK:
         presets = {"spinquant": SPINQUANT_PRESETS, "ostquant": OSTQUANT_PRESETS}
         preset = presets[recipe.rotation][recipe.preset]

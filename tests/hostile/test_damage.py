@@ -380,7 +380,7 @@ def test_a_constant_that_a_rotation_of_ones_own_reads_is_part_of_it(tmp_path):
         text = (tmp_path / "shifted.py").read_text().replace("SHIFT = 0", f"SHIFT = {shift}")
         (tmp_path / f"shifted{shift}.py").write_text(text)
         own.read_rotations(tmp_path / f"shifted{shift}.py")
-        digests.append(own.source_digest(sys.modules[f"shifted{shift}"].shifted))
+        digests.append(own.source_digest(sys.modules[f"rotlib_rotations_shifted{shift}"].shifted))
     assert digests[0] != digests[1]
 
 
