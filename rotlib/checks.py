@@ -59,7 +59,7 @@ def inner_share(name: str, value: object) -> None:
 def one_of(name: str, value: object, choices) -> None:
     """Known to be one of the choices."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+        raise ValueError(f"unknown {name} {shown(value)}: choose one of {', '.join(choices)}")
 
 
 def _stored(name: str, value: torch.Tensor) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids, whole_number
-from rotlib.models.families import adapt, check_sound
+from rotlib.models.families import adapt, check_not_rounding, check_sound, is_quantized
 from rotlib.models.text import windows as cut
-from rotlib.models.walk import final_hidden
+from rotlib.models.walk import NOT_FINITE, final_hidden
 from rotlib.precision import model_products
 
 CHUNK = 128  # positions whose logits exist at a time
@@ -71,16 +71,13 @@ class Reference:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "windows length"]):
         family = adapt(model)
+        check_not_rounding(model)
         check_sound(model)
         token_ids("windows", windows, 2, model)
         self.windows = windows.clone()
         self.lm_head = deepcopy(family.lm_head)  # the model may be rotated in place later on
         self.hidden = final_hidden(family, windows)
-        if not all(torch.isfinite(states).all() for states in self.hidden):
-            raise ValueError(
-                "this model computes NaN or infinite states, though its weights are finite: its "
-                "config.json is of another model"
-            )
+        _check_finite(self.hidden)
 
 
 @torch.no_grad()
@@ -112,7 +109,10 @@ def evaluate(
             f"{model.config.vocab_size}: compare models of one vocabulary"
         )
     result = Evaluation()
-    sides = [(family.lm_head, final_hidden(family, windows))]
+    hidden = final_hidden(family, windows)
+    if not is_quantized(model) and not getattr(model, "rotlib_rounding", False):
+        _check_finite(hidden)  # what rounding has broken is measured as it is
+    sides = [(family.lm_head, hidden)]
     if reference is not None:
         sides.append((reference.lm_head, reference.hidden))
     heads = [head for head, _ in sides]
@@ -134,6 +134,11 @@ def evaluate(
                 result.reference_cross_entropy.append(means[1])
                 result.kl.append(means[2])
     return result
+
+
+def _check_finite(hidden: list[Tensor]) -> None:
+    if not all(torch.isfinite(states).all() for states in hidden):
+        raise ValueError(NOT_FINITE)
 
 
 def perplexity(model: PreTrainedModel, tokens: Int[Tensor, " n"], window: int = 1024) -> float:

@@ -12,7 +12,7 @@ from itertools import groupby
 from math import log
 from random import Random
 
-from rotlib.models.text import CORPORA
+from rotlib.models.text import CORPORA, text_content
 
 # words compete as they are, sentences by the character
 METRIC = {"last_word": "acc", "continuation": "acc_norm"}
@@ -28,12 +28,17 @@ _SENTENCE = re.compile(r"(?!.*(?:[a-z)][.!?][A-Z]|  ))[A-Z“\"].*[a-z)”\"][.!
 _LAST_WORD = re.compile(r"(.*) ([a-z]{4,})[.!?]")
 
 
-@lru_cache
 def offline_items(task: str, text: str = "wikipedia-mini") -> tuple[dict, ...]:
     """Every item of an offline task, in an order drawn once: any first n are a sample.
 
     No tokenizer has a say in them.
     """
+    return _items_once(task, text, text_content(text))
+
+
+@lru_cache
+def _items_once(task: str, text: str, content: str) -> tuple[dict, ...]:
+    """Those of a text that is, by its bytes, this `content`."""
     return items_of(task, CORPORA[text]("test"))
 
 

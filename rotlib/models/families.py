@@ -321,12 +321,18 @@ def own_config(model: PreTrainedModel) -> None:
 
 
 def weights_sample(model: PreTrainedModel) -> str:
-    """A digest of a thousand entries of every parameter: what is learned of a model is its own."""
+    """A digest of every parameter, by a thousand entries and the sum of all bits.
+
+    What is learned of a model is its own.
+    """
     digest = sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()
+        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+        bits = values.view(kind).sum(dtype=torch.int64).item()  # the same in whatever order
         values = values[:: max(1, len(values) // 1000)].cpu().float()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+        digest.update(f"{name} {tuple(parameter.shape)} {bits}".encode())
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -66,10 +66,24 @@ def load_tokens(
     check_text(name, split)
     check_tokenizer(tokenizer)
     text = CORPORA[name](split)
-    if not text.strip():
-        raise ValueError(f"the {split} split of {name} is empty: check the files in ROTLIB_DATA")
+    _check_text(name, split, text)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids[: len(ids) // WHOLE * WHOLE] if len(ids) >= WHOLE else ids
+
+
+def _check_text(name: str, split: str, text: str) -> None:
+    """Raises ValueError for what is no text, or not the text that other machines read."""
+    begin = text.lstrip()[:100].lower()
+    faults = {
+        "is empty": not text.strip(),
+        "holds NUL characters": "\0" in text,
+        "is a git-LFS pointer": begin.startswith("version https://git-lfs"),
+        "is a web page": begin.startswith(("<!doctype html", "<html")),
+        "has a byte order mark, or line ends of Windows": text[:1] == "\ufeff" or "\r\n" in text,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(f"the {split} split of {name} {fault}: check the files in ROTLIB_DATA")
 
 
 def check_tokenizer(tokenizer: object) -> None:
@@ -136,10 +150,10 @@ def text_content(name: str) -> str:
 @lru_cache
 def _text_content(name: str, stamps: tuple) -> str:
     """It is computed again when the files' stamps change."""
-    digest = sha256()
-    for split in SPLITS:
-        digest.update(sha256(CORPORA[name](split).encode()).digest())
-    return f"sha256 {digest.hexdigest()}"
+    calibration, test = (sha256(CORPORA[name](split).encode()).digest() for split in SPLITS)
+    if calibration == test:
+        raise ValueError(f"both splits of {name} are one text: check the files in ROTLIB_DATA")
+    return f"sha256 {sha256(calibration + test).hexdigest()}"
 
 
 def fingerprint(tokens: Int[Tensor, "..."]) -> str:

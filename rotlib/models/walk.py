@@ -22,6 +22,11 @@ BATCH_TOKENS = 16384  # tokens that go through a layer at a time
 # and behind a layer, and what the layer works on
 _COPIES = 6
 
+NOT_FINITE = (
+    "this model computes NaN or infinite states, though its weights are finite: its config.json is "
+    "of another model"
+)
+
 Batch = tuple[Tensor, dict]  # what a decoder layer is called with: hidden states and keywords
 
 

@@ -71,8 +71,9 @@ def open_model(
             "read, so save the model with transformers' save_pretrained first"
         )
     with one_sentence(name):
-        AutoConfig.from_pretrained(source, **_safely(source))
-        _check_floats(Path(source))
+        config = AutoConfig.from_pretrained(source, **_safely(source))
+        if getattr(config, "quantization_config", None) is None:
+            _check_floats(Path(source))
     tokenizer = load_tokenizer(name)
     with one_sentence(name), bars_for_downloads_only(source):
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -199,6 +200,8 @@ def resolve(name: str) -> str:
         raise ValueError(f"a model's name has at most 500 characters, not {len(name)}")
     if name in PACKAGED:
         return str(_unpacked(name))
+    if name.startswith("~"):
+        raise ValueError(f"write the folder {name!r} out: its ~ isn't expanded")
     if os.path.isdir(name):  # False, too, of a name that no file system takes
         if not (Path(name) / "config.json").is_file():
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import one_of, whole_number, yes_or_no
+from rotlib.checks import one_of, shown, whole_number, yes_or_no
 from rotlib.models.families import Family, adapt, check_sound, is_quantized, own_config
 from rotlib.rotations.rotation import placed_weights
 
@@ -120,7 +120,7 @@ def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
     if not quant.clip_search:
         return grid_at(W, quant, 1.0)
     rows = max(1, _CHUNK[W.device.type] // W.shape[1])
-    factors = torch.cat([_best_factor(part, quant) for part in W.split(rows)])
+    factors = torch.cat([_best_factor(_in_reach(part), quant) for part in W.split(rows)])
     return grid_at(W, quant, factors)
 
 
@@ -196,7 +196,7 @@ def restore(
                 "rl.QuantizedWeight"
             )
     if quant is not None and not isinstance(quant, WeightQuant):
-        raise ValueError(f"quant must be a WeightQuant or None, not {quant!r}")
+        raise ValueError(f"quant must be a WeightQuant or None, not {shown(quant)}")
     for name, weight in weights.items():
         check_on_grid(name, weight, quant, model.dtype)
     own_config(model)
@@ -265,7 +265,9 @@ def check_quantizable(family: Family, quant: WeightQuant) -> None:
     It is quantized already, the groups don't divide a width, or its weights aren't finite.
     """
     if not isinstance(quant, WeightQuant):
-        raise ValueError(f"quant must be a WeightQuant such as WeightQuant(bits=4), not {quant!r}")
+        raise ValueError(
+            f"quant must be a WeightQuant such as WeightQuant(bits=4), not {shown(quant)}"
+        )
     if is_quantized(family.model):
         raise ValueError(
             "this model is already quantized: load the original again and quantize it once"
@@ -298,6 +300,17 @@ def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | flo
         scale = (top - bottom) / high
         zero = (-bottom / torch.where(scale > 0, scale, 1)).round()
     return Grid(torch.where(scale > 0, scale, 1), zero, low, high)
+
+
+def _in_reach(W: Tensor) -> Tensor:
+    """W with rows of extreme size brought to one, by a power of two, which changes no code.
+
+    The power of an error would overflow there, or vanish.
+    """
+    largest = W.abs().amax(dim=1, keepdim=True)
+    extreme = (largest > 0) & ((largest < 1e-8) | (largest > 1e8))
+    exponent = torch.where(extreme, torch.frexp(largest).exponent, 0)
+    return torch.ldexp(W, -exponent) if extreme.any() else W
 
 
 def _best_factor(W: Tensor, quant: WeightQuant) -> Float[Tensor, "rows 1"]:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rotlib.models.families import Family
-from rotlib.models.walk import hooks, layer_inputs, walk_layer
+from rotlib.models.walk import NOT_FINITE, hooks, layer_inputs, walk_layer
 
 DAMPING = 0.01  # of the mean of H's diagonal, which no rotation changes
 LADDER = (1, 10, 100)  # factors on the damping, tried until the Cholesky factorisation succeeds
@@ -43,6 +43,8 @@ class Hessian:
 
     def take(self) -> Float[Tensor, "n n"]:
         """The Hessian of what was seen; the next starts from nothing."""
+        if not torch.isfinite(self._sum.diagonal()).all():
+            raise ValueError(NOT_FINITE)
         lower = self._sum.tril()
         H = (lower + lower.tril(-1).T) / self._tokens
         self.__init__()

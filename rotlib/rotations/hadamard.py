@@ -96,6 +96,9 @@ class BlockHadamard:
             raise ValueError("the order must hold whole numbers (torch.int64)")
         if self.order is not None and self.order.sort().values.tolist() != list(range(self.block)):
             raise ValueError(f"the order must name each of the {self.block} columns once")
+        for name in ("signs", "order"):  # a copy, which nobody changes later
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, given.detach().clone())
 
     def __call__(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         floats("x", x, self.n)

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> bool:
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after that")
     parser.add_argument("--out", type=Path, required=True, help="the folder of what is found")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--phases", nargs="+", action="extend", choices=PHASES)
     parser.add_argument("--shape", choices=SHAPES, help="of the stages; the largest on a GPU")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--steps", type=int, help="fewer steps than OptRot's own")
@@ -119,8 +119,10 @@ def main(arguments: list[str] | None = None) -> bool:
         device = _picked(options.device)
         out = options.out.resolve()
         out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"--out must name a folder, not {options.out} ({error.strerror})")
     shape = SHAPES[options.shape or ("tiny" if device.type == "cpu" else "llama-3.1-8b")]
     if options.layers:
         shape = shape._replace(config=shape.config | {"num_hidden_layers": options.layers})
@@ -130,7 +132,7 @@ def main(arguments: list[str] | None = None) -> bool:
     shape = shape._replace(steps=options.steps)
     job = Job(device, shape, out, lambda: time.monotonic() > end)
     os.environ["ROTLIB_RESULTS"] = str(out / "results")
-    return all(_done(phase, job) for phase in options.phases)
+    return all(_done(phase, job) for phase in options.phases or PHASES)
 
 
 def _picked(name: str) -> torch.device:

@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m rotlib.study.reproduce", description=__doc__.splitlines()[0]
     )
     parser.add_argument("scale", help="smoke, laptop, or another file in configs/")
-    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="run just these")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", metavar="NOTEBOOK", help="run just these"
+    )
     parser.add_argument(
         "--in-place", action="store_true", help="store the outputs in notebooks/, ready to commit"
     )

@@ -184,7 +184,7 @@ def _options(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argp
     parser.add_argument("--engine", choices=ENGINES, default="local")
     parser.add_argument("--workers", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--address", help="of a running Ray cluster; 'auto' finds it")
-    only = {"nargs": "+", "default": [], "metavar": "FIELD=VALUE"}
+    only = {"nargs": "+", "action": "extend", "metavar": "FIELD=VALUE"}
     parser.add_argument("--only", **only, help="just the recipes with these settings")
     parser.add_argument("--rerun-stale", action="store_true", help="compute what is stale anew")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, run nothing")
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser, options = _options(arguments)
     try:
         whole_number("workers", options.workers, 1)
-        recipes = _chosen(read_sweep(options.sweep), options.only)
+        recipes = _chosen(read_sweep(options.sweep), options.only or [])
         if options.address and options.engine != "ray":
             raise ValueError("--address is of a Ray cluster: it needs --engine ray")
         if options.engine == "ray" and find_spec("ray") is None:
@@ -266,6 +266,11 @@ def _chosen(recipes: list[Recipe], only: list[str]) -> list[Recipe]:
             for name, values in wanted.items()
         )
 
+    for name, values in wanted.items():
+        there = [getattr(recipe, name) for recipe in recipes]
+        for value in values:
+            if recipes and not any(_same(one, value) for one in there):
+                raise ValueError(f"no recipe of this sweep has {name}={value}")
     chosen = [recipe for recipe in recipes if fits(recipe)]
     if not chosen and only:
         raise ValueError(f"no recipe of this sweep has {' and '.join(only)}")

@@ -136,7 +136,7 @@ def test_two_folders_of_texts_are_two_texts_whatever_their_times_say(tmp_path, m
         (tmp_path / name / "wikitext2").mkdir(parents=True)
         for part in ("train", "test"):
             file = tmp_path / name / "wikitext2" / f"wiki.{part}.raw"
-            file.write_text(f"{word} text")
+            file.write_text(f"{word} {part}")
             os.utime(file, (1e9, 1e9))
         monkeypatch.setenv("ROTLIB_DATA", str(tmp_path / name))
         found.append(text_content("wikitext2"))
@@ -228,3 +228,99 @@ def test_arms_whose_seeds_all_diverged_have_a_row(folder):
     (arm,) = tables.arms(results)
     assert arm.diverged
     assert "inf" in tables.markdown([arm]) or "e+" in tables.markdown([arm])
+
+
+def test_zero_shot_items_are_those_of_the_text_as_it_is(tmp_path, monkeypatch):
+    from rotlib.measure.offline_tasks import offline_items
+
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
+    (tmp_path / "wikitext2").mkdir()
+    found = []
+    for word in ("river", "meadow"):
+        sentence = f"The {word} was far away from the old harbour in winter."
+        text = "\n\n".join(" ".join([sentence] * 5) for _ in range(60))
+        for part in ("train", "test"):
+            (tmp_path / "wikitext2" / f"wiki.{part}.raw").write_text(f"{part} {text}")
+        found.append(offline_items("last_word", "wikitext2"))
+    assert found[0] != found[1]
+
+
+def test_options_given_twice_are_added_up(tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("grid: {rotation: [none, hadamard], seed: [0, 1]}")
+    sweep.main([str(path), "--dry-run", "--only", "rotation=none", "--only", "seed=1"])
+    assert "1 recipes:" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sweep.main([str(path), "--dry-run", "--only", "rotation=none", "rotation=hadamrd"])
+    assert "no recipe of this sweep has rotation=hadamrd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("power", [-66, 66])
+def test_clip_search_finds_the_same_for_a_weight_of_any_size(model, power):
+    W = model.model.layers[0].mlp.up_proj.weight
+    from rotlib.quantization.grids import fit_grid
+
+    quant = rl.WeightQuant(bits=3)
+    usual, scaled = (fit_grid(w, quant).scale for w in (W, W * 2.0**power))
+    assert torch.equal(scaled, usual * 2.0**power)
+
+
+def test_factors_of_a_rotation_are_nobody_elses(model, tokens):
+    signs, order = torch.ones(48), torch.arange(48)
+    R1 = rl.BlockHadamard(48, 48, signs=signs, order=order)
+    signs.mul_(2)
+    order.zero_()
+    before = model(tokens).logits
+    assert torch.allclose(rl.fuse(model, rl.Rotation(R1, None))(tokens).logits, before, atol=1e-3)
+
+
+def test_a_reference_is_of_an_unrounded_model(model, tokens):
+    with (
+        rl.quantized_activations(model, rl.ActivationQuant(bits=3)),
+        refused("activations are being rounded"),
+    ):
+        rl.Reference(model, tokens)
+
+
+def test_a_model_that_computes_nan_is_neither_measured_nor_quantized(model, tokens):
+    model.model.layers[0].input_layernorm.variance_epsilon = -1e9
+    for use in (
+        lambda: rl.perplexity(model, tokens.flatten(), 32),
+        lambda: rl.gptq(model, tokens, rl.WeightQuant()),
+    ):
+        with refused("this model computes NaN or infinite states"):
+            use()
+
+
+def test_a_weights_digest_sees_every_entry(model):
+    from rotlib.models.families import weights_sample
+
+    before = weights_sample(model)
+    model.model.layers[0].mlp.up_proj.weight.view(-1)[1] *= 2
+    assert weights_sample(model) != before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\n", "is a git-LFS pointer"),
+        ("<!DOCTYPE html><html>not found</html>", "is a web page"),
+        ("\0" * 4096, "holds NUL characters"),
+        ("\ufeffA text", "has a byte order mark"),
+    ],
+)
+def test_a_file_that_is_no_text_is_told(text, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "wiki.test.raw").write_text(text)
+    with refused(f"the test split of wikitext2 {said}"):
+        rl.load_tokens("wikitext2", load_tokenizer("smollm2-135m"), "test")
+
+
+def test_test_text_is_not_calibration_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
+    (tmp_path / "wikitext2").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "wikitext2" / f"wiki.{part}.raw").write_text("one text")
+    with refused("both splits of wikitext2 are one text"):
+        text_content("wikitext2")
