@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rotlib as rl
-from rotlib.measure.offline_tasks import offline_items
+from rotlib.measure.offline_tasks import items_of, offline_items
 from rotlib.measure.zeroshot import _task_manager
 from rotlib.models.text import CORPORA
 
@@ -75,10 +75,11 @@ def by_hand(model, tokenizer, task, limit):
 
 @pytest.mark.parametrize("task", OFFLINE)
 def test_the_offline_items_are_the_same_everywhere(task):
+    text = CORPORA["wikipedia-mini"]("test")
     random.seed(1)
-    first = offline_items.__wrapped__(task)
+    first = items_of(task, text)
     random.seed(2)
-    assert offline_items.__wrapped__(task) == first
+    assert items_of(task, text) == first == offline_items(task)
     assert sha256(json.dumps(first).encode()).hexdigest()[:16] == ITEMS[task]
 
 
@@ -237,12 +238,11 @@ def test_a_tokenizer_of_another_model_and_a_text_without_sentences_are_refused(
 ):
     with pytest.raises(ValueError, match="this tokenizer has 257 tokens, but the model knows 96"):
         rl.zero_shot(small_model(vocab_size=96), tokenizer)
-    monkeypatch.setitem(CORPORA, "wikitext2", lambda split: "no sentence here")
+    monkeypatch.setitem(CORPORA, "wikitext2", lambda split: f"no sentence here, in {split}")
     with pytest.raises(
         ValueError, match="the test split of wikitext2 is too short for the task 'last_word'"
     ):
         rl.zero_shot(small_model(), tokenizer, text="wikitext2")
-    offline_items.cache_clear()
 
 
 @pytest.mark.real_model

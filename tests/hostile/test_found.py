@@ -4,6 +4,7 @@ import json
 import os
 from copy import deepcopy
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -236,9 +237,22 @@ def test_zero_shot_items_are_those_of_the_text_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
     (tmp_path / "wikitext2").mkdir()
     found = []
-    for word in ("river", "meadow"):
-        sentence = f"The {word} was far away from the old harbour in winter."
-        text = "\n\n".join(" ".join([sentence] * 5) for _ in range(60))
+    words = [
+        "river",
+        "stone",
+        "cloud",
+        "lantern",
+        "meadow",
+        "harbour",
+        "winter",
+        "silver",
+        "thunder",
+        "garden",
+    ]
+    for seed in (0, 1):
+        draw = Random(seed)
+        lines = [" ".join(draw.choices(words, k=15)).capitalize() + "." for _ in range(400)]
+        text = "\n\n".join(" ".join(lines[i : i + 5]) for i in range(0, 400, 5))
         for part in ("train", "test"):
             (tmp_path / "wikitext2" / f"wiki.{part}.raw").write_text(f"{part} {text}")
         found.append(offline_items("last_word", "wikitext2"))
