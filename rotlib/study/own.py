@@ -22,8 +22,9 @@ def register_rotation(name: str, replace: bool = False) -> Callable:
 
     The function takes a model, a seed and whether R3 and R4 are on, and returns a Rotation. It may
     stand in a notebook or a module; a sweep file names the module's file under `rotations`. Its
-    results carry a digest of its source, so that they are stale once it changes. Raises ValueError
-    for a name that is taken, unless it is one's own to `replace`.
+    results carry a digest of its source, so that they are stale once it changes; what it reads from
+    files or from other modules isn't seen. Raises ValueError for a name that is taken, unless it is
+    one's own to `replace`.
 
     >>> @register_rotation("reversed")
     ... def reversed_rotation(model, seed=0, R3=False, R4=False):
