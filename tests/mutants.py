@@ -117,7 +117,7 @@ MUTANTS = {
         "logq.exp() * (logq - logp)",
     ),
     "scales' rate": ("learning.ostquant", "SCALE_LR = 0.01", "SCALE_LR = 0.02"),
-    "last position": ("models.walk", "[0, :-1].cpu()", "[0, 1:].cpu()"),
+    "last position": ("models.walk", "[0, :-1], x.device", "[0, 1:], x.device"),
     "mean over windows": ("measure.fidelity", "sums / len(labels)", "sums / len(ids)"),
     "KL's direction": (
         "measure.fidelity",
@@ -143,7 +143,7 @@ REFACTORS = {
     "another block of GPTQ's": ("quantization.gptq", "BLOCK = 128", "BLOCK = 64"),
     "another strip": ("quantization.gptq", "_STRIP = 32", "_STRIP = 16"),
     "another block of H": ("quantization.hessian", "_BLOCK = 384", "_BLOCK = 96"),
-    "smaller chunks": ("quantization.grids", "_CHUNK = 2**19", "_CHUNK = 2**8"),
+    "smaller chunks": ("quantization.grids", '"cpu": 2**19', '"cpu": 2**8'),
     "another error text": ("quantization.grids", "is already quantized:", "has been quantized:"),
     "a docstring": ("rotations.fuse", "Fold the norms, untie", "Untie the head, fold the norms"),
     "terms reordered": (
