@@ -312,12 +312,13 @@ def _check_surroundings() -> None:
         raise ValueError("torch's default device is 'meta', where tensors have no values: unset it")
 
 
-def own_config(model: PreTrainedModel) -> None:
-    """Give a model a config of its own before it is marked: another one may share the object."""
+def mark(model: PreTrainedModel, name: str) -> None:
+    """Mark a model in a config of its own: another model may share the object."""
     shared, own = model.config, deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
+    setattr(own, name, True)
 
 
 def weights_sample(model: PreTrainedModel) -> str:

@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -139,7 +139,7 @@ def text_content(name: str) -> str:
     'sha256'
     """
     check_text(name)
-    files = _FILES.get(name, {}).values() if os.environ.get("ROTLIB_DATA") else ()
+    files = _FILES.get(name, {}).values() if _data() else ()
     paths = [_local(name, file).resolve() for file in files]
     states = ((path, path.stat()) for path in paths)
     return _text_content(
@@ -162,12 +162,11 @@ def fingerprint(tokens: Int[Tensor, "..."]) -> str:
 
 
 def _wikipedia_mini(split: str) -> str:
-    with suppress(OSError):  # no folder at all
-        packed = folder_of("ROTLIB_DATA", "") / "wikipedia-mini" if _data() else None
-        if packed and packed.is_dir():  # for machines without gensim
-            text = packed / f"{split}.txt"
-            with _one_sentence(text):
-                return text.read_text(encoding="utf-8")
+    packed = folder_of("ROTLIB_DATA", "") / "wikipedia-mini"
+    if _data() and os.path.isdir(packed):  # for machines without gensim
+        text = packed / f"{split}.txt"
+        with _one_sentence(text):
+            return text.read_text(encoding="utf-8")
     return "\n\n".join(split_articles(_articles())[split])
 
 

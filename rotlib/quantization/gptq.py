@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import positive, share, token_ids, yes_or_no
-from rotlib.models.families import READERS, Family, adapt, own_config
+from rotlib.models.families import READERS, Family, adapt, mark
 from rotlib.models.walk import Batch, Stop, hooks, layer_inputs, run_layer, walk_layer
 from rotlib.precision import exact_products
 from rotlib.quantization.grids import (
@@ -123,8 +123,7 @@ def gptq(
     solve = Solver(quant, act_order, damping)
     batches = layer_inputs(family, calibration)
     # marked before it is: an interrupted model is neither the original nor quantized
-    own_config(model)
-    model.config.rotlib_quantized = True
+    mark(model, "rotlib_quantized")
     unrounded = _Unrounded(family, batches, asymmetry) if asymmetry else None
     report = Report()
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):

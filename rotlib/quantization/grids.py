@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, shown, whole_number, yes_or_no
-from rotlib.models.families import Family, adapt, check_sound, is_quantized, own_config
+from rotlib.models.families import Family, adapt, check_sound, is_quantized, mark
 from rotlib.rotations.rotation import placed_weights
 
 CLIP_NORM = 2.4
@@ -152,8 +152,7 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
     family = adapt(model)
     check_quantizable(family, quant)
     # marked before it is: an interrupted model is neither the original nor quantized
-    own_config(model)
-    model.config.rotlib_quantized = True
+    mark(model, "rotlib_quantized")
     weights = {}
     every = list(placed_weights(family, quantized_only=True))
     for placed in tqdm(every, desc="RTN", unit="weight"):
@@ -199,8 +198,7 @@ def restore(
         raise ValueError(f"quant must be a WeightQuant or None, not {shown(quant)}")
     for name, weight in weights.items():
         check_on_grid(name, weight, quant, model.dtype)
-    own_config(model)
-    model.config.rotlib_quantized = True
+    mark(model, "rotlib_quantized")
     for name, weight in weights.items():
         set_weight(linears[name], weight)
     return model

@@ -20,7 +20,7 @@ from rotlib.models.families import (
     check_sound,
     is_quantized,
     is_rotated,
-    own_config,
+    mark,
 )
 from rotlib.models.walk import exact_norm
 from rotlib.rotations.hadamard import BlockHadamard
@@ -69,8 +69,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     rotation = rotation.projected(family.device)
     _check_range(family, rotation)
     # marked before it is: an interrupted model is neither the original nor rotated
-    own_config(model)
-    model.config.rotlib_rotated = True
+    mark(model, "rotlib_rotated")
     family.untie()
     for placed in placed_weights(family):
         for name, value in placed.rotated(rotation, family.device):

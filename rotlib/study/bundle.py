@@ -94,9 +94,8 @@ def gather(place: Path) -> None:
 
 def cut(place: Path, folder: Path, part_size: int) -> dict:
     """Write the files of a place, cut where a part is full, and what is where beside them."""
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    from rotlib.study.store import commit  # unpacking does without torch
+
     files, part, room = {}, 0, 0
     for path in sorted(path for path in place.rglob("*") if path.is_file()):
         name = path.relative_to(place).as_posix()
@@ -111,7 +110,7 @@ def cut(place: Path, folder: Path, part_size: int) -> dict:
                 pieces.append(piece)
                 room -= len(data)
         files[name] = {"sha256": file_digest(path), "pieces": pieces}
-    manifest = {"commit": commit.stdout.strip() or None, "parts": part, "files": files}
+    manifest = {"commit": commit(), "parts": part, "files": files}
     for number in range(1, part + 1):
         write_json(folder / str(number) / MANIFEST, manifest)
     return manifest

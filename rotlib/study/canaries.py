@@ -75,6 +75,10 @@ class Canary:
 
 
 CANARIES: dict[str, Canary] = {}
+WORDS = (  # of made-up texts
+    *("river", "stone", "cloud", "lantern", "meadow"),
+    *("harbour", "winter", "silver", "thunder", "garden"),
+)
 TIE = 0.3  # what one code of a tiny weight changes; beside it stands a number on the grid "full"
 
 
@@ -708,22 +712,10 @@ def _slopes() -> dict:
     away=offline_tasks.AWAY,
 )
 def _zero_shot() -> dict:
-    words = [
-        "river",
-        "stone",
-        "cloud",
-        "lantern",
-        "meadow",
-        "harbour",
-        "winter",
-        "silver",
-        "thunder",
-        "garden",
-    ]
     draw = np.random.RandomState(3)
 
     def sentence(length: int) -> str:
-        chosen = [words[i] for i in draw.randint(0, len(words), length)]
+        chosen = [WORDS[i] for i in draw.randint(0, len(WORDS), length)]
         return f"{' '.join(chosen).capitalize()}."
 
     paragraphs = [" ".join(sentence(int(n)) for n in draw.randint(8, 24, 5)) for _ in range(90)]

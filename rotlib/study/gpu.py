@@ -110,11 +110,11 @@ def main(arguments: list[str] | None = None) -> bool:
     options = parser.parse_args(arguments)
     try:
         positive("--minutes", options.minutes)
-        shorter = {"--layers": options.layers, "--steps": options.steps}
-        shorter |= dict(zip(("--windows", "--windows "), options.windows or (), strict=False))
-        for name, number in shorter.items():
+        shorter = [("--layers", options.layers), ("--steps", options.steps)]
+        shorter += [("--windows", number) for number in options.windows or ()]
+        for name, number in shorter:
             if number is not None:
-                whole_number(name.strip(), number, 1)
+                whole_number(name, number, 1)
         end = time.monotonic() + 60 * options.minutes
         device = _picked(options.device)
         out = options.out.resolve()

@@ -119,16 +119,19 @@ def held_throughout(recipe: Recipe) -> float:
     """The model, and the reference with its head."""
     family, _ = outline(recipe.model)
     head = family.lm_head.weight.numel()
-    layer = sum(linear.weight.numel() for linear in family.linears(0).values())
     hidden = recipe.test_windows * recipe.window * family.width
-    return _FLOAT * (len(family.layers) * layer + 3 * head + hidden)
+    return _FLOAT * (len(family.layers) * _of_a_layer(family) + 3 * head + hidden)
+
+
+def _of_a_layer(family: Family) -> int:
+    """Weights of one layer."""
+    return sum(linear.weight.numel() for linear in family.linears(0).values())
 
 
 def _sent_at_a_time(recipe: Recipe) -> float:
     """A layer, or the heads of the model and of the reference."""
     family, _ = outline(recipe.model)
-    layer = sum(linear.weight.numel() for linear in family.linears(0).values())
-    return _FLOAT * max(layer, 2 * family.lm_head.weight.numel())
+    return _FLOAT * max(_of_a_layer(family), 2 * family.lm_head.weight.numel())
 
 
 def stages(recipe: Recipe) -> dict[str, Stage]:
@@ -219,10 +222,9 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
 def least_on_disk(recipe: Recipe, dtype: torch.dtype) -> int:
     """Bytes that a checkpoint of the recipe takes at least, in whatever format."""
     family, _ = outline(recipe.model)
-    linears = sum(linear.weight.numel() for linear in family.linears(0).values())
     bits = 8 * dtype.itemsize if recipe.rounding == "none" else recipe.bits
     ends = 2 * family.lm_head.weight.numel() * min(2, dtype.itemsize)
-    return len(family.layers) * linears * bits // 8 + ends
+    return len(family.layers) * _of_a_layer(family) * bits // 8 + ends
 
 
 def _on_disk(dtype: torch.dtype) -> int:

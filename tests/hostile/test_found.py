@@ -19,6 +19,7 @@ from rotlib.models.text import text_content
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.gptq import Report
 from rotlib.study import sweep, tables
+from rotlib.study.canaries import WORDS
 from rotlib.study.pipeline import run
 from rotlib.study.recipe import Recipe
 
@@ -237,21 +238,9 @@ def test_zero_shot_items_are_those_of_the_text_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
     (tmp_path / "wikitext2").mkdir()
     found = []
-    words = [
-        "river",
-        "stone",
-        "cloud",
-        "lantern",
-        "meadow",
-        "harbour",
-        "winter",
-        "silver",
-        "thunder",
-        "garden",
-    ]
     for seed in (0, 1):
         draw = Random(seed)
-        lines = [" ".join(draw.choices(words, k=15)).capitalize() + "." for _ in range(400)]
+        lines = [" ".join(draw.choices(WORDS, k=15)).capitalize() + "." for _ in range(400)]
         text = "\n\n".join(" ".join(lines[i : i + 5]) for i in range(0, 400, 5))
         for part in ("train", "test"):
             (tmp_path / "wikitext2" / f"wiki.{part}.raw").write_text(f"{part} {text}")
