@@ -179,6 +179,42 @@ def test_one_batch_and_many_give_the_same_model(tokens, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("asymmetry", [0.0, 0.25])
+def test_batches_that_wait_and_batches_that_start_anew_give_the_same_bits(
+    tokens, monkeypatch, asymmetry
+):
+    monkeypatch.setattr("rotlib.models.walk.BATCH_TOKENS", 32)
+    models, calls = [], []
+    for waiting in (1, 2, 100):
+        monkeypatch.setattr(
+            gptq_module, "batches_that_wait", lambda *_, waiting=waiting, **__: waiting
+        )
+        model = tiny_model(dtype=torch.float32)
+        linear = model.model.layers[0].self_attn.q_proj
+        linear.register_forward_hook(lambda *_, waiting=waiting: calls.append(waiting))
+        rl.gptq(model, tokens, rl.WeightQuant(bits=4), asymmetry=asymmetry)
+        models.append(model)
+    for a, *others in zip(*(model.parameters() for model in models), strict=True):
+        assert all(torch.equal(a, other) for other in others)
+    # each linear once a batch where all wait; the others go through q_proj again for o, gate, down
+    # and on to the next layer. The stream of GPTAQ has q_proj of its own, with the same hook
+    streams = 2 if asymmetry else 1
+    assert calls.count(100) == streams * len(tokens)
+    assert calls.count(1) == streams * (1 + 4 * (len(tokens) - 1))
+
+
+def test_an_error_inside_a_waiting_batch_reaches_the_caller(tokens, monkeypatch):
+    monkeypatch.setattr("rotlib.models.walk.BATCH_TOKENS", 32)
+    model = tiny_model(dtype=torch.float32)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model.model.layers[1].mlp.act_fn.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        rl.gptq(model, tokens, rl.WeightQuant(bits=4))
+
+
 def test_every_hessian_is_of_inputs_made_by_what_is_already_quantized(tokens, monkeypatch):
     seen = {}
     original = gptq_module._quantize_together

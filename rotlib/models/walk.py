@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from accelerate.utils import send_to_device
+from greenlet import getcurrent, greenlet
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +22,8 @@ BATCH_TOKENS = 16384  # tokens that go through a layer at a time
 # hidden states stay on the device if so many copies of them fit there: those of two models, before
 # and behind a layer, and what the layer works on
 _COPIES = 6
+# what a waiting token holds: so many times the width, and the width inside the MLP
+_WAITING = 4, 2
 
 NOT_FINITE = (
     "this model computes NaN or infinite states, though its weights are finite: its config.json is "
@@ -107,8 +110,62 @@ def run_layer(layer: nn.Module, x: Float[Tensor, "windows length d"], kwargs: di
     """A decoder layer's output hidden states, where its inputs are."""
     device = next(layer.parameters()).device
     with model_products(device):
-        out = layer(x.to(device, non_blocking=True), **send_to_device(kwargs, device))
+        return _through(layer, x, kwargs)
+
+
+def _through(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
+    device = next(layer.parameters()).device
+    out = layer(x.to(device, non_blocking=True), **send_to_device(kwargs, device))
     return _kept(out[0] if isinstance(out, tuple) else out, x.device)
+
+
+class Passes:
+    """Batches on their way through one layer, which wait together at one of its modules' inputs.
+
+    So a weight can be changed when all have arrived there and none has passed. `waiting` batches
+    wait where they are; the others, for which there is no room, start anew for every module. A
+    batch waits as a greenlet: its call of the layer stands still in the middle, in one thread.
+    """
+
+    def __init__(self, layer: nn.Module, batches: list[Batch], waiting: int):
+        self._layer, self._batches, self._room = layer, batches, waiting
+        self._waiting: dict[int, greenlet] = {}
+
+    def inputs(self, module: nn.Module) -> Iterator[Tensor]:
+        """What each batch gives this module to read; the batch then waits there."""
+        for number in range(len(self._batches)):
+            with hooks([(module, _wait)]):
+                run, read = self._go_on(number)
+            if number < self._room:
+                self._waiting[number] = run
+            yield read
+
+    def outputs(self) -> list[Batch]:
+        """What the next layer is called with."""
+        every = range(len(self._batches))
+        return [(self._go_on(number)[1], self._batches[number][1]) for number in every]
+
+    def _go_on(self, number: int) -> tuple[greenlet, Tensor]:
+        """(a batch, the input that it has come to, or what comes out behind the layer)"""
+        run = self._waiting.pop(number, None)
+        begin = (self._layer, *self._batches[number]) if run is None else ()
+        run = run or greenlet(_through)
+        with model_products(next(self._layer.parameters()).device):
+            return run, run.switch(*begin)
+
+
+def batches_that_wait(family: Family, batches: list[Batch], streams: int = 1) -> int:
+    """How many batches can wait inside a layer: a quarter of the free memory is theirs."""
+    x, _ = batches[0]
+    wide = family.config.intermediate_size
+    states = _WAITING[0] * family.width + _WAITING[1] * wide  # of a token
+    a_batch = streams * x.numel() // family.width * states * x.element_size()
+    return max(1, free_memory(family.device) // (4 * a_batch))
+
+
+def _wait(module: nn.Module, args: tuple) -> None:
+    """A hook that hands what a module reads to whoever sent the batch, until that sends it on."""
+    getcurrent().parent.switch(args[0])
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
@@ -127,7 +128,9 @@ def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on a CUDA device, once torch has handed back what earlier models took there."""
+    """Bytes free there; on CUDA once torch has handed back what earlier models took."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]

@@ -12,7 +12,7 @@ read, column q hands ``w_q P_q`` on to the columns behind it, P = α · triu(E[(
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import positive, share, token_ids, yes_or_no
 from rotlib.models.families import READERS, Family, adapt, mark
-from rotlib.models.walk import Batch, Stop, hooks, layer_inputs, run_layer, walk_layer
+from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
 from rotlib.quantization.grids import (
     Grid,
@@ -290,42 +290,46 @@ def round_strip(
 
 
 class _Unrounded:
-    """GPTAQ's second stream: what the unquantized model reads, a batch and an input at a time."""
+    """GPTAQ's second stream: what the unquantized model reads, beside the quantized one's."""
 
     def __init__(self, family: Family, batches: list[Batch], asymmetry: float):
         self._family, self._batches, self._asymmetry = family, batches, asymmetry
-        self._sum, self._tokens = 0, 0
 
     def walk(self, layer: int) -> None:
         """Go through a layer that isn't quantized yet."""
         self._batches = walk_layer(self._family, layer, self._batches)
 
     @contextmanager
-    def beside(self, layer: int) -> Iterator[None]:
-        """While open, hold a copy of a layer that is about to be quantized; then walk it."""
-        self._layer = deepcopy(self._family.layers[layer])
-        yield
-        self._batches = [(run_layer(self._layer, *batch), batch[1]) for batch in self._batches]
-        del self._layer
+    def beside(self, layer: int, waiting: int) -> Iterator["Callable[[str], Drift]"]:
+        """While open, hold a copy of a layer that is about to be quantized; then walk it.
 
-    def add(self, site: str, batch: int, x: Float[Tensor, "... n"]) -> None:
-        """Sum (x̃ − x) xᵀ over one batch, of which a weight of the quantized model reads x."""
+        Gives a function of a site, which returns the drift of what is read there.
+        """
+        twin = deepcopy(self._family.layers[layer])
+        passes = Passes(twin, self._batches, waiting)
 
-        def compare(module: nn.Module, args: tuple) -> None:
-            original, read = (values.flatten(0, -2).float() for values in (args[0], x))
-            self._sum = self._sum + (original - read).T @ read
-            self._tokens += len(read)
-            raise Stop
+        def drift(site: str) -> Drift:
+            inputs = passes.inputs(twin.get_submodule(self._family.linear_paths[site]))
+            return Drift(inputs, self._asymmetry)
 
-        linear = self._layer.get_submodule(self._family.linear_paths[site])
-        with hooks([(linear, compare)]), suppress(Stop):
-            run_layer(self._layer, *self._batches[batch])
+        yield drift
+        self._batches = passes.outputs()
+
+
+class Drift:
+    """α E[(x̃ − x) xᵀ] over the batches seen so far: x̃ is what the unquantized model reads."""
+
+    def __init__(self, originals: Iterator[Tensor], asymmetry: float):
+        self._originals, self._asymmetry = originals, asymmetry
+        self._sum, self._tokens = 0, 0
+
+    def add(self, x: Float[Tensor, "... n"]) -> None:
+        original, read = (values.flatten(0, -2).float() for values in (next(self._originals), x))
+        self._sum = self._sum + (original - read).T @ read
+        self._tokens += len(read)
 
     def take(self) -> Float[Tensor, "n n"]:
-        """α E[(x̃ − x) xᵀ] of what was added; the next starts from nothing."""
-        drift = self._sum * (self._asymmetry / self._tokens)
-        self._sum, self._tokens = 0, 0
-        return drift
+        return self._sum * (self._asymmetry / self._tokens)
 
 
 def _quantize_layer(
@@ -339,45 +343,23 @@ def _quantize_layer(
     """Quantize one layer and return the outputs it then has.
 
     What o, gate, up and down read depends on the weights before them, so all batches must reach an
-    input before its weights are quantized, and none may pass before. The last batch walks through
-    the layer once: a hook at each input holds it there, sends the other batches as far (where they
-    are stopped by `Stop`), quantizes, and lets it go on. So a single batch needs a single pass.
+    input before its weights are quantized, and none may pass before.
     """
-    layer = family.layers[index]
     linears = family.linears(index)
-    *others, last = batches
-    quantized, reached = set(), set()
-    hessian = Hessian()
-    running = len(others)  # the number of the batch that runs
-
-    def at_input(sites: tuple[str, ...]) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            nonlocal running
-            if sites in quantized:
-                return
-            hessian.add(args[0])
-            if unrounded:
-                unrounded.add(sites[0], running, args[0])
-            if sites in reached:  # this is one of the others: it has been seen, and is sent again
-                raise Stop
-            reached.add(sites)
-            for number, batch in enumerate(others):
-                running = number
-                with suppress(Stop):
-                    run_layer(layer, *batch)
-            running = len(others)
-            C = unrounded.take() if unrounded else None
+    waiting = batches_that_wait(family, batches, streams=2 if unrounded else 1)
+    passes = Passes(family.layers[index], batches, waiting)
+    with unrounded.beside(index, waiting) if unrounded else nullcontext() as drift_at:
+        for sites in READERS:
+            hessian, drift = Hessian(), drift_at(sites[0]) if unrounded else None
+            for x in passes.inputs(linears[sites[0]]):
+                hessian.add(x)
+                if drift:
+                    drift.add(x)
             weights = {name: linears[name] for name in sites}
+            C = drift.take() if drift else None
             with exact_products():
                 _quantize_together(index, weights, hessian.take(), C, solve, report)
-            quantized.add(sites)
-
-        return hook
-
-    beside = unrounded.beside(index) if unrounded else nullcontext()
-    with beside, hooks((linears[sites[0]], at_input(sites)) for sites in READERS):
-        final = run_layer(layer, *last)
-        return [(run_layer(layer, *batch), batch[1]) for batch in others] + [(final, last[1])]
+    return passes.outputs()
 
 
 def _quantize_together(

@@ -20,7 +20,7 @@ from rotlib.disk import ROOT, file_digest, write_json
 
 # what such a machine lacks of what the suite imports
 WHEELS = (
-    *("annotated-types", "compressed-tensors", "geoopt", "gguf", "loguru", "pydantic"),
+    *("annotated-types", "compressed-tensors", "geoopt", "gguf", "greenlet", "loguru", "pydantic"),
     *("pydantic-core", "typing-inspection"),
 )
 PYTHON = "3.12"

@@ -206,6 +206,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             _HESSIANS * wide**2 + _WEIGHTS * sizes["down"],
             _HESSIANS * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]),
         )
+        # one batch: further ones wait in a quarter of the memory that is free, or start anew
         working, streams = layer_run(at_once * recipe.window), 1
         if recipe.asymmetry:  # the original layer, what it computes, and the drift of what is read
             working = 2 * working + _FLOAT * (sum(sizes.values()) + 2 * wide**2)
