@@ -28,7 +28,7 @@ def folder_of(variable: str, default: str | Path) -> Path:
     >>> folder_of("ROTLIB_NOWHERE", "results").relative_to(ROOT)
     PosixPath('results')
     """
-    named = os.environ.get(variable) or default
+    named = os.environ.get(variable, "").strip() or default
     try:
         return ROOT / Path(named).expanduser()
     except RuntimeError as error:

@@ -42,11 +42,9 @@ def own_file(tmp_path, monkeypatch):
     path = tmp_path / "numerics.json"
     path.write_text(numerics.FILE.read_text())
     monkeypatch.setattr(numerics, "FILE", path)
-    numerics.entries.cache_clear()
-    numerics.drift.cache_clear()
+    numerics.forget()
     yield path
-    numerics.entries.cache_clear()
-    numerics.drift.cache_clear()
+    numerics.forget()
 
 
 @pytest.mark.parametrize("stage", canaries.CANARIES)
@@ -153,7 +151,7 @@ def test_every_committed_result_notes_the_stages_it_reads_and_none_is_stale():
 def test_a_run_on_code_that_computes_something_else_is_refused_with_what_to_do(monkeypatch):
     grids = importlib.import_module("rotlib.quantization.grids")
     canary = canaries.CANARIES["grids"]
-    numerics.drift.cache_clear()
+    numerics.forget()
     changed = {**canary.constants, "clip_norm": 2.5}
     monkeypatch.setitem(
         canaries.CANARIES, "grids", canaries.Canary(canary.numbers, changed, canary.tolerance)
@@ -165,10 +163,10 @@ def test_a_run_on_code_that_computes_something_else_is_refused_with_what_to_do(m
     assert "run `make numerics`" in str(e.value)
     assert "torch" in str(e.value)
     monkeypatch.undo()
-    numerics.drift.cache_clear()
+    numerics.forget()
     monkeypatch.setattr(grids, "CLIP_NORM", 3.0)
     assert "is" in numerics.drift("grids")  # the numbers tell as well
-    numerics.drift.cache_clear()
+    numerics.forget()
 
 
 def test_make_numerics_keeps_what_agrees_and_says_what_becomes_stale(own_file, monkeypatch, capsys):
@@ -190,7 +188,7 @@ def test_make_numerics_keeps_what_agrees_and_says_what_becomes_stale(own_file, m
     monkeypatch.setitem(
         canaries.CANARIES, "fusing", canaries.Canary(canary.numbers, other, canary.tolerance)
     )
-    numerics.drift.cache_clear()
+    numerics.forget()
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     before = own_file.read_bytes()
     with pytest.raises(SystemExit):

@@ -86,7 +86,7 @@ def test_the_sweeps_of_this_project_can_be_read(path):
         ("base: {seed: []}\n", r"line 1: seed must be a list"),
         ("arms:\n  - {bits: 3, bits: 4}\n", r"line 2: bits stands there a second time"),
         ("base: {bits: 3}\nbase: {bits: 4}\n", r"line 2: base stands there a second time"),
-        ("base: {bits: !x 3}\n", r"line 1: could not determine a constructor"),
+        ("base: {bits: !x 3}\n", r"line 1: tags ..x. aren't read"),
         ("base: [1]\n", r"line 1: this must map a recipe's fields to values"),
         ("arms: {bits: 3}\n", r"line 1: arms must be a list"),
         ("bits\n", r"must map rotations, base, grid, arms"),

@@ -62,7 +62,8 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
     if not any(folder.iterdir()):
         return
     try:
-        written = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"] | {MARKER: ""}
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        written = marker["files"] | {MARKER: ""}
         changed = [
             name
             for name in entries_of(folder)
@@ -71,6 +72,7 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
             or (folder / name).is_symlink()
             or (name != MARKER and file_digest(folder / name) != written[name])
         ]
+        changed += [] if marker.keys() == {"made by", "format", "files"} else [MARKER]
     except (OSError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{folder} holds something else than an export of rotlib, which is all that "

@@ -228,8 +228,26 @@ def _check_shapes(family: Family) -> None:
     for layer in range(len(family.layers)):
         for name, linear in family.linears(layer).items():
             _check_shape(f"layers.{layer}.{name}", linear, nn.Linear, shapes[name])
+        for name, norm in family.norms(layer).items():
+            _check_norm(f"layers.{layer}.{name}", norm, family)
+        if family.attention(layer).head_dim != family.head_dim:
+            raise ValueError(
+                f"layers.{layer} has heads of {family.attention(layer).head_dim}, and the config "
+                f"says {family.head_dim}: it was changed since the model was loaded"
+            )
+    _check_norm("the final norm", family.final_norm, family)
     _check_shape("the embedding", family.embedding, nn.Embedding, (config.vocab_size, width))
     _check_shape("lm_head", family.lm_head, nn.Linear, (config.vocab_size, width))
+
+
+def _check_norm(name: str, norm: Module, family: Family) -> None:
+    """Raises ValueError for a norm that isn't the RMSNorm of the model's own family."""
+    own = type(norm).__module__ == type(family.model).__module__
+    if not own or not type(norm).__name__.endswith("RMSNorm") or "forward" in vars(norm):
+        raise ValueError(
+            f"{name} is a {type(norm).__name__} that isn't {family.config.model_type}'s own "
+            "RMSNorm, so its gain can't be folded: load the original model"
+        )
 
 
 def _check_shape(name: str, module: Module, kind: type, shape: tuple[int, int]) -> None:

@@ -46,6 +46,8 @@ PACKAGED = {
 }
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# whatever a config asks for: other implementations may be code of the Hub, or compile first
+ATTENTION = "sdpa"
 # a buffer that old checkpoints hold, and transformers computes
 _RECOMPUTED = "rotary_emb.inv_freq"
 # a device must have room for so many copies of a model's weights: learning holds a second one, and
@@ -66,15 +68,18 @@ def open_model(
         raise ValueError(
             f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}"
         )
-    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+    if Path(source).is_dir() and not any(map(Path.is_file, Path(source).glob("*.safetensors"))):
         raise ValueError(
             f"the folder {name!r} holds no *.safetensors: other files may run code when they are "
             "read, so save the model with transformers' save_pretrained first"
         )
     with one_sentence(name):
         config = AutoConfig.from_pretrained(source, **_safely(source))
-        if getattr(config, "quantization_config", None) is None:
-            _check_floats(Path(source))
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
+    config._attn_implementation = ATTENTION
+    with one_sentence(name):
+        _check_files(Path(source))
     tokenizer = load_tokenizer(name)
     with one_sentence(name), bars_for_downloads_only(source):
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -83,10 +88,9 @@ def open_model(
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            config=config,
             **_safely(source),
         )
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
     if wrong := sorted(loading["mismatched_keys"]):
         weight, found, wanted = wrong[0]
         raise ValueError(
@@ -103,15 +107,22 @@ def open_model(
     return _placed(model.requires_grad_(False).eval(), device), tokenizer
 
 
-def _check_floats(folder: Path) -> None:
-    """Raises ValueError for what a folder's weights can't be: whole numbers, or files elsewhere."""
+def _check_files(folder: Path) -> None:
+    """Raises ValueError for what a folder's weights can't be.
+
+    Whole numbers, in files elsewhere or of another kind, or one weight in two files.
+    """
     for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        if strangers := [name for name in files if Path(name).name != name]:
-            raise ValueError(f"its {index.name} names {strangers[0]!r}, which isn't in the folder")
+        for name in files:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"its {index.name} names {name!r}, no safetensors of this folder")
+    owner: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         with safe_open(file, "pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - it is no dictionary
+                if owner.setdefault(key, file.name) != file.name:
+                    raise ValueError(f"its weight {key} is in {owner[key]} and in {file.name}")
                 if (dtype := weights.get_slice(key).get_dtype())[0] not in "FB" or dtype == "BOOL":
                     raise ValueError(
                         f"its weight {key} is of the type {dtype}, not of floating-point numbers"

@@ -83,9 +83,10 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
-    """Of others': a norm computed more exactly is the same norm."""
+    """Of others': a norm computed more exactly is the same norm, and transformers only looks."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(hook is not exact_norm for hook in hooks)
+    others = (hook for hook in hooks if hook is not exact_norm)
+    return any(not hook.__module__.startswith("transformers.") for hook in others)
 
 
 def _check_range(family: Family, rotation: Rotation) -> None:

@@ -52,6 +52,8 @@ def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     floats("x", x)
+    if x.dtype == torch.float16:  # whose range the sums before the division leave
+        return apply_hadamard(x.float()).half()
     n = x.shape[-1]
     left, right = _balanced_on(n, x.dtype, x.device)
     # dividing by √n apart keeps the factors ±1: rounded to bfloat16, 1/√n would be a gain that
@@ -200,8 +202,9 @@ def _balanced(n: int) -> tuple[Int8[Tensor, "a a"], Int8[Tensor, "b b"]]:
 def _balanced_on(
     n: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, "a a"], Float[Tensor, "b b"]]:
-    left, right = _balanced(n)
-    return left.to(device, dtype), right.to(device, dtype)
+    with torch.inference_mode(False):  # kept for callers of every mode
+        left, right = _balanced(n)
+        return left.to(device, dtype), right.to(device, dtype)
 
 
 def _paley_field(order: int) -> tuple[int, int] | None:

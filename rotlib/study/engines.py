@@ -43,7 +43,10 @@ def work(recipes: list[dict], own_rotations: bytes) -> list[str | None]:
             _clear_damaged(recipe)
             run_all([recipe])
             failures.append(None)
-        except Exception as error:  # whatever it is, other recipes needn't suffer for it
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever it is, other recipes needn't suffer for it
             failures.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
     return failures
 

@@ -25,7 +25,7 @@ from rotlib.measure.fidelity import CHUNK
 from rotlib.models.content import model_content
 from rotlib.models.families import Family, adapt
 from rotlib.models.walk import BATCH_TOKENS
-from rotlib.models.zoo import free_memory, one_sentence, resolve
+from rotlib.models.zoo import ATTENTION, free_memory, one_sentence, resolve
 from rotlib.study.files import PINNED
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
 
@@ -79,6 +79,7 @@ def _outline(model: str, content: str | None) -> tuple[Family, torch.dtype]:
         safely = {"trust_remote_code": False}
         config = AutoConfig.from_pretrained(source, **safely)
         dtype = config.dtype or torch.float32
+        config._attn_implementation = ATTENTION
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **safely).eval()
     if online := getattr(config, "rotlib_online", None):  # `load` would apply them
         empty.rotlib_online = online

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from rotlib.models.text import CORPORA
 from rotlib.quantization.activations import ActivationQuant
 from rotlib.study import own
 from rotlib.study.files import PINNED, spec_hash
@@ -134,13 +135,18 @@ def changed_since(noted: dict[str, str]) -> list[str]:
     return [stage for stage, digest in noted.items() if _digest_of(stage) != digest]
 
 
-@lru_cache
 def drift(stage: str) -> str | None:
     """What a stage computes otherwise, here and now, than its entry says; None where it doesn't."""
-    from rotlib.study.canaries import CANARIES, INPUTS  # it imports every numeric module
-
     if stage.startswith(_OWN):
         return None
+    # code is looked at once a process; ROTLIB_DATA may name another text meanwhile
+    return _drift.__wrapped__(stage) if stage in CORPORA else _drift(stage)
+
+
+@lru_cache
+def _drift(stage: str) -> str | None:
+    from rotlib.study.canaries import CANARIES, INPUTS  # it imports every numeric module
+
     if unknown([stage]):
         return "it has no entry yet"
     entry, found = entries()[stage], (INPUTS | CANARIES)[stage]
@@ -152,6 +158,12 @@ def drift(stage: str) -> str | None:
         if distance(numbers.get(name), value) > found.allowed(name):
             return f"{name} is {_short(numbers.get(name))}, not {_short(value)}"
     return None
+
+
+def forget() -> None:
+    """What was read of the file and compared with it so far."""
+    entries.cache_clear()
+    _drift.cache_clear()
 
 
 def distance(found: object, expected: object) -> float:

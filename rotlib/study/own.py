@@ -1,7 +1,9 @@
 """Rotations of one's own: known by their source, and taken along to a sweep's workers."""
 
+import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import getsource, signature
@@ -15,6 +17,8 @@ from torch import Tensor
 from rotlib.checks import yes_or_no
 from rotlib.rotations.rotation import Rotation
 from rotlib.study.recipe import OWN, SHIPPED
+
+_OF_DISPATCH = ("registry",)  # functools.singledispatch keeps its implementations there
 
 
 def register_rotation(name: str, replace: bool = False) -> Callable:
@@ -46,15 +50,23 @@ def register_rotation(name: str, replace: bool = False) -> Callable:
                 "replace=True to put this one in its place"
             )
         OWN[name] = make
+        make.registered_file = _file_of(make)
         return make
 
     return register
 
 
-def source_digest(make: Callable) -> str:
-    """Twelve hexadecimal digits over a function's source, and over what it calls of its own module.
+def _file_of(make: FunctionType) -> str:
+    """The whole module's file, comments apart, as it is when the function is registered."""
+    file = getattr(sys.modules.get(make.__module__), "__file__", None)
+    return ast.unparse(ast.parse(Path(file).read_bytes())) if file and Path(file).is_file() else ""
 
-    The values that these read there count too, those of the functions around them, and defaults.
+
+def source_digest(make: Callable) -> str:
+    """Twelve hexadecimal digits over the file of a function's module, and over what it reads there.
+
+    In a notebook, which is no file, over the source of the function, and of what it calls of its
+    own. The values that these read count too, those of the functions around them, and defaults.
     Raises ValueError where a source can't be read, or where a value can't be told by its bytes.
     """
     if not isinstance(make, FunctionType):
@@ -69,24 +81,21 @@ def source_digest(make: Callable) -> str:
         ) from error
     seen: dict[int, str] = {}
     _read(make, make.__module__, seen)
-    return sha256("".join(sorted(seen.values())).encode()).hexdigest()[:12]
+    file = getattr(make, "registered_file", _file_of(make))
+    return sha256("".join([file, *sorted(seen.values())]).encode()).hexdigest()[:12]
 
 
 def _read(thing: object, module: str, seen: dict[int, str], name: str = "") -> None:
     """Note the source of a function or a class of this module, or another value, by its name."""
-    thing = getattr(thing, "__wrapped__", thing)  # behind a cache, say
-    if id(thing) in seen or isinstance(thing, ModuleType):
+    if thing is None or id(thing) in seen or isinstance(thing, ModuleType | BuiltinFunctionType):
         return
+    parts = list(_parts(thing, module))
     if isinstance(thing, FunctionType | type):
         if thing.__module__ != module:
             return
         seen[id(thing)] = _source(thing)
-        inside = vars(thing).values() if isinstance(thing, type) else ()
-        for part in inside:
-            if isinstance(part := getattr(part, "__func__", part), FunctionType):
-                _read(part, module, seen)
-    elif isinstance(thing, BuiltinFunctionType | MethodType) or hasattr(thing, "__next__"):
-        return
+    elif parts or hasattr(thing, "__next__"):
+        seen[id(thing)] = f"{name} {type(thing).__name__} {len(parts)}"
     else:
         try:
             told = _told(thing)
@@ -96,14 +105,35 @@ def _read(thing: object, module: str, seen: dict[int, str], name: str = "") -> N
                 "can't be told by its bytes: make it inside the function"
             ) from error
         seen[id(thing)] = f"{name} {told}"
-        return
+    for part, value in parts:
+        _read(value, module, seen, f"{name} {part}".strip())
+
+
+def _parts(thing: object, module: str) -> Iterator[tuple[str, object]]:
+    """(name, value) of what else has to be read to know what a thing does."""
+    if wrapped := getattr(thing, "__wrapped__", None):  # behind a decorator, or a cache
+        yield "wrapped", wrapped
     if isinstance(thing, FunctionType):
-        found = {one: thing.__globals__.get(one) for one in _names(thing.__code__)}
-        found |= {one: cell.cell_contents for one, cell in _cells(thing)}
-        found |= {f"default {number}": value for number, value in enumerate(_defaults(thing))}
-        for one, value in found.items():
-            if value is not None:
-                _read(value, module, seen, one)
+        yield from ((one, thing.__globals__.get(one)) for one in _names(thing.__code__))
+        yield from ((one, cell.cell_contents) for one, cell in _cells(thing))
+        yield from ((f"default {one}", value) for one, value in enumerate(_defaults(thing)))
+        yield from ((one, value) for one, value in vars(thing).items() if one in _OF_DISPATCH)
+    elif isinstance(thing, MethodType):
+        yield from (("function", thing.__func__), ("self", thing.__self__))
+    elif isinstance(thing, partial):
+        yield from (("function", thing.func), ("given", thing.args), ("named", thing.keywords))
+    elif isinstance(thing, type):
+        yield from ((base.__name__, base) for base in thing.__bases__)
+        for one, value in vars(thing).items():
+            value = getattr(value, "fget", getattr(value, "__func__", value))
+            if isinstance(value, FunctionType):
+                yield one, value
+    elif isinstance(thing, Mapping):
+        yield from ((str(one), value) for one, value in thing.items())
+    elif isinstance(thing, list | tuple):
+        yield from ((str(one), value) for one, value in enumerate(thing))
+    elif type(thing).__module__ == module and not isinstance(thing, Tensor):
+        yield from [("class", type(thing)), *vars(thing).items()]
 
 
 def _told(value: object) -> str:

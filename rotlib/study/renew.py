@@ -52,8 +52,7 @@ def write(stages: dict[str, dict]) -> None:
     """Write the file, atomically."""
     file = {"format": numerics.FORMAT, "sum": spec_hash(stages, 64), "stages": stages}
     write_json(numerics.FILE, file, sort_keys=True)
-    numerics.entries.cache_clear()
-    numerics.drift.cache_clear()
+    numerics.forget()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -78,6 +78,8 @@ def _check_growth(path: Path, text: str) -> None:
             raise ValueError(
                 f"{where}: anchors and aliases (& and *) aren't read: write the values out"
             )
+        if getattr(event, "tag", None):
+            raise ValueError(f"{where}: tags ({event.tag}) aren't read: write plain values")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:

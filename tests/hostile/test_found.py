@@ -12,16 +12,19 @@ from conftest import save_tiny_model, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 from transformers import LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 import rotlib as rl
 from rotlib.checkpoints.folder import MARKER, _aside
+from rotlib.disk import folder_of
 from rotlib.models.text import text_content
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.gptq import Report
-from rotlib.study import sweep, tables
+from rotlib.study import numerics, sweep, tables
 from rotlib.study.canaries import WORDS
+from rotlib.study.own import read_rotations, source_digest
 from rotlib.study.pipeline import run
-from rotlib.study.recipe import Recipe
+from rotlib.study.recipe import OWN, Recipe
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def test_an_index_names_files_of_its_own_folder(tmp_path):
     save_tiny_model(tmp_path)
     index = {"weight_map": {"lm_head.weight": "../other/weights.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with refused("names '../other/weights.safetensors', which isn't in the folder"):
+    with refused("names '../other/weights.safetensors', no safetensors of this folder"):
         rl.load(str(tmp_path))
 
 
@@ -327,3 +330,188 @@ def test_test_text_is_not_calibration_text(tmp_path, monkeypatch):
         (tmp_path / "wikitext2" / f"wiki.{part}.raw").write_text("one text")
     with refused("both splits of wikitext2 are one text"):
         text_content("wikitext2")
+
+
+# from here on: the fifth hunt
+
+_FILE = """import functools, torch, rotlib as rl
+from functools import partial, singledispatch, wraps
+
+def helper(n, value=1.0):
+    return torch.eye(n, dtype=torch.float64).roll({shift}, 0)
+
+class Base:
+    def make(self, n): return helper(n)
+
+class Maker(Base):
+    pass
+
+def twice(f):
+    @wraps(f)
+    def inner(*args): return f(*args)
+    return inner
+
+@singledispatch
+def by_kind(n): return helper(n)
+
+decorated, given, one = twice(helper), partial(helper, value=2.0), Maker()
+bound, listed, named = one.make, [helper], {{"a": helper}}
+
+@rl.register_rotation("turned")
+def turned(model, seed=0, R3=False, R4=False):
+    return rl.Rotation({call}(model.config.hidden_size), None, R3, R4)
+"""
+_CALLS = ("decorated", "given", "one.make", "bound", "listed[0]", 'named["a"]', "by_kind")
+
+
+@pytest.fixture
+def turned():
+    yield lambda: source_digest(OWN["turned"])
+    OWN.clear()
+
+
+@pytest.mark.parametrize("call", _CALLS)
+def test_a_rotation_of_ones_own_is_known_by_all_of_its_file(call, tmp_path, turned):
+    digests = []
+    for shift in (1, 1, 2):
+        OWN.clear()
+        (tmp_path / "mine.py").write_text(_FILE.format(call=call, shift=shift))
+        read_rotations(tmp_path / "mine.py")
+        digests.append(turned())
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("call", _CALLS)
+def test_in_a_notebook_it_is_known_by_all_that_it_calls(call, tmp_path, turned, monkeypatch):
+    monkeypatch.setattr("rotlib.study.own._file_of", lambda make: "")  # no file, but cells
+    test_a_rotation_of_ones_own_is_known_by_all_of_its_file(call, tmp_path, turned)
+
+
+def test_a_rotation_whose_file_was_changed_after_its_import_is_neither(tmp_path, turned):
+    file = tmp_path / "mine.py"
+    file.write_text(_FILE.format(call="helper", shift=1))
+    read_rotations(file)
+    before = turned()
+    file.write_text(_FILE.format(call="helper", shift=2))
+    edited = turned()
+    OWN.clear()
+    read_rotations(file)
+    assert len({before, edited, turned()}) == 3
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, GemmaRMSNorm])
+@pytest.mark.parametrize("path", ["layers.1.input_layernorm", "norm"])
+def test_a_norm_of_another_kind_is_refused(model, kind, path):
+    model.model.set_submodule(path, kind(48).eval().requires_grad_(False))
+    with refused("isn't llama's own RMSNorm, so its gain can't be folded"):
+        rl.fuse(model, rl.random_rotation(model))
+
+
+def test_a_config_with_other_heads_is_refused(model):
+    model.config.num_attention_heads *= 2
+    model.config.num_key_value_heads *= 2
+    model.config.head_dim = 48 // model.config.num_attention_heads
+    with refused("it was changed since the model was loaded"):
+        rl.fuse(model, rl.random_rotation(model))
+
+
+def test_a_text_that_is_replaced_under_a_pinned_name_is_seen(tmp_path, monkeypatch):
+    assert numerics.drift("wikipedia-mini") is None
+    (tmp_path / "wikipedia-mini").mkdir()
+    for split in ("calibration", "test"):
+        (tmp_path / "wikipedia-mini" / f"{split}.txt").write_text(f"another {split} text")
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
+    with refused("the stage 'wikipedia-mini' computes something else here"):
+        numerics.check(["wikipedia-mini"])
+    monkeypatch.delenv("ROTLIB_DATA")
+    numerics.check(["wikipedia-mini"])
+
+
+def test_an_index_names_no_pickle(tmp_path):
+    save_tiny_model(tmp_path)
+    index = {"weight_map": {"lm_head.weight": "weights.bin"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refused("names 'weights.bin', no safetensors of this folder"):
+        rl.load(str(tmp_path))
+
+
+def test_a_weight_in_two_files_is_refused(tmp_path):
+    save_tiny_model(tmp_path)
+    key = "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({key: weights[key] + 1}, tmp_path / "other.safetensors", {"format": "pt"})
+    with refused(f"its weight {key} is in model.safetensors and in other.safetensors"):
+        rl.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["evil", "gptq"])
+def test_a_folder_that_says_it_is_quantized_is_not_loaded(method, tmp_path):
+    save_tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with refused("is quantized already: load the original model it was made from"):
+        rl.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "somebody/kernels"])
+def test_a_config_cannot_choose_the_code_of_attention(attention, tmp_path):
+    save_tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["attn_implementation"] = config["_attn_implementation"] = attention
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, _ = rl.load(str(tmp_path))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_export_in_16_bits_still_computes_what_the_model_does(dtype, model, tmp_path):
+    rl.rtn(model, rl.WeightQuant())
+    rl.export(model, tmp_path / "sound", dtype=dtype)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, out: (1.3 * out[0], *out[1:]))
+    with pytest.raises(RuntimeError, match="computes other logits from the folder"):
+        rl.export(model, tmp_path / "hooked", dtype=dtype)
+
+
+def test_hadamard_in_float16_stays_within_its_range():
+    x = torch.zeros(1, 4096, dtype=torch.float16)
+    x[0, :64] = 1100
+    exact = rl.apply_hadamard(x.double())
+    torch.testing.assert_close(rl.apply_hadamard(x).double(), exact, rtol=1e-3, atol=1)
+
+
+def test_a_hadamard_matrix_first_used_in_inference_mode_has_slopes_later():
+    with torch.inference_mode():
+        rl.apply_hadamard(torch.randn(2, 1536))
+    x = torch.randn(2, 1536, requires_grad=True)
+    rl.apply_hadamard(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_that_the_environment_names_has_no_blanks_around_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROTLIB_RESULTS", f" {tmp_path} ")
+    assert folder_of("ROTLIB_RESULTS", "results") == tmp_path
+
+
+def test_an_export_whose_marker_holds_notes_is_not_replaced(model, tmp_path):
+    rl.rtn(model, rl.WeightQuant())
+    folder = rl.export(model, tmp_path / "out")
+    marker = json.loads((folder / MARKER).read_text())
+    (folder / MARKER).write_text(json.dumps(marker | {"notes": "the one for the talk"}))
+    with refused("isn't as rotlib wrote it"):
+        rl.export(model, folder, overwrite=True)
+
+
+def test_a_model_that_has_shown_its_hidden_states_can_be_fused(model, tokens):
+    before = model(tokens, output_hidden_states=True).logits
+    rl.fuse(model, rl.random_rotation(model))
+    torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e25])
+def test_a_rotation_is_not_learned_of_weights_without_fourth_powers(model, size):
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight *= size
+    with refused("beyond what a rotation can be learned of: scale the model first"):
+        rl.optrot(model, steps=2)
