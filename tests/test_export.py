@@ -96,7 +96,7 @@ def test_a_sixteen_bit_model_is_exported_by_its_codes(tokens, tmp_path):
 
 def test_a_group_as_wide_as_a_row_is_a_group(tokens, tmp_path):
     model = quantized(rl.WeightQuant(group_size=16), tokens, "llama, head_dim ≠ hidden/heads")
-    weights = checkpoint.codes_of(model)
+    weights = codes_of(model)
     codes, scale, zero = weights["layers.0.k"]
     weights["layers.0.k"] = rl.QuantizedWeight(codes[:, :16], scale[:, :1], zero[:, :1])
     assert checkpoint._packing(weights).group_size == 16

@@ -16,7 +16,7 @@ from conftest import save_short_text, save_tiny_model
 
 import rotlib as rl
 from rotlib import disk
-from rotlib.models.families import Family
+from rotlib.models.families import Family, weights_sample
 from rotlib.study import diagnostics, files, numerics, store, tables
 from rotlib.study.recipe import rotations
 
@@ -559,3 +559,34 @@ def test_the_table_has_a_line_a_rotation_and_a_column_a_precision():
     assert header == "| rotation | tokens | learning, s | memory, GB | W4 | W4A8 |"
     assert none == "| none | – | – | – | 0.600 |  |"
     assert spinquant == "| spinquant | 32,768 | 170 | 2.0 | 0.200 ± 0.058 | 0.400 |"
+
+
+def test_a_tuned_recipe_is_kept_and_put_back(recipe, monkeypatch):
+    run = replace(recipe, rotation="hadamard", tuning=3)
+    plain = rl.run(replace(run, tuning=0))
+    result = rl.run(run)
+    held_out = result.metrics["tuning_held_out"]
+    assert next(iter(held_out)) == "0"
+    assert held_out[str(result.metrics["tuning_step"])] == min(held_out.values())
+    assert result.metrics["kl"] != plain.metrics["kl"]
+    assert result.seconds["tune"] > 0
+    model, _ = rl.build(run)
+    assert result.provenance["weights"] == weights_sample(model)
+
+    def unwanted(*_, **__):
+        raise AssertionError("it is kept")
+
+    monkeypatch.setattr(pipeline, "tune", unwanted)
+    monkeypatch.setattr(pipeline, "gptq", unwanted)
+    again, _ = rl.build(run)
+    assert weights_sample(again) == weights_sample(model)
+
+
+def test_tuning_needs_text_behind_the_calibration(recipe):
+    with pytest.raises(ValueError, match=r"windows of .* were asked for, but this text has"):
+        rl.run(replace(recipe, tuning=10**6))
+
+
+def test_tuning_belongs_to_rounded_weights():
+    with pytest.raises(ValueError, match="tuning belongs to rounded weights"):
+        rl.Recipe(rounding="none", tuning=4)

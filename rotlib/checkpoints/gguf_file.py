@@ -20,9 +20,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotlib.checkpoints.packed import bits_for, codes_of, tied
+from rotlib.checkpoints.packed import bits_for, tied
 from rotlib.models.families import Family, adapt
-from rotlib.quantization.grids import QuantizedWeight, WeightQuant
+from rotlib.quantization.grids import QuantizedWeight, WeightQuant, codes_of
 from rotlib.rotations.rotation import placed_weights
 
 NAME = "model.gguf"

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.models.families import adapt
-from rotlib.quantization.grids import QuantizedWeight, WeightQuant, check_on_grid
+from rotlib.quantization.grids import QuantizedWeight, WeightQuant, codes_of
 from rotlib.rotations.rotation import placed_weights
 
 SHARD = "5GB"
@@ -139,37 +139,6 @@ class Checkpoint:
             if not self._packing.symmetric:
                 config.quantization_config["dequantize"] = True
         return config
-
-
-def codes_of(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
-    """The codes of every quantized weight, by names such as "layers.0.q".
-
-    Raises ValueError where one has none, or another weight by now than its codes stand for.
-    """
-    weights = {}
-    for placed in placed_weights(adapt(model), quantized_only=True):
-        weights[placed.name] = getattr(placed.module, "quantized", None)
-        if not isinstance(weights[placed.name], QuantizedWeight):
-            raise ValueError(
-                f"{placed.name} has no codes: quantize the model with rl.gptq or rl.rtn first, "
-                "or export it as 'fused'"
-            )
-        check_on_grid(placed.name, weights[placed.name])
-        if not _stands_for(weights[placed.name], placed.module.weight):
-            raise ValueError(
-                f"the weight of {placed.name} was changed since it was quantized, so its codes "
-                "aren't its own: load the original again and quantize it"
-            )
-    return weights
-
-
-def _stands_for(codes: QuantizedWeight, weight: Tensor) -> bool:
-    """Whether a weight is what its codes stand for, in its own dtype or rounded to 16 bits once."""
-    dense, weight = codes.dense(), weight.to(codes.codes.device)
-    return dense.shape == weight.shape and any(
-        torch.equal(dense.to(dtype).to(weight.dtype), weight)
-        for dtype in (weight.dtype, torch.bfloat16, torch.float16)
-    )
 
 
 def tied(model: PreTrainedModel) -> bool:

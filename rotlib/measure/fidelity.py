@@ -6,7 +6,6 @@ model) is the mean over the same tokens, in nats; it compares whole distribution
 reference's and is far less noisy than perplexity. Logits exist for a few positions at a time.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass, field
 from math import exp, inf
 from statistics import fmean
@@ -18,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids, whole_number
-from rotlib.models.families import adapt, check_not_rounding, check_sound, is_quantized
+from rotlib.models.families import adapt, check_sound, is_quantized
+from rotlib.models.reference import Reference, check_finite, check_reference
 from rotlib.models.text import windows as cut
-from rotlib.models.walk import NOT_FINITE, final_hidden
+from rotlib.models.walk import final_hidden
 from rotlib.precision import model_products
 
 CHUNK = 128  # positions whose logits exist at a time
@@ -58,28 +58,6 @@ class Evaluation:
         return values
 
 
-class Reference:
-    """A model's hidden states over some windows, from which its logits are one product away.
-
-    Comparing many quantized models with one original then runs the original once; raises like
-    `adapt`.
-
-    >>> evaluate(model, tokens, Reference(model, tokens)).kl_divergence < 1e-6
-    True
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "windows length"]):
-        family = adapt(model)
-        check_not_rounding(model)
-        check_sound(model)
-        token_ids("windows", windows, 2, model)
-        self.windows = windows.clone()
-        self.lm_head = deepcopy(family.lm_head)  # the model may be rotated in place later on
-        self.hidden = final_hidden(family, windows)
-        _check_finite(self.hidden)
-
-
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
@@ -94,24 +72,16 @@ def evaluate(
     family = adapt(model)
     check_sound(model)
     token_ids("windows", windows, 2, model)
-    if reference is not None and not isinstance(reference, Reference):
-        raise ValueError(
-            "the reference must be a rl.Reference(model, windows), "
-            f"not a {type(reference).__name__}"
-        )
-    if reference is not None and not torch.equal(reference.windows, windows):
-        raise ValueError(
-            "the reference was taken over other tokens: build it from the same windows"
-        )
-    if reference is not None and reference.lm_head.out_features != model.config.vocab_size:
-        raise ValueError(
-            f"the reference has {reference.lm_head.out_features} tokens and the model "
-            f"{model.config.vocab_size}: compare models of one vocabulary"
-        )
+    if reference is not None:
+        check_reference(reference, model)
+        if not torch.equal(reference.windows, windows):
+            raise ValueError(
+                "the reference was taken over other tokens: build it from the same windows"
+            )
     result = Evaluation()
     hidden = final_hidden(family, windows)
     if not is_quantized(model) and not getattr(model, "rotlib_rounding", False):
-        _check_finite(hidden)  # what rounding has broken is measured as it is
+        check_finite(hidden)  # what rounding has broken is measured as it is
     sides = [(family.lm_head, hidden)]
     if reference is not None:
         sides.append((reference.lm_head, reference.hidden))
@@ -134,11 +104,6 @@ def evaluate(
                 result.reference_cross_entropy.append(means[1])
                 result.kl.append(means[2])
     return result
-
-
-def _check_finite(hidden: list[Tensor]) -> None:
-    if not all(torch.isfinite(states).all() for states in hidden):
-        raise ValueError(NOT_FINITE)
 
 
 def perplexity(model: PreTrainedModel, tokens: Int[Tensor, " n"], window: int = 1024) -> float:

@@ -45,10 +45,12 @@ from rotlib.learning import (
     sampling,
     spinquant,
     start,
+    tuning,
 )
 from rotlib.measure import bounds, fidelity, offline_tasks, outliers, slopes, weights, zeroshot
 from rotlib.models import text, walk, zoo
 from rotlib.models.families import adapt
+from rotlib.models.reference import Reference
 from rotlib.precision import float32_everywhere
 from rotlib.quantization import activations, gptq, grids, hessian
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
@@ -402,6 +404,31 @@ def _gptaq() -> dict:
     return numbers | {"errors": [module.error for module in report.modules][7:]}
 
 
+@canary(
+    "tuning",
+    tuning.tune,
+    warm_up=tuning.WARM_UP,
+    betas=tuning.BETAS,
+    looks=tuning.LOOKS,
+    tolerance=2e-3,
+)
+def _tuning() -> dict:
+    numbers = {}
+    for name, group_size in (("rows", None), ("groups", 8)):
+        model = tiny(torch.float32)
+        ids = token_windows(4, 24)
+        seen = Reference(model, ids)
+        grids.rtn(model, grids.WeightQuant(bits=3, group_size=group_size, convention="full"))
+        found = tuning.tune(model, seen, steps=3, held_out=2)
+        numbers[f"{name}, kl"] = found.kl
+        numbers[f"{name}, held out"] = [float(kl) for kl in found.held_out.values()]
+        numbers[f"{name}, scales"] = [profile(one.scale) for one in found.weights.values()]
+        numbers[f"{name}, gains"] = [profile(gain) for gain in found.gains]
+        tuning.set_gains(model, [2 * gain for gain in found.gains])
+        numbers[f"{name}, doubled"] = [profile(gain) for gain in tuning.gains_of(adapt(model))]
+    return numbers
+
+
 @canary("activations", activations.ActivationQuant, protocols=activations.PROTOCOLS, tolerance=2e-2)
 def _activations() -> dict:
     x, numbers = noise(2, 3, 16), {}
@@ -647,7 +674,7 @@ def _ostquant() -> dict:
 def _evaluation() -> dict:
     model, other, ids = tiny(torch.float32), tiny(torch.float32), token_windows(2, 20)
     other.model.layers[1].mlp.down_proj.weight.mul_(0.7)
-    found = fidelity.evaluate(other, ids, fidelity.Reference(model, ids))
+    found = fidelity.evaluate(other, ids, Reference(model, ids))
     stream = ids.flatten()
     return {
         "cross-entropy": found.cross_entropy,

@@ -30,7 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from rotlib.checks import positive, whole_number
 from rotlib.disk import ROOT, write_json
 from rotlib.learning.optrot import optrot
-from rotlib.measure.fidelity import Reference, evaluate
+from rotlib.measure.fidelity import evaluate
+from rotlib.models.reference import Reference
 from rotlib.models.walk import norms_in_model_dtype
 from rotlib.models.zoo import pick_device
 from rotlib.precision import float32_everywhere

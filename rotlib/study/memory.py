@@ -21,6 +21,7 @@ from rotlib.learning.objectives import TOKENS
 from rotlib.learning.ostquant import OSTQUANT_PRESETS
 from rotlib.learning.sampling import BATCH, STEPS_A_DRAW
 from rotlib.learning.spinquant import SPINQUANT_PRESETS
+from rotlib.learning.tuning import HELD_OUT
 from rotlib.measure.fidelity import CHUNK
 from rotlib.models.content import model_content
 from rotlib.models.families import Family, adapt
@@ -217,6 +218,11 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             max(0.0, scores(at_once) - solve),  # the scores are gone when a weight is solved for
             streams * 2 * states(windows),
             codes,
+        )
+    if recipe.tuning:
+        kept = layers * layer_run(recipe.window) + logits(recipe.window, "ostquant")
+        found["tune"] = Stage(
+            kept, scores(1), states(recipe.tuning + HELD_OUT) + _FLOAT * head, codes
         )
     return found
 

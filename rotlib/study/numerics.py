@@ -77,7 +77,7 @@ def stages_of(spec: dict) -> list[str]:
     if learned_on == "weights":
         stages.add("grids")
     if task in ("quantize", "zero-shot", "weights") and setting("rounding") != "none":
-        stages.add("grids")
+        stages |= {"grids"} | ({"tuning"} if setting("tuning") else set())
         if setting("rounding") == "gptq":
             stages |= {"covariance", "gptq"} | ({"gptaq"} if setting("asymmetry") else set())
     return sorted(stages)

@@ -8,7 +8,7 @@ next recipe with the same weights.
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from hashlib import sha256
 
@@ -25,8 +25,10 @@ from rotlib.learning.optrot import kurtail, mixed, optrot
 from rotlib.learning.optrot_plus import optrot_plus
 from rotlib.learning.ostquant import ostquant
 from rotlib.learning.spinquant import spinquant
-from rotlib.measure.fidelity import Reference, evaluate
+from rotlib.learning.tuning import HELD_OUT, set_gains, tune
+from rotlib.measure.fidelity import evaluate
 from rotlib.models.families import adapt, weights_sample
+from rotlib.models.reference import Reference
 from rotlib.models.text import fingerprint, load_tokens, windows
 from rotlib.models.zoo import load_tokenizer, pick_device, resolve
 from rotlib.quantization.activations import (
@@ -175,13 +177,44 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
     """Rotate and quantize the original model in place; returns what that took."""
     record = Record()
     rotation = rotation_of(recipe, model, record)
+    spec = recipe.sharing_weights().spec() | {"task": "weights"}
+    tuned = Kept(spec, adapt(model).device, _identity(rotation))
+    done = tuned.read() if recipe.tuning else None
+    if recipe.tuning and done is None:
+        with record.timed("tune"):
+            reference = Reference(model, tuning_tokens(recipe))
     with record.timed("fuse"):
         if rotation is not None:
             fuse(model, rotation)
     record.seconds["quantize"] = 0.0
-    if recipe.rounding != "none":
+    if done is not None:
+        restore(model, unpacked(done["weights"]), recipe.quant)
+        set_gains(model, done["gains"])
+        record.metrics |= done["metrics"]
+        record.seconds |= done["seconds"]
+    elif recipe.rounding != "none":
         _quantize(recipe, model, rotation, calibration, record)
+        if recipe.tuning:
+            _tune(recipe, model, reference, tuned, record)
     return record
+
+
+def _tune(
+    recipe: Recipe, model: PreTrainedModel, reference: Reference, kept: Kept, record: Record
+) -> None:
+    """Tune the quantized model to the original's reference, and keep what that gave."""
+    with record.timed("tune"):
+        tuning = tune(model, reference, steps=recipe.tuning)
+    looks = {str(step): round(kl, 6) for step, kl in tuning.held_out.items()}
+    record.metrics |= {"tuning_held_out": looks, "tuning_step": tuning.step}
+    made_by = ("fallbacks", "tuning_held_out", "tuning_step")
+    done = {
+        "weights": packed(tuning.weights),
+        "gains": tuning.gains,
+        "metrics": {name: record.metrics[name] for name in made_by if name in record.metrics},
+        "seconds": {name: record.seconds[name] for name in ("quantize", "tune")},
+    }
+    kept.write(done)
 
 
 def _quantize(
@@ -196,7 +229,7 @@ def _quantize(
         with record.timed("quantize"):
             rtn(model, recipe.quant)
         return
-    spec = recipe.sharing_weights().spec() | {"task": "weights"}
+    spec = replace(recipe.sharing_weights(), tuning=0).spec() | {"task": "weights"}
     how = spec, adapt(model).device, _identity(rotation)
     whole, layers = Kept(*how), KeptLayers(*how)
     if done := whole.read():
@@ -221,6 +254,12 @@ def _quantize(
 def calibration_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
     """The recipe's calibration windows, drawn from the calibration text by its seed."""
     return _drawn_windows(recipe, recipe.calibration_windows)
+
+
+def tuning_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
+    """The windows that scales are tuned on and those held out: behind the calibration's."""
+    first = recipe.calibration_windows
+    return _drawn_windows(recipe, first + recipe.tuning + HELD_OUT)[first:]
 
 
 def learning_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:

@@ -72,9 +72,10 @@ class Recipe:
     learns OptRot's objective for groups of `group_size`. `activation_share` is λ of "mixed", `form`
     OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
     recipe's grid, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none" keeps
-    16-bit weights; `asymmetry` is GPTAQ's α. `order` "weights-first" calibrates GPTQ on unrounded
-    activations, "activations-first" on rounded ones. Raises ValueError at construction for a value
-    outside the choices, or one that would go unread.
+    16-bit weights; `asymmetry` is GPTAQ's α; `tuning` is how many steps scales and gains are tuned
+    for, each on a window of its own, and further ones are held out. `order` "weights-first"
+    calibrates GPTQ on unrounded activations, "activations-first" on rounded ones. Raises ValueError
+    at construction for a value outside the choices, or one that would go unread.
 
     >>> Recipe(rotation="optrot", bits=3).spec()
     {'task': 'quantize', 'rotation': 'optrot', 'bits': 3}
@@ -105,6 +106,7 @@ class Recipe:
     clip_search: bool = True
     act_order: bool = False
     asymmetry: float = 0.0
+    tuning: int = 0
     activation_bits: int = FULL
     kv_bits: int = FULL
     protocol: str = "rotlib"
@@ -133,7 +135,8 @@ class Recipe:
         for name, allowed in choices.items():
             one_of(name, getattr(self, name), allowed)
         counts = ("calibration_windows", "learning_windows", "test_windows")
-        for name, least in {"window": 2, **dict.fromkeys(counts, 1), "seed": 0}.items():
+        least_of = {"window": 2, **dict.fromkeys(counts, 1), "seed": 0, "tuning": 0}
+        for name, least in least_of.items():
             whole_number(name, getattr(self, name), least)
         for name in ("steps", "block"):
             if getattr(self, name) is not None:
@@ -162,7 +165,7 @@ class Recipe:
         """(setting, what would have to be so) for every setting that this recipe doesn't read."""
         rounded = self.activations.rounds
         if self.rounding == "none":
-            for name in _WEIGHT_GRID:
+            for name in (*_WEIGHT_GRID, "tuning"):
                 yield name, "belongs to rounded weights, not to rounding 'none'"
         if self.rounding != "gptq":
             yield "act_order", "orders GPTQ's columns: it needs rounding 'gptq'"

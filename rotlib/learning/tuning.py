@@ -1,0 +1,231 @@
+"""Tune a quantized model to its original: scales and norm gains, on the KL divergence.
+
+GPTQ makes each layer's outputs right on its own; what all layers' errors do together to the logits
+it can't see. With the codes fixed, every scale is multiplied by exp(a) and every norm's gain is
+free (the second phase of EfficientQAT, arXiv 2407.11062, on the original's logits). Both stay what
+they are in a plain checkpoint. Where a row has one scale it multiplies that row's output, so no
+slope of a weight is ever formed. Windows that are held out decide which step is kept, and the start
+is one of them: on their text nothing gets worse.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rotlib.checks import positive, whole_number
+from rotlib.learning.network import check_learnable
+from rotlib.models.families import Family, adapt, check_not_rounding, check_sound
+from rotlib.models.reference import Reference, check_reference
+from rotlib.precision import coarse_products, model_products
+from rotlib.quantization.grids import QuantizedWeight, codes_of, set_weight
+from rotlib.rotations.rotation import placed_weights
+
+STEPS = 64
+LR = 1e-3  # of the scales' logarithms and the gains; it falls linearly to zero
+HELD_OUT = 4  # windows
+WARM_UP = 4  # steps over which the rate rises
+BETAS = (0.9, 0.95)
+LOOKS = 4  # how often the held-out windows are looked at
+
+
+@dataclass
+class Tuning:
+    """What tuning did: nats a token at every step, and on the held-out windows after some.
+
+    `step` is the one that was kept, 0 where none was better than the start. `weights` have the
+    codes that they had and the tuned scales, by names such as "layers.0.q"; `gains` are the norms',
+    layer by layer and the final one's last.
+
+    >>> Tuning(kl=[0.2, 0.1], held_out={0: 0.2, 2: 0.15}).step
+    2
+    """
+
+    kl: list[float] = field(default_factory=list)
+    held_out: dict[int, float] = field(default_factory=dict)
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
+    gains: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def step(self) -> int:
+        return min(self.held_out, key=self.held_out.get)
+
+
+def tune(
+    model: PreTrainedModel,
+    reference: Reference,
+    steps: int = STEPS,
+    lr: float = LR,
+    held_out: int = HELD_OUT,
+) -> Tuning:
+    """Learn the scales and the norm gains of a quantized model, in place; its codes stay.
+
+    The reference is the original's, over the text to learn from: its last `held_out` windows decide
+    which step is kept, and each step reads one of the others. A loss that stops being finite ends
+    it with a warning, and an interruption leaves the best step so far. Raises ValueError before any
+    work for a model without codes, or one that isn't float32, and for too few windows.
+
+    >>> import rotlib as rl
+    >>> reference = rl.Reference(model, tokens)
+    >>> report = rl.rtn(model, rl.WeightQuant(bits=3))
+    >>> tuning = rl.tune(model, reference, steps=4, held_out=2)
+    >>> tuning.held_out[tuning.step] <= tuning.held_out[0]
+    True
+    """
+    family = adapt(model)
+    check_not_rounding(model)
+    check_sound(model)
+    check_learnable(model)
+    check_reference(reference, model)
+    whole_number("steps", steps, 1)
+    positive("lr", lr)
+    whole_number("held_out", held_out, 1)
+    if len(reference.windows) <= held_out:
+        raise ValueError(
+            f"{held_out} windows are held out, and the reference has {len(reference.windows)}: "
+            f"take it over {held_out + 1} or more"
+        )
+    if family.device != model.device:
+        raise ValueError(
+            f"tuning needs the whole model on {family.device}, where it doesn't fit: take a bigger "
+            "device, or leave tuning out"
+        )
+    student = _Student(family, codes_of(model))
+    tuning, best = Tuning(), student.state()
+    looks = {0, *(steps * look // LOOKS for look in range(1, LOOKS + 1))}
+    adam = torch.optim.Adam(student.leaves, betas=BETAS)
+    order = torch.Generator().manual_seed(0)
+    windows: list[int] = []
+
+    def look() -> bool:
+        """Whether the held-out windows are nearer to the original than ever, which is kept."""
+        nonlocal best
+        with torch.no_grad(), model_products(model.device):
+            every = range(len(reference.windows) - held_out, len(reference.windows))
+            found = fmean(student.divergence(reference, number).item() for number in every)
+        tuning.held_out[len(tuning.kl)] = found
+        if tuning.step == len(tuning.kl):
+            best = student.state()
+        return isfinite(found)
+
+    try:
+        with torch.enable_grad(), student.learning():
+            look()
+            for step in tqdm(range(steps), desc="tuning", unit="step"):
+                if not windows:
+                    count = len(reference.windows) - held_out
+                    windows = torch.randperm(count, generator=order).tolist()
+                with coarse_products():
+                    loss = student.divergence(reference, windows.pop())
+                    loss.backward()
+                if not isfinite(loss.item()) or not student.slopes_are_finite():
+                    what = f"tuning stopped at step {step}, whose loss or slopes are no numbers"
+                    warnings.warn(f"{what}: the best step before it is kept", stacklevel=2)
+                    break
+                tuning.kl.append(loss.item())
+                rate = lr * min(1, (step + 1) / WARM_UP) * (1 - step / steps)
+                for group in adam.param_groups:
+                    group["lr"] = rate
+                adam.step()
+                adam.zero_grad()
+                if step + 1 in looks and not look():
+                    break
+    finally:
+        tuning.weights = student.settle(best)
+        tuning.gains = [gain.detach().cpu().clone() for gain in gains_of(family)]
+    return tuning
+
+
+def gains_of(family: Family) -> list[nn.Parameter]:
+    """The weights of all norms, the final one's last."""
+    every = range(len(family.layers))
+    norms = [norm for layer in every for norm in family.norms(layer).values()]
+    return [norm.weight for norm in (*norms, family.final_norm)]
+
+
+@torch.no_grad()
+def set_gains(model: PreTrainedModel, gains: list[Tensor]) -> None:
+    """Put back what `Tuning.gains` kept."""
+    for gain, value in zip(gains_of(adapt(model)), gains, strict=True):
+        gain.copy_(value)
+
+
+class _Student:
+    """The quantized model with its scales' logarithms and its gains as leaves."""
+
+    def __init__(self, family: Family, weights: dict[str, QuantizedWeight]):
+        self._family, self._weights = family, weights
+        placed = placed_weights(family, quantized_only=True)
+        self._linears = {one.name: one.module for one in placed}
+        self._logs = {
+            name: torch.zeros_like(weight.scale, device=family.device)
+            for name, weight in weights.items()
+        }
+        self.leaves = [*self._logs.values(), *gains_of(family)]
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """While open, the scales multiply, and slopes of the leaves are followed."""
+        try:
+            for name, linear in self._linears.items():
+                linear.forward = _scaled(linear, self._logs[name])
+            for leaf in self.leaves:
+                leaf.requires_grad_()
+            yield
+        finally:
+            for linear in self._linears.values():
+                del linear.forward
+            for leaf in self.leaves:
+                leaf.requires_grad_(False)
+                leaf.grad = None
+
+    def divergence(self, reference: Reference, number: int) -> Float[Tensor, ""]:
+        """KL(original ‖ model) over one window, in nats a token."""
+        family = self._family
+        ids = reference.windows[number : number + 1].to(family.device)
+        hidden = family.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        logprobs = family.lm_head(hidden).log_softmax(-1)
+        with torch.no_grad():
+            truth = reference.lm_head(reference.hidden[number].to(family.device)).log_softmax(-1)
+        return F.kl_div(logprobs, truth, reduction="sum", log_target=True) / len(truth)
+
+    def slopes_are_finite(self) -> bool:
+        slopes = (leaf.grad for leaf in self.leaves if leaf.grad is not None)
+        return all(torch.isfinite(slope).all() for slope in slopes)
+
+    def state(self) -> list[Tensor]:
+        return [leaf.detach().clone() for leaf in self.leaves]
+
+    @torch.no_grad()
+    def settle(self, state: list[Tensor]) -> dict[str, QuantizedWeight]:
+        """Give the model these scales and gains for good."""
+        for leaf, value in zip(self.leaves, state, strict=True):
+            leaf.copy_(value)
+        found = {}
+        for name, (codes, scale, zero) in self._weights.items():
+            scale = scale * self._logs[name].exp().to(scale.device)
+            found[name] = set_weight(self._linears[name], QuantizedWeight(codes, scale, zero))
+        return found
+
+
+def _scaled(linear: nn.Linear, logs: Float[Tensor, "out groups"]):
+    """The forward pass of a linear whose scales are multiplied by exp(logs)."""
+
+    def forward(x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
+        factor = logs.exp()
+        if logs.shape[1] == 1:
+            y = F.linear(x, linear.weight) * factor.squeeze(1)
+            return y if linear.bias is None else y + linear.bias
+        grouped = linear.weight.unflatten(1, (logs.shape[1], -1)) * factor.unsqueeze(2)
+        return F.linear(x, grouped.flatten(1), linear.bias)
+
+    return forward

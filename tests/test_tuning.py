@@ -1,0 +1,140 @@
+"""Scales and gains tuned on the divergence from the original, with the codes fixed."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+
+import rotlib as rl
+from rotlib.learning import tuning
+from rotlib.quantization.grids import codes_of
+
+
+@pytest.fixture
+def texts():
+    """Windows to learn from, the held-out ones last."""
+    return torch.randint(96, (20, 32), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def reference(texts):
+    return rl.Reference(tiny_model(dtype=torch.float32), texts)
+
+
+def quantized(bits=3, group_size=None, rotation=False):
+    model = tiny_model(dtype=torch.float32)
+    if rotation:
+        rl.fuse(model, rl.random_rotation(model))
+    rl.rtn(model, rl.WeightQuant(bits=bits, group_size=group_size))
+    return model
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_a_tuned_model_is_nearer_to_the_original_on_other_text(reference, group_size):
+    model = quantized(group_size=group_size, rotation=True)
+    other = torch.randint(96, (8, 32), generator=torch.Generator().manual_seed(4))
+    of_original = rl.Reference(tiny_model(dtype=torch.float32), other)
+    before = rl.evaluate(model, other, of_original).kl_divergence
+    codes = {name: weight.codes.clone() for name, weight in codes_of(model).items()}
+    found = rl.tune(model, reference, steps=32, lr=3e-3)
+    assert rl.evaluate(model, other, of_original).kl_divergence < 0.95 * before
+    assert found.held_out[found.step] < found.held_out[0]
+    for name, weight in codes_of(model).items():  # the codes stand for the weights
+        assert torch.equal(weight.codes, codes[name])
+        assert torch.equal(weight.scale, found.weights[name].scale)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_divergence_it_follows_is_the_one_that_is_measured(reference):
+    model = quantized()
+    found = rl.tune(model, reference, steps=1, lr=1e-12, held_out=20 - 1)
+    held_out = rl.Reference(tiny_model(dtype=torch.float32), reference.windows[1:])
+    measured = rl.evaluate(quantized(), held_out.windows, held_out).kl_divergence
+    assert found.held_out[0] == pytest.approx(measured, rel=1e-4)
+
+
+def test_slopes_of_rows_and_of_a_single_group_agree(reference):
+    """The two ways to multiply a scale."""
+    model = quantized()
+    linear = model.model.layers[0].mlp.up_proj
+    x = torch.randn(5, linear.in_features)
+    slopes = []
+    for logs in (torch.zeros(linear.out_features, 1), torch.zeros(linear.out_features, 2)):
+        logs.requires_grad_()
+        y = tuning._scaled(linear, logs)(x)
+        torch.testing.assert_close(y, linear(x), rtol=1e-5, atol=1e-6)
+        y.square().sum().backward()
+        slopes.append(logs.grad.sum(1))
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
+
+
+def test_where_no_step_helps_the_start_is_kept(reference):
+    model, untouched = quantized(), quantized()
+    found = rl.tune(model, reference, steps=8, lr=3.0)
+    assert found.step == 0
+    for a, b in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_loss_that_is_no_number_ends_it_with_the_best_step(reference, monkeypatch):
+    model = quantized()
+    divergence = tuning._Student.divergence
+    # a look at the start, two steps, a look, a third step
+    sound = iter([1] * (tuning.HELD_OUT + 2 + tuning.HELD_OUT + 1))
+
+    def spoiled(self, reference, number):
+        return divergence(self, reference, number) * next(sound, math.nan)
+
+    monkeypatch.setattr(tuning._Student, "divergence", spoiled)
+    with pytest.warns(UserWarning, match="tuning stopped at step 3"):
+        found = rl.tune(model, reference, steps=8)
+    assert len(found.kl) == 3
+    assert sorted(found.held_out) == [0, 2]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    codes_of(model)
+
+
+def test_an_interrupted_tuning_leaves_a_model_whose_codes_are_its_weights(reference, monkeypatch):
+    model = quantized()
+    step, calls = torch.optim.Adam.step, iter(range(100))
+
+    def interrupted(self, *args):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rl.tune(model, reference, steps=8, lr=3e-3)
+    codes_of(model)
+    assert "forward" not in vars(model.model.layers[0].mlp.up_proj)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_tuned_model_is_exported_like_any_other(reference, tmp_path):
+    model = quantized(rotation=True)
+    rl.tune(model, reference, steps=4, lr=3e-3)
+    rl.export(model, tmp_path / "W3")  # compares the logits that transformers reads from it
+
+
+@pytest.mark.parametrize(
+    ("prepare", "how", "message"),
+    [
+        (lambda: tiny_model(dtype=torch.float32), {}, "layers.0.q has no codes: quantize"),
+        (lambda: quantized().double(), {}, "needs a float32 model, not torch.float64"),
+        (quantized, {"held_out": 20}, "20 windows are held out, and the reference has 20"),
+        (quantized, {"steps": 0}, "steps"),
+        (quantized, {"lr": -1}, "lr"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_any_work(prepare, how, message, reference):
+    with pytest.raises(ValueError, match=message):
+        rl.tune(prepare(), reference, **how)
+
+
+def test_a_weight_that_was_changed_since_has_no_codes_to_tune(reference):
+    model = quantized()
+    model.model.layers[1].mlp.down_proj.weight *= 1.1
+    with pytest.raises(ValueError, match=r"layers\.1\.down was changed since it was quantized"):
+        rl.tune(model, reference)
