@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_short_text, save_tiny_model, tiny_model
 
 import rotlib as rl
 from rotlib.learning import tuning
 from rotlib.quantization.grids import codes_of
+from rotlib.study import checkpoint, recipe
 
 
 @pytest.fixture
@@ -138,3 +139,43 @@ def test_a_weight_that_was_changed_since_has_no_codes_to_tune(reference):
     model.model.layers[1].mlp.down_proj.weight *= 1.1
     with pytest.raises(ValueError, match=r"layers\.1\.down was changed since it was quantized"):
         rl.tune(model, reference)
+
+
+def test_a_model_kept_on_the_host_cannot_be_tuned(reference):
+    model = quantized()
+    model.rotlib_device = torch.device("meta")
+    with pytest.raises(ValueError, match="tuning needs the whole model on meta"):
+        rl.tune(model, reference)
+
+
+def test_a_checkpoint_of_every_quality_is_one_command(tmp_path, monkeypatch, capsys):
+    save_tiny_model(tmp_path / "model", "qwen3, tied")
+    save_short_text(tmp_path)
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
+    small = {"calibration_windows": 3, "test_windows": 2, "tuning": 2}
+    monkeypatch.setitem(recipe.QUALITIES, "best", recipe.QUALITIES["best"] | small | {"steps": 4})
+    command = [str(tmp_path / "model"), str(tmp_path / "out"), "--window", "64"]
+    assert checkpoint.main([*command, "--text", "wikitext2"]) == 0
+    assert "GB in all" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "tuning: 2" in card
+    assert "asymmetry: 0.25" in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quality", "better"], "invalid choice: 'better'"),
+        (["--bits", "9"], "bits must be a whole number from 2 to 8"),
+        (["--format", "zip"], "invalid choice: 'zip'"),
+        (["--group-size", "7"], "group_size 7 doesn't divide"),
+    ],
+)
+def test_a_mistyped_option_is_refused_at_once(options, message, tmp_path, capsys, monkeypatch):
+    save_tiny_model(tmp_path / "model", "qwen3, tied")
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
+    with pytest.raises(SystemExit):
+        checkpoint.main([str(tmp_path / "model"), str(tmp_path / "out"), *options])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

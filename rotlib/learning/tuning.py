@@ -84,7 +84,7 @@ def tune(
     family = adapt(model)
     check_not_rounding(model)
     check_sound(model)
-    check_learnable(model)
+    check_tunable(family)
     check_reference(reference, model)
     whole_number("steps", steps, 1)
     positive("lr", lr)
@@ -93,11 +93,6 @@ def tune(
         raise ValueError(
             f"{held_out} windows are held out, and the reference has {len(reference.windows)}: "
             f"take it over {held_out + 1} or more"
-        )
-    if family.device != model.device:
-        raise ValueError(
-            f"tuning needs the whole model on {family.device}, where it doesn't fit: take a bigger "
-            "device, or leave tuning out"
         )
     student = _Student(family, codes_of(model))
     tuning, best = Tuning(), student.state()
@@ -143,6 +138,16 @@ def tune(
         tuning.weights = student.settle(best)
         tuning.gains = [gain.detach().cpu().clone() for gain in gains_of(family)]
     return tuning
+
+
+def check_tunable(family: Family) -> None:
+    """Raises ValueError for a model that isn't float32, or not whole where it computes."""
+    check_learnable(family.model)
+    if family.device != family.model.device:
+        raise ValueError(
+            f"tuning needs the whole model on {family.device}, where it doesn't fit: take a bigger "
+            "device, or leave tuning out"
+        )
 
 
 def gains_of(family: Family) -> list[nn.Parameter]:

@@ -1,5 +1,12 @@
-"""From a recipe to a checkpoint with its card."""
+"""From a recipe to a checkpoint with its card.
 
+    python -m rotlib.study.checkpoint Qwen/Qwen3-0.6B checkpoints/qwen --quality best
+
+does it from the command line.
+"""
+
+import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +21,7 @@ from rotlib.study import memory
 from rotlib.study.card import model_card
 from rotlib.study.files import local_path
 from rotlib.study.pipeline import build, run
-from rotlib.study.recipe import Recipe, check_recipe
+from rotlib.study.recipe import QUALITIES, Recipe, check_recipe
 
 
 def export_recipe(
@@ -62,3 +69,35 @@ def export_recipe(
         model, tokenizer = build(recipe, device)
     card = model_card(recipe, result, format)
     return export(model, folder, format, tokenizer, card, dtype, overwrite)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rotlib.study.checkpoint",
+        description="Write the checkpoint of a model that is nearest to it, and its card.",
+    )
+    parser.add_argument("model", help="packaged alias, Hugging Face id or folder")
+    parser.add_argument("folder", type=Path, help="where the checkpoint goes")
+    parser.add_argument("--quality", default="best", choices=QUALITIES, help="default: best")
+    parser.add_argument("--bits", type=int, default=4, help="of a weight; default: 4")
+    parser.add_argument("--group-size", type=int, help="weights that share a scale; default: a row")
+    parser.add_argument("--format", default="compressed-tensors", choices=FORMATS[:2])
+    parser.add_argument("--text", default=Recipe.text, help="that it is calibrated and measured on")
+    parser.add_argument("--window", type=int, default=Recipe.window, help="tokens in a window")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
+    options = vars(parser.parse_args(arguments))
+    whither = {name: options.pop(name) for name in ("folder", "format", "overwrite", "device")}
+    try:
+        recipe = Recipe.of_quality(options.pop("quality"), **options)
+        needed = memory.estimate(recipe).host / memory.GB
+        print(f"{recipe.model}, {recipe.precision}: about {needed:.1f} GB in all", flush=True)
+        print(export_recipe(recipe, **whither))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

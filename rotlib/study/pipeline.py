@@ -25,7 +25,7 @@ from rotlib.learning.optrot import kurtail, mixed, optrot
 from rotlib.learning.optrot_plus import optrot_plus
 from rotlib.learning.ostquant import ostquant
 from rotlib.learning.spinquant import spinquant
-from rotlib.learning.tuning import HELD_OUT, set_gains, tune
+from rotlib.learning.tuning import HELD_OUT, check_tunable, set_gains, tune
 from rotlib.measure.fidelity import evaluate
 from rotlib.models.families import adapt, weights_sample
 from rotlib.models.reference import Reference
@@ -171,6 +171,9 @@ def _check(recipe: Recipe, model: PreTrainedModel) -> None:
     check_quantizable(family, recipe.quant)
     check_activations(family, recipe.activations)
     check_online(family, recipe.online)
+    if recipe.tuning:
+        check_tunable(family)
+        tuning_tokens(recipe)  # is the text long enough?
 
 
 def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Record:

@@ -23,6 +23,14 @@ ORDERS = ("weights-first", "activations-first")
 LEARNED_ON = ("weights", "activations")
 THROUGH_NETWORK = ("spinquant", "ostquant")
 
+# what a checkpoint of one's own is made with; the study's arms keep the papers' protocols
+_FAST = {"rotation": "optrot", "act_order": True, "asymmetry": 0.25}
+QUALITIES = {
+    "fast": _FAST,
+    "good": _FAST | {"calibration_windows": 48},
+    "best": _FAST | {"calibration_windows": 112, "tuning": 64},
+}
+
 _HADAMARD_R1 = ("block", "R1_order", "signs")
 _CALIBRATION = ("text", "window", "calibration_windows")
 _LEARNING = ("text", "window", "learning_windows", "steps")
@@ -210,6 +218,18 @@ class Recipe:
                     "learned_on 'weights' needs weights that are rounded: choose the rounding "
                     "'rtn' or 'gptq'"
                 )
+
+    @classmethod
+    def of_quality(cls, quality: str, **settings: object) -> "Recipe":
+        """The recipe of a checkpoint, "fast", "good" or "best"; other settings as they are given.
+
+        Raises ValueError for another word, or like `Recipe`.
+
+        >>> Recipe.of_quality("good", bits=3).calibration_windows
+        48
+        """
+        one_of("quality", quality, QUALITIES)
+        return cls(**QUALITIES[quality] | settings)
 
     @property
     def quant(self) -> WeightQuant:
