@@ -84,8 +84,8 @@ def test_a_loss_that_is_no_number_ends_it_with_the_best_step(reference, monkeypa
     # a look at the start, two steps, a look, a third step
     sound = iter([1] * (tuning.HELD_OUT + 2 + tuning.HELD_OUT + 1))
 
-    def spoiled(self, reference, number):
-        return divergence(self, reference, number) * next(sound, math.nan)
+    def spoiled(self, number):
+        return divergence(self, number) * next(sound, math.nan)
 
     monkeypatch.setattr(tuning._Student, "divergence", spoiled)
     with pytest.warns(UserWarning, match="tuning stopped at step 3"):

@@ -170,7 +170,8 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
     wanted, found = wanted.double(), read.eval()(ids).logits[:, :-1].double()
     spread = wanted - wanted.mean(-1, keepdim=True)
     error = ((found - wanted).norm() / spread.norm()).item()
-    if not error < (_GGUF if format == "gguf" else max(_OFF[dtype], _OFF[model.dtype])):
+    of_file = _GGUF if format == "gguf" else _OFF[dtype]
+    if not error < max(of_file, _OFF[model.dtype]):
         raise RuntimeError(
             "transformers computes other logits from the folder than the model has "
             f"({100 * error:.2g} % off), so nothing was kept: a hook, a module of your own or a "

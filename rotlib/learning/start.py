@@ -34,9 +34,8 @@ def original(model: PreTrainedModel) -> Family:
     check_sound(model)
     for placed in placed_weights(family, quantized_only=True):
         largest = placed.module.weight.abs().max().item()
-        if (
-            largest and not 1e-6 < largest < 1e6
-        ):  # its fourth power vanishes in float32, or overflows
+        # its fourth power vanishes in float32, or overflows
+        if largest and not 1e-6 < largest < 1e6:
             raise ValueError(
                 f"{placed.name} has weights of size {largest:.0e}, beyond what a rotation can be "
                 "learned of: scale the model first"

@@ -2,15 +2,17 @@
 
 GPTQ makes each layer's outputs right on its own; what all layers' errors do together to the logits
 it can't see. With the codes fixed, every scale is multiplied by exp(a) and every norm's gain is
-free (the second phase of EfficientQAT, arXiv 2407.11062, on the original's logits). Both stay what
-they are in a plain checkpoint. Where a row has one scale it multiplies that row's output, so no
-slope of a weight is ever formed. Windows that are held out decide which step is kept, and the start
-is one of them: on their text nothing gets worse.
+free, of both norms of a layer and the final one (the second phase of EfficientQAT, arXiv
+2407.11062, on the original's logits). Both stay what they are in a plain checkpoint. Where a row
+has one scale it multiplies that row's output, so no slope of a weight is formed. Windows that are
+held out decide which step is kept. Step 0, the start, is a candidate: on their text nothing gets
+worse.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from math import isfinite
 from statistics import fmean
@@ -94,7 +96,7 @@ def tune(
             f"{held_out} windows are held out, and the reference has {len(reference.windows)}: "
             f"take it over {held_out + 1} or more"
         )
-    student = _Student(family, codes_of(model))
+    student = _Student(family, codes_of(model), reference)
     tuning, best = Tuning(), student.state()
     looks = {0, *(steps * look // LOOKS for look in range(1, LOOKS + 1))}
     adam = torch.optim.Adam(student.leaves, betas=BETAS)
@@ -106,25 +108,26 @@ def tune(
         nonlocal best
         with torch.no_grad(), model_products(model.device):
             every = range(len(reference.windows) - held_out, len(reference.windows))
-            found = fmean(student.divergence(reference, number).item() for number in every)
+            found = fmean(student.divergence(number).item() for number in every)
         tuning.held_out[len(tuning.kl)] = found
-        if tuning.step == len(tuning.kl):
+        if not isfinite(found):
+            _warn(len(tuning.kl), "divergence on the held-out windows is")
+        elif tuning.step == len(tuning.kl):
             best = student.state()
         return isfinite(found)
 
     try:
         with torch.enable_grad(), student.learning():
-            look()
-            for step in tqdm(range(steps), desc="tuning", unit="step"):
+            sound = look()
+            for step in tqdm(range(steps if sound else 0), desc="tuning", unit="step"):
                 if not windows:
                     count = len(reference.windows) - held_out
                     windows = torch.randperm(count, generator=order).tolist()
                 with coarse_products():
-                    loss = student.divergence(reference, windows.pop())
+                    loss = student.divergence(windows.pop())
                     loss.backward()
                 if not isfinite(loss.item()) or not student.slopes_are_finite():
-                    what = f"tuning stopped at step {step}, whose loss or slopes are no numbers"
-                    warnings.warn(f"{what}: the best step before it is kept", stacklevel=2)
+                    _warn(step, "loss or slopes are")
                     break
                 tuning.kl.append(loss.item())
                 rate = lr * min(1, (step + 1) / WARM_UP) * (1 - step / steps)
@@ -140,6 +143,11 @@ def tune(
     return tuning
 
 
+def _warn(step: int, what: str) -> None:
+    message = f"tuning stopped at step {step}, whose {what} no number: the best step is kept"
+    warnings.warn(message, stacklevel=3)
+
+
 def check_tunable(family: Family) -> None:
     """Raises ValueError for a model that isn't float32, or not whole where it computes."""
     check_learnable(family.model)
@@ -151,7 +159,7 @@ def check_tunable(family: Family) -> None:
 
 
 def gains_of(family: Family) -> list[nn.Parameter]:
-    """The weights of all norms, the final one's last."""
+    """The weights of both norms of every layer, and the final one's last."""
     every = range(len(family.layers))
     norms = [norm for layer in every for norm in family.norms(layer).values()]
     return [norm.weight for norm in (*norms, family.final_norm)]
@@ -167,12 +175,15 @@ def set_gains(model: PreTrainedModel, gains: list[Tensor]) -> None:
 class _Student:
     """The quantized model with its scales' logarithms and its gains as leaves."""
 
-    def __init__(self, family: Family, weights: dict[str, QuantizedWeight]):
-        self._family, self._weights = family, weights
+    def __init__(self, family: Family, weights: dict[str, QuantizedWeight], reference: Reference):
+        self._family, self._weights, self._reference = family, weights, reference
+        self._head = reference.lm_head
+        if self._head.weight.device != family.device:
+            self._head = deepcopy(self._head).to(family.device)
         placed = placed_weights(family, quantized_only=True)
         self._linears = {one.name: one.module for one in placed}
         self._logs = {
-            name: torch.zeros_like(weight.scale, device=family.device)
+            name: torch.zeros(weight.scale.shape, device=family.device)
             for name, weight in weights.items()
         }
         self.leaves = [*self._logs.values(), *gains_of(family)]
@@ -180,27 +191,32 @@ class _Student:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """While open, the scales multiply, and slopes of the leaves are followed."""
+        parameters = list(self._family.model.parameters())
+        before = [parameter.requires_grad for parameter in parameters]
         try:
             for name, linear in self._linears.items():
                 linear.forward = _scaled(linear, self._logs[name])
+            self._family.model.requires_grad_(False)
             for leaf in self.leaves:
                 leaf.requires_grad_()
             yield
         finally:
             for linear in self._linears.values():
-                del linear.forward
+                linear.__dict__.pop("forward", None)
             for leaf in self.leaves:
                 leaf.requires_grad_(False)
                 leaf.grad = None
+            for parameter, followed in zip(parameters, before, strict=True):
+                parameter.requires_grad_(followed)
 
-    def divergence(self, reference: Reference, number: int) -> Float[Tensor, ""]:
-        """KL(original ‖ model) over one window, in nats a token."""
-        family = self._family
+    def divergence(self, number: int) -> Float[Tensor, ""]:
+        """KL(original ‖ model) over one window of the reference, in nats a token."""
+        family, reference = self._family, self._reference
         ids = reference.windows[number : number + 1].to(family.device)
         hidden = family.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
         logprobs = family.lm_head(hidden).log_softmax(-1)
         with torch.no_grad():
-            truth = reference.lm_head(reference.hidden[number].to(family.device)).log_softmax(-1)
+            truth = self._head(reference.hidden[number].to(family.device)).log_softmax(-1)
         return F.kl_div(logprobs, truth, reduction="sum", log_target=True) / len(truth)
 
     def slopes_are_finite(self) -> bool:
@@ -217,7 +233,7 @@ class _Student:
             leaf.copy_(value)
         found = {}
         for name, (codes, scale, zero) in self._weights.items():
-            scale = scale * self._logs[name].exp().to(scale.device)
+            scale = (scale * self._logs[name].exp().to(scale.device)).to(scale.dtype)
             found[name] = set_weight(self._linears[name], QuantizedWeight(codes, scale, zero))
         return found
 

@@ -242,7 +242,7 @@ def _check_shapes(family: Family) -> None:
 
 def _check_norm(name: str, norm: Module, family: Family) -> None:
     """Raises ValueError for a norm that isn't the RMSNorm of the model's own family."""
-    own = type(norm).__module__ == type(family.model).__module__
+    own = type(norm).__module__ == type(family.decoder).__module__
     if not own or not type(norm).__name__.endswith("RMSNorm") or "forward" in vars(norm):
         raise ValueError(
             f"{name} is a {type(norm).__name__} that isn't {family.config.model_type}'s own "

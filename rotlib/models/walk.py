@@ -138,12 +138,18 @@ class Passes:
                 run, read = self._go_on(number)
             if number < self._room:
                 self._waiting[number] = run
+            del run  # one that doesn't wait ends here
             yield read
+            del read
 
     def outputs(self) -> list[Batch]:
         """What the next layer is called with."""
         every = range(len(self._batches))
         return [(self._go_on(number)[1], self._batches[number][1]) for number in every]
+
+    def close(self) -> None:
+        """Let go of what waits: an error's traceback would hold it."""
+        self._waiting.clear()
 
     def _go_on(self, number: int) -> tuple[greenlet, Tensor]:
         """(a batch, the input that it has come to, or what comes out behind the layer)"""

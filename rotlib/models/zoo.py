@@ -108,9 +108,9 @@ def open_model(
 
 
 def _check_files(folder: Path) -> None:
-    """Raises ValueError for what a folder's weights can't be.
+    """Raises ValueError for weights that are whole numbers, or that stand in two files.
 
-    Whole numbers, in files elsewhere or of another kind, or one weight in two files.
+    So it does where an index names files elsewhere, or other files than safetensors.
     """
     for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()

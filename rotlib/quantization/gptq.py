@@ -12,7 +12,7 @@ read, column q hands ``w_q P_q`` on to the columns behind it, P = α · triu(E[(
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -306,14 +306,14 @@ class _Unrounded:
         Gives a function of a site, which returns the drift of what is read there.
         """
         twin = deepcopy(self._family.layers[layer])
-        passes = Passes(twin, self._batches, waiting)
+        with closing(Passes(twin, self._batches, waiting)) as passes:
 
-        def drift(site: str) -> Drift:
-            inputs = passes.inputs(twin.get_submodule(self._family.linear_paths[site]))
-            return Drift(inputs, self._asymmetry)
+            def drift(site: str) -> Drift:
+                inputs = passes.inputs(twin.get_submodule(self._family.linear_paths[site]))
+                return Drift(inputs, self._asymmetry)
 
-        yield drift
-        self._batches = passes.outputs()
+            yield drift
+            self._batches = passes.outputs()
 
 
 class Drift:
@@ -329,6 +329,7 @@ class Drift:
         self._tokens += len(read)
 
     def take(self) -> Float[Tensor, "n n"]:
+        self._originals.close()
         return self._sum * (self._asymmetry / self._tokens)
 
 
@@ -347,19 +348,20 @@ def _quantize_layer(
     """
     linears = family.linears(index)
     waiting = batches_that_wait(family, batches, streams=2 if unrounded else 1)
-    passes = Passes(family.layers[index], batches, waiting)
-    with unrounded.beside(index, waiting) if unrounded else nullcontext() as drift_at:
-        for sites in READERS:
-            hessian, drift = Hessian(), drift_at(sites[0]) if unrounded else None
-            for x in passes.inputs(linears[sites[0]]):
-                hessian.add(x)
-                if drift:
-                    drift.add(x)
-            weights = {name: linears[name] for name in sites}
-            C = drift.take() if drift else None
-            with exact_products():
-                _quantize_together(index, weights, hessian.take(), C, solve, report)
-    return passes.outputs()
+    beside = unrounded.beside(index, waiting) if unrounded else nullcontext()
+    with closing(Passes(family.layers[index], batches, waiting)) as passes:
+        with beside as drift_at:
+            for sites in READERS:
+                hessian, drift = Hessian(), drift_at(sites[0]) if unrounded else None
+                for x in passes.inputs(linears[sites[0]]):
+                    hessian.add(x)
+                    if drift:
+                        drift.add(x)
+                weights = {name: linears[name] for name in sites}
+                C = drift.take() if drift else None
+                with exact_products():
+                    _quantize_together(index, weights, hessian.take(), C, solve, report)
+        return passes.outputs()
 
 
 def _quantize_together(

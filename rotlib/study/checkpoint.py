@@ -74,26 +74,28 @@ def export_recipe(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rotlib.study.checkpoint",
-        description="Write the checkpoint of a model that is nearest to it, and its card.",
+        description="Write the quantized checkpoint that is nearest to a model, and its card.",
     )
     parser.add_argument("model", help="packaged alias, Hugging Face id or folder")
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--quality", default="best", choices=QUALITIES, help="default: best")
     parser.add_argument("--bits", type=int, default=4, help="of a weight; default: 4")
     parser.add_argument("--group-size", type=int, help="weights that share a scale; default: a row")
-    parser.add_argument("--format", default="compressed-tensors", choices=FORMATS[:2])
+    parser.add_argument(
+        "--format", default="compressed-tensors", choices=("compressed-tensors", "gguf")
+    )
     parser.add_argument("--text", default=Recipe.text, help="that it is calibrated and measured on")
     parser.add_argument("--window", type=int, default=Recipe.window, help="tokens in a window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     options = vars(parser.parse_args(arguments))
-    whither = {name: options.pop(name) for name in ("folder", "format", "overwrite", "device")}
+    target = {name: options.pop(name) for name in ("folder", "format", "overwrite", "device")}
     try:
         recipe = Recipe.of_quality(options.pop("quality"), **options)
         needed = memory.estimate(recipe).host / memory.GB
         print(f"{recipe.model}, {recipe.precision}: about {needed:.1f} GB in all", flush=True)
-        print(export_recipe(recipe, **whither))
+        print(export_recipe(recipe, **target))
     except ValueError as error:
         parser.error(str(error))
     return 0

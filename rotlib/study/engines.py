@@ -43,10 +43,8 @@ def work(recipes: list[dict], own_rotations: bytes) -> list[str | None]:
             _clear_damaged(recipe)
             run_all([recipe])
             failures.append(None)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # whatever it is, other recipes needn't suffer for it
+        # whatever it is, other recipes needn't suffer for it
+        except (Exception, SystemExit) as error:
             failures.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
     return failures
 

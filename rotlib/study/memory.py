@@ -37,6 +37,7 @@ SURE = 0.8  # of an estimate: what it may be too high by is no reason to refuse
 # how many copies of its largest operand a stage holds at its peak, counted in the code and checked
 # against measured peaks
 _ROWS, _HEADS, _WIDE, _HESSIANS, _WEIGHTS, _SCORES = 2, 3, 3, 7, 6, 2
+_TUNED = 10, 5  # widths and inner widths that a layer keeps of a token for going back
 _LOGITS = {"evaluate": 6, "spinquant": 3, "ostquant": 5}
 
 
@@ -219,11 +220,14 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             streams * 2 * states(windows),
             codes,
         )
-    if recipe.tuning:
-        kept = layers * layer_run(recipe.window) + logits(recipe.window, "ostquant")
-        found["tune"] = Stage(
-            kept, scores(1), states(recipe.tuning + HELD_OUT) + _FLOAT * head, codes
-        )
+    if recipe.tuning:  # the original's states and head are there from before the rotation on
+        original = states(recipe.tuning + HELD_OUT) + _FLOAT * head
+        for stage in {"fuse", "quantize"} & found.keys():
+            found[stage] = found[stage]._replace(beside=found[stage].beside + original)
+        kept = layers * _FLOAT * recipe.window * (_TUNED[0] * d + _TUNED[1] * wide)
+        kept += _FLOAT * linears if recipe.group_size else 0  # as the scales make them
+        learning = kept + logits(recipe.window, "ostquant")
+        found["tune"] = Stage(learning, scores(1), original, codes)
     return found
 
 
@@ -253,7 +257,7 @@ def check_fits(recipe: Recipe, device: torch.device) -> None:
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     _check(recipe, needed.host if device.type == "cpu" else needed.beside, free, "of memory")
     if device.type == "cuda":
-        whole = recipe.rotation in THROUGH_NETWORK
+        whole = recipe.rotation in THROUGH_NETWORK or recipe.tuning
         least = needed.device if whole else min(needed.streamed, needed.device)
         _check(recipe, least, free_memory(device), f"on {device}")
 

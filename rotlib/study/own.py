@@ -1,12 +1,14 @@
 """Rotations of one's own: known by their source, and taken along to a sweep's workers."""
 
-import ast
 import sys
+import tokenize
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import getsource, signature
+from io import StringIO
 from pathlib import Path
 from textwrap import dedent
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -18,6 +20,7 @@ from rotlib.checks import yes_or_no
 from rotlib.rotations.rotation import Rotation
 from rotlib.study.recipe import OWN, SHIPPED
 
+_PLAIN = (bool, int, float, complex, str, bytes)
 _OF_DISPATCH = ("registry",)  # functools.singledispatch keeps its implementations there
 
 
@@ -59,7 +62,20 @@ def register_rotation(name: str, replace: bool = False) -> Callable:
 def _file_of(make: FunctionType) -> str:
     """The whole module's file, comments apart, as it is when the function is registered."""
     file = getattr(sys.modules.get(make.__module__), "__file__", None)
-    return ast.unparse(ast.parse(Path(file).read_bytes())) if file and Path(file).is_file() else ""
+    if not file or not Path(file).is_file():
+        return ""
+    return _without_comments(Path(file).read_text(encoding="utf-8"))
+
+
+def _without_comments(text: str) -> str:
+    """Python as it is written, without comments and empty lines."""
+    lines = text.splitlines()
+    with suppress(tokenize.TokenError, SyntaxError):  # a piece of a line, such as a lambda
+        for token in tokenize.generate_tokens(StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def source_digest(make: Callable) -> str:
@@ -79,66 +95,89 @@ def source_digest(make: Callable) -> str:
         raise ValueError(
             f"{make.__name__} must take (model, seed=0, R3=False, R4=False): {error}"
         ) from error
-    seen: dict[int, str] = {}
-    _read(make, make.__module__, seen)
-    file = getattr(make, "registered_file", _file_of(make))
-    return sha256("".join([file, *sorted(seen.values())]).encode()).hexdigest()[:12]
+    file = make.registered_file if hasattr(make, "registered_file") else _file_of(make)
+    notes = _Notes(make.__module__, whole=bool(file))
+    notes.read(make, make.__name__)
+    return sha256("\n".join([file, *notes.lines]).encode()).hexdigest()[:12]
 
 
-def _read(thing: object, module: str, seen: dict[int, str], name: str = "") -> None:
-    """Note the source of a function or a class of this module, or another value, by its name."""
-    if thing is None or id(thing) in seen or isinstance(thing, ModuleType | BuiltinFunctionType):
-        return
-    parts = list(_parts(thing, module))
-    if isinstance(thing, FunctionType | type):
-        if thing.__module__ != module:
+class _Notes:
+    """What a function does, told line by line: sources of its own module, and values.
+
+    Of a module whose `whole` file counts no source is noted again.
+    """
+
+    def __init__(self, module: str, whole: bool):
+        self.lines: list[str] = []
+        self._module, self._whole = module, whole
+        self._seen: dict[int, tuple[str, object]] = {}  # held, so that no other takes its id
+
+    def read(self, thing: object, name: str) -> None:
+        """Note a thing by its name, and all that has to be read to know what it does."""
+        if thing is None or isinstance(thing, ModuleType | BuiltinFunctionType):
             return
-        seen[id(thing)] = _source(thing)
-    elif parts or hasattr(thing, "__next__"):
-        seen[id(thing)] = f"{name} {type(thing).__name__} {len(parts)}"
-    else:
+        if isinstance(thing, _PLAIN):
+            self.lines.append(f"{name} {thing!r}")
+            return
+        if id(thing) in self._seen:
+            self.lines.append(f"{name} is {self._seen[id(thing)][0]}")
+            return
+        self._seen[id(thing)] = name, thing
+        code = isinstance(thing, FunctionType | type)
+        if code and thing.__module__ != self._module:
+            return
         try:
-            told = _told(thing)
+            parts = list(self._parts(thing))
+            told = "" if parts or code else _told(thing)
         except Exception as error:  # whatever its class raises
             raise ValueError(
                 f"the rotation's function reads {name}, a {type(thing).__name__}, whose value "
                 "can't be told by its bytes: make it inside the function"
             ) from error
-        seen[id(thing)] = f"{name} {told}"
-    for part, value in parts:
-        _read(value, module, seen, f"{name} {part}".strip())
+        if code and not self._whole:
+            told = _source(thing)
+        self.lines.append(f"{name} {type(thing).__name__} {told}")
+        for part, value in parts:
+            self.read(value, f"{name}.{part}")
 
+    def _parts(self, thing: object) -> Iterator[tuple[str, object]]:
+        """(name, value) of what else has to be read."""
+        if wrapped := getattr(thing, "__wrapped__", None):  # behind a decorator, or a cache
+            yield "__wrapped__", wrapped
+        if isinstance(thing, FunctionType):
+            yield from ((one, thing.__globals__.get(one)) for one in _names(thing.__code__))
+            yield from ((one, cell.cell_contents) for one, cell in _cells(thing))
+            yield from ((f"default {one}", value) for one, value in enumerate(_defaults(thing)))
+            yield from ((one, vars(thing)[one]) for one in _OF_DISPATCH if one in vars(thing))
+        elif isinstance(thing, type):
+            yield from ((base.__name__, base) for base in thing.__bases__)
+            for one, value in vars(thing).items():
+                value = getattr(value, "fget", getattr(value, "__func__", value))
+                if isinstance(value, FunctionType):
+                    yield one, value
+        elif isinstance(thing, MethodType):
+            yield "function", thing.__func__
+            if self._is_own(thing.__self__):
+                yield "self", thing.__self__
+        elif isinstance(thing, partial):
+            yield from (("function", thing.func), ("given", thing.args), ("named", thing.keywords))
+        elif isinstance(thing, Mapping | list | tuple):
+            if self._is_own(thing):
+                yield "class", type(thing)
+            items = thing.items() if isinstance(thing, Mapping) else enumerate(thing)
+            yield from ((str(one), value) for one, value in items)
+        elif self._is_own(thing):  # by what a copy would be made of
+            _, made_of, *state = thing.__reduce_ex__(2)
+            yield from [("class", type(thing)), ("made of", made_of), ("state", state)]
 
-def _parts(thing: object, module: str) -> Iterator[tuple[str, object]]:
-    """(name, value) of what else has to be read to know what a thing does."""
-    if wrapped := getattr(thing, "__wrapped__", None):  # behind a decorator, or a cache
-        yield "wrapped", wrapped
-    if isinstance(thing, FunctionType):
-        yield from ((one, thing.__globals__.get(one)) for one in _names(thing.__code__))
-        yield from ((one, cell.cell_contents) for one, cell in _cells(thing))
-        yield from ((f"default {one}", value) for one, value in enumerate(_defaults(thing)))
-        yield from ((one, value) for one, value in vars(thing).items() if one in _OF_DISPATCH)
-    elif isinstance(thing, MethodType):
-        yield from (("function", thing.__func__), ("self", thing.__self__))
-    elif isinstance(thing, partial):
-        yield from (("function", thing.func), ("given", thing.args), ("named", thing.keywords))
-    elif isinstance(thing, type):
-        yield from ((base.__name__, base) for base in thing.__bases__)
-        for one, value in vars(thing).items():
-            value = getattr(value, "fget", getattr(value, "__func__", value))
-            if isinstance(value, FunctionType):
-                yield one, value
-    elif isinstance(thing, Mapping):
-        yield from ((str(one), value) for one, value in thing.items())
-    elif isinstance(thing, list | tuple):
-        yield from ((str(one), value) for one, value in enumerate(thing))
-    elif type(thing).__module__ == module and not isinstance(thing, Tensor):
-        yield from [("class", type(thing)), *vars(thing).items()]
+    def _is_own(self, thing: object) -> bool:
+        """Whether a thing's class is of this module."""
+        return type(thing).__module__ == self._module and not isinstance(thing, Tensor)
 
 
 def _told(value: object) -> str:
     """A value by its content: the same in every process."""
-    if isinstance(value, bool | int | float | complex | str | bytes):
+    if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} {[_told(one) for one in value]}"
@@ -156,7 +195,7 @@ def _source(thing: FunctionType | type) -> str:
         code = getattr(thing, "__code__", None)
         if code and code.co_filename == "<string>":  # Python 3.13 finds `python -c`'s there
             raise OSError("no file holds it")
-        return dedent(getsource(thing))
+        return _without_comments(dedent(getsource(thing)))
     except (OSError, TypeError) as error:
         raise ValueError(
             f"the source of {thing.__name__} can't be read: define it in a module or in a "
