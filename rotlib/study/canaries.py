@@ -407,6 +407,9 @@ def _gptaq() -> dict:
 @canary(
     "tuning",
     tuning.tune,
+    steps=tuning.STEPS,
+    lr=tuning.LR,
+    held_out=tuning.HELD_OUT,
     warm_up=tuning.WARM_UP,
     betas=tuning.BETAS,
     looks=tuning.LOOKS,
