@@ -88,8 +88,8 @@ def save_short_text(folder: Path) -> None:
 
 def pytest_collection_modifyitems(items: list) -> None:
     """The longest files first, so that none runs alone at the end."""
-    longest = ("test_faults.py", "test_zeroshot.py", "test_recipe.py", "test_numerics.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    longest = ("real_model", "faults", "zeroshot", "recipe", "numerics")
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in longest)
 
 
 def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
