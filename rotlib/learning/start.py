@@ -15,7 +15,7 @@ from rotlib.models.families import (
 from rotlib.rotations.drawn import random_hadamard, random_orthogonal, sampled, signed_hadamard
 from rotlib.rotations.fuse import check_rotation
 from rotlib.rotations.online import check_online
-from rotlib.rotations.rotation import Rotation, as_blocks, as_matrix, placed_weights
+from rotlib.rotations.rotation import Rotation, as_blocks, as_matrix, check_sizes
 
 DRIFT = 1e-4  # what float32 may add up to before the projection in float64
 
@@ -32,14 +32,8 @@ def original(model: PreTrainedModel) -> Family:
         )
     check_not_rounding(model)
     check_sound(model)
-    for placed in placed_weights(family, quantized_only=True):
-        largest = placed.module.weight.abs().max().item()
-        # its fourth power vanishes in float32, or overflows
-        if largest and not 1e-6 < largest < 1e6:
-            raise ValueError(
-                f"{placed.name} has weights of size {largest:.0e}, beyond what a rotation can be "
-                "learned of: scale the model first"
-            )
+    # in float32 the fourth powers of others vanish, or overflow
+    check_sizes(family, 1e-6, 1e6, "a rotation can be learned of")
     return family
 
 

@@ -98,13 +98,13 @@ def tune(
         )
     student = _Student(family, codes_of(model), reference)
     tuning, best = Tuning(), student.state()
-    looks = {0, *(steps * look // LOOKS for look in range(1, LOOKS + 1))}
+    looks = {steps * look // LOOKS for look in range(1, LOOKS + 1)}
     adam = torch.optim.Adam(student.leaves, betas=BETAS)
     order = torch.Generator().manual_seed(0)
     windows: list[int] = []
 
     def look() -> bool:
-        """Whether the held-out windows are nearer to the original than ever, which is kept."""
+        """Keep the scales if the held-out windows were never nearer; are these sound numbers?"""
         nonlocal best
         with torch.no_grad(), model_products(model.device):
             every = range(len(reference.windows) - held_out, len(reference.windows))

@@ -139,12 +139,24 @@ def text_content(name: str) -> str:
     'sha256'
     """
     check_text(name)
-    files = _FILES.get(name, {}).values() if _data() else ()
-    paths = [_local(name, file).resolve() for file in files]
-    states = ((path, path.stat()) for path in paths)
+    states = [(path, _state(path)) for path in _files_of(name)]
     return _text_content(
         name, tuple((path, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for path, at in states)
     )
+
+
+def _files_of(name: str) -> list[Path]:
+    """The files in ROTLIB_DATA that a corpus is read from, where it is."""
+    if not _data():
+        return []
+    if name in _FILES:
+        return [_local(name, file).resolve() for file in _FILES[name].values()]
+    return [packed / f"{split}.txt" for split in SPLITS] if (packed := _packed()) else []
+
+
+def _state(path: Path) -> os.stat_result:
+    with _one_sentence(path):
+        return path.stat()
 
 
 @lru_cache
@@ -162,12 +174,17 @@ def fingerprint(tokens: Int[Tensor, "..."]) -> str:
 
 
 def _wikipedia_mini(split: str) -> str:
-    packed = folder_of("ROTLIB_DATA", "") / "wikipedia-mini"
-    if _data() and os.path.isdir(packed):  # for machines without gensim
+    if packed := _packed():
         text = packed / f"{split}.txt"
         with _one_sentence(text):
             return text.read_text(encoding="utf-8")
     return "\n\n".join(split_articles(_articles())[split])
+
+
+def _packed() -> Path | None:
+    """The folder of wikipedia-mini, on machines without gensim."""
+    packed = folder_of("ROTLIB_DATA", "") / "wikipedia-mini"
+    return packed if _data() and os.path.isdir(packed) else None
 
 
 def split_articles(articles: Sequence[str]) -> dict[str, list[str]]:

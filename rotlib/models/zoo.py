@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,7 +48,7 @@ PACKAGED = {
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # whatever a config asks for: other implementations may be code of the Hub, or compile first
-ATTENTION = "sdpa"
+_ATTENTION = "sdpa"
 # a buffer that old checkpoints hold, and transformers computes
 _RECOMPUTED = "rotary_emb.inv_freq"
 # a device must have room for so many copies of a model's weights: learning holds a second one, and
@@ -74,10 +75,9 @@ def open_model(
             "read, so save the model with transformers' save_pretrained first"
         )
     with one_sentence(name):
-        config = AutoConfig.from_pretrained(source, **_safely(source))
+        config = config_of(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{name!r} is quantized already: load the original model it was made from")
-    config._attn_implementation = ATTENTION
     with one_sentence(name):
         _check_files(Path(source))
     tokenizer = load_tokenizer(name)
@@ -105,6 +105,13 @@ def open_model(
                 "its files and its config.json don't belong together"
             )
     return _placed(model.requires_grad_(False).eval(), device), tokenizer
+
+
+def config_of(source: str) -> PreTrainedConfig:
+    """A model's config, under which torch's own attention runs."""
+    config = AutoConfig.from_pretrained(source, **_safely(source))
+    config._attn_implementation = _ATTENTION
+    return config
 
 
 def _check_files(folder: Path) -> None:

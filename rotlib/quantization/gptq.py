@@ -124,7 +124,8 @@ def gptq(
     batches = layer_inputs(family, calibration)
     # marked before it is: an interrupted model is neither the original nor quantized
     mark(model, "rotlib_quantized")
-    unrounded = _Unrounded(family, batches, asymmetry) if asymmetry else None
+    waiting = batches_that_wait(family, batches, streams=2 if asymmetry else 1)
+    unrounded = _Unrounded(family, batches, asymmetry, waiting) if asymmetry else None
     report = Report()
     for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
         start = time.perf_counter()
@@ -137,7 +138,7 @@ def gptq(
         else:
             done = Report()
             with family.on_device(family.layers[layer], changed=True):
-                batches = _quantize_layer(family, layer, batches, solve, done, unrounded)
+                batches = _quantize_layer(family, layer, batches, waiting, solve, done, unrounded)
             done.seconds = time.perf_counter() - start
             if kept is not None:
                 kept.put(layer, done)
@@ -289,34 +290,7 @@ def round_strip(
     return X, codes, E
 
 
-class _Unrounded:
-    """GPTAQ's second stream: what the unquantized model reads, beside the quantized one's."""
-
-    def __init__(self, family: Family, batches: list[Batch], asymmetry: float):
-        self._family, self._batches, self._asymmetry = family, batches, asymmetry
-
-    def walk(self, layer: int) -> None:
-        """Go through a layer that isn't quantized yet."""
-        self._batches = walk_layer(self._family, layer, self._batches)
-
-    @contextmanager
-    def beside(self, layer: int, waiting: int) -> Iterator["Callable[[str], Drift]"]:
-        """While open, hold a copy of a layer that is about to be quantized; then walk it.
-
-        Gives a function of a site, which returns the drift of what is read there.
-        """
-        twin = deepcopy(self._family.layers[layer])
-        with closing(Passes(twin, self._batches, waiting)) as passes:
-
-            def drift(site: str) -> Drift:
-                inputs = passes.inputs(twin.get_submodule(self._family.linear_paths[site]))
-                return Drift(inputs, self._asymmetry)
-
-            yield drift
-            self._batches = passes.outputs()
-
-
-class Drift:
+class _Drift:
     """α E[(x̃ − x) xᵀ] over the batches seen so far: x̃ is what the unquantized model reads."""
 
     def __init__(self, originals: Iterator[Tensor], asymmetry: float):
@@ -333,10 +307,39 @@ class Drift:
         return self._sum * (self._asymmetry / self._tokens)
 
 
+class _Unrounded:
+    """GPTAQ's second stream: what the unquantized model reads, beside the quantized one's."""
+
+    def __init__(self, family: Family, batches: list[Batch], asymmetry: float, waiting: int):
+        self._family, self._batches = family, batches
+        self._asymmetry, self._room = asymmetry, waiting
+
+    def walk(self, layer: int) -> None:
+        """Go through a layer that isn't quantized yet."""
+        self._batches = walk_layer(self._family, layer, self._batches)
+
+    @contextmanager
+    def beside(self, layer: int) -> Iterator[Callable[[str], _Drift]]:
+        """While open, hold a copy of a layer that is about to be quantized; then walk it.
+
+        Gives a function of a site, which returns the drift of what is read there.
+        """
+        twin = deepcopy(self._family.layers[layer])
+        with closing(Passes(twin, self._batches, self._room)) as passes:
+
+            def drift(site: str) -> _Drift:
+                inputs = passes.inputs(twin.get_submodule(self._family.linear_paths[site]))
+                return _Drift(inputs, self._asymmetry)
+
+            yield drift
+            self._batches = passes.outputs()
+
+
 def _quantize_layer(
     family: Family,
     index: int,
     batches: list[Batch],
+    waiting: int,
     solve: Solver,
     report: Report,
     unrounded: _Unrounded | None,
@@ -347,8 +350,7 @@ def _quantize_layer(
     input before its weights are quantized, and none may pass before.
     """
     linears = family.linears(index)
-    waiting = batches_that_wait(family, batches, streams=2 if unrounded else 1)
-    beside = unrounded.beside(index, waiting) if unrounded else nullcontext()
+    beside = unrounded.beside(index) if unrounded else nullcontext()
     with closing(Passes(family.layers[index], batches, waiting)) as passes:
         with beside as drift_at:
             for sites in READERS:

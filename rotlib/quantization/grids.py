@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, shown, whole_number, yes_or_no
 from rotlib.models.families import Family, adapt, check_sound, is_quantized, mark
-from rotlib.rotations.rotation import placed_weights
+from rotlib.rotations.rotation import check_sizes, placed_weights
 
 CLIP_NORM = 2.4
 CLIP_FACTORS = 1.0 - torch.arange(80) / 100  # 1.00 … 0.21
@@ -304,13 +304,7 @@ def check_quantizable(family: Family, quant: WeightQuant) -> None:
     for name, linear in family.linears(0).items():
         quant.check_width(linear.in_features, f"{name}_proj")
     check_sound(family.model)
-    for placed in placed_weights(family, quantized_only=True):
-        largest = placed.module.weight.abs().max().item()
-        if largest and not 1e-30 < largest < 1e30:
-            raise ValueError(
-                f"{placed.name} has weights of size {largest:.0e}, beyond what grids are computed "
-                "with (float32): scale the model first"
-            )
+    check_sizes(family, 1e-30, 1e30, "grids are computed with (float32)")
 
 
 def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | float) -> Grid:

@@ -207,6 +207,17 @@ class PlacedWeight(NamedTuple):
             yield "bias", times(self.module.bias.detach().to(device, rotation.dtype), writes)
 
 
+def check_sizes(family: Family, least: float, most: float, beyond: str) -> None:
+    """Raises ValueError for a linear whose largest weight isn't between these, unless it is 0."""
+    for placed in placed_weights(family, quantized_only=True):
+        largest = placed.module.weight.abs().max().item()
+        if largest and not least < largest < most:
+            raise ValueError(
+                f"{placed.name} has weights of size {largest:.0e}, beyond what {beyond}: "
+                "scale the model first"
+            )
+
+
 def placed_weights(family: Family, quantized_only: bool = False) -> Iterator[PlacedWeight]:
     """Every weight that a rotation touches, in the model's order.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rotlib.learning.network import windows_at_once
 from rotlib.learning.objectives import TOKENS
@@ -26,7 +26,7 @@ from rotlib.measure.fidelity import CHUNK
 from rotlib.models.content import model_content
 from rotlib.models.families import Family, adapt
 from rotlib.models.walk import BATCH_TOKENS
-from rotlib.models.zoo import ATTENTION, free_memory, one_sentence, resolve
+from rotlib.models.zoo import config_of, free_memory, one_sentence, resolve
 from rotlib.study.files import PINNED
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
 
@@ -78,11 +78,10 @@ def outline(model: str) -> tuple[Family, torch.dtype]:
 def _outline(model: str, content: str | None) -> tuple[Family, torch.dtype]:
     source = resolve(model)  # not on "meta": it may be unpacked first
     with one_sentence(model), torch.device("meta"):
-        safely = {"trust_remote_code": False}
-        config = AutoConfig.from_pretrained(source, **safely)
+        config = config_of(source)
         dtype = config.dtype or torch.float32
-        config._attn_implementation = ATTENTION
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **safely).eval()
+        how = {"dtype": torch.float32, "trust_remote_code": False}
+        empty = AutoModelForCausalLM.from_config(config, **how).eval()
     if online := getattr(config, "rotlib_online", None):  # `load` would apply them
         empty.rotlib_online = online
     return adapt(empty), dtype

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rotlib.models.text import CORPORA
+from rotlib.models.text import CORPORA, text_content
 from rotlib.quantization.activations import ActivationQuant
 from rotlib.study import own
 from rotlib.study.files import PINNED, spec_hash
@@ -139,12 +139,12 @@ def drift(stage: str) -> str | None:
     """What a stage computes otherwise, here and now, than its entry says; None where it doesn't."""
     if stage.startswith(_OWN):
         return None
-    # code is looked at once a process; ROTLIB_DATA may name another text meanwhile
-    return _drift.__wrapped__(stage) if stage in CORPORA else _drift(stage)
+    return _drift(stage, text_content(stage) if stage in CORPORA else "")
 
 
 @lru_cache
-def _drift(stage: str) -> str | None:
+def _drift(stage: str, content: str) -> str | None:
+    """Once for a stage, and for a text that is, by its bytes, this `content`."""
     from rotlib.study.canaries import CANARIES, INPUTS  # it imports every numeric module
 
     if unknown([stage]):

@@ -21,7 +21,6 @@ from rotlib.rotations.rotation import Rotation
 from rotlib.study.recipe import OWN, SHIPPED
 
 _PLAIN = (bool, int, float, complex, str, bytes)
-_OF_DISPATCH = ("registry",)  # functools.singledispatch keeps its implementations there
 
 
 def register_rotation(name: str, replace: bool = False) -> Callable:
@@ -148,7 +147,7 @@ class _Notes:
             yield from ((one, thing.__globals__.get(one)) for one in _names(thing.__code__))
             yield from ((one, cell.cell_contents) for one, cell in _cells(thing))
             yield from ((f"default {one}", value) for one, value in enumerate(_defaults(thing)))
-            yield from ((one, vars(thing)[one]) for one in _OF_DISPATCH if one in vars(thing))
+            yield "registry", vars(thing).get("registry")  # singledispatch's implementations
         elif isinstance(thing, type):
             yield from ((base.__name__, base) for base in thing.__bases__)
             for one, value in vars(thing).items():
@@ -179,10 +178,8 @@ def _told(value: object) -> str:
     """A value by its content: the same in every process."""
     if isinstance(value, _PLAIN):
         return repr(value)
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__} {[_told(one) for one in value]}"
-    if isinstance(value, dict):
-        return str([(_told(name), _told(one)) for name, one in value.items()])
+    if isinstance(value, tuple):
+        return str([_told(one) for one in value])
     if isinstance(value, set | frozenset):
         return str(sorted(map(_told, value)))
     if isinstance(value, Tensor):  # whose pickle names its place in memory

@@ -180,10 +180,9 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
     """Rotate and quantize the original model in place; returns what that took."""
     record = Record()
     rotation = rotation_of(recipe, model, record)
-    spec = recipe.sharing_weights().spec() | {"task": "weights"}
-    tuned = Kept(spec, adapt(model).device, _identity(rotation))
-    done = tuned.read() if recipe.tuning else None
-    if recipe.tuning and done is None:
+    tuned = Kept(*_weights_of(recipe, model, rotation)) if recipe.tuning else None
+    done = tuned and tuned.read()
+    if tuned and done is None:
         with record.timed("tune"):
             reference = Reference(model, tuning_tokens(recipe))
     with record.timed("fuse"):
@@ -197,7 +196,7 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
         record.seconds |= done["seconds"]
     elif recipe.rounding != "none":
         _quantize(recipe, model, rotation, calibration, record)
-        if recipe.tuning:
+        if tuned:
             _tune(recipe, model, reference, tuned, record)
     return record
 
@@ -232,8 +231,7 @@ def _quantize(
         with record.timed("quantize"):
             rtn(model, recipe.quant)
         return
-    spec = replace(recipe.sharing_weights(), tuning=0).spec() | {"task": "weights"}
-    how = spec, adapt(model).device, _identity(rotation)
+    how = _weights_of(replace(recipe, tuning=0), model, rotation)
     whole, layers = Kept(*how), KeptLayers(*how)
     if done := whole.read():
         restore(model, unpacked(done["weights"]), recipe.quant)
@@ -252,6 +250,14 @@ def _quantize(
             layers.clear()
     record.metrics["fallbacks"] = done["fallbacks"]
     record.seconds["quantize"] = round(done["seconds"], 2)
+
+
+def _weights_of(
+    recipe: Recipe, model: PreTrainedModel, rotation: Rotation | None
+) -> tuple[dict, torch.device, str]:
+    """What a recipe's kept weights are named by."""
+    spec = recipe.sharing_weights().spec() | {"task": "weights"}
+    return spec, adapt(model).device, _identity(rotation)
 
 
 def calibration_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
