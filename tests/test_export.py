@@ -30,6 +30,8 @@ GRIDS = {
     "groups": rl.WeightQuant(group_size=16),
     "groups, asymmetric": rl.WeightQuant(group_size=16, symmetric=False),
     "per channel, asymmetric, 3 bits": rl.WeightQuant(bits=3, symmetric=False),
+    "per channel, signed scales": rl.WeightQuant(convention="signed"),
+    "groups, signed scales": rl.WeightQuant(group_size=16, convention="signed"),
     "8 bits": rl.WeightQuant(bits=8, group_size=16),
 }
 

@@ -46,6 +46,7 @@ CONFIGS = {
 GRIDS = {
     "Q4_0, per channel": rl.WeightQuant(),
     "Q4_0, groups": rl.WeightQuant(group_size=32),
+    "Q4_0, groups, signed scales": rl.WeightQuant(group_size=32, convention="signed"),
     "Q4_1, groups, 3 bits": rl.WeightQuant(bits=3, group_size=32, symmetric=False),
     "Q8_0, groups": rl.WeightQuant(bits=8, group_size=32),
 }

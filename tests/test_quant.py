@@ -10,7 +10,7 @@ from rotlib.quantization.grids import CLIP_FACTORS, CLIP_NORM, fit_grid, round_t
 GRIDS = [
     rl.WeightQuant(bits=bits, symmetric=symmetric, convention=convention, clip_search=clip)
     for bits, symmetric, convention, clip in itertools.product(
-        (2, 3, 4, 8), (True, False), ("half", "full"), (True, False)
+        (2, 3, 4, 8), (True, False), ("half", "full", "signed"), (True, False)
     )
 ]
 
@@ -25,8 +25,10 @@ def round_slowly(row, quant, factor):
     """The definition, one number at a time: the oracle of `Grid.round`."""
     low, high = quant.codes
     if quant.symmetric:
-        steps = 2 ** (quant.bits - 1) - (0.5 if quant.convention == "half" else 1)
-        scale, zero = float(max(abs(w) for w in row)) * factor / steps, 0
+        steps = 2 ** (quant.bits - 1) - {"half": 0.5, "full": 1, "signed": 0}[quant.convention]
+        largest = float(max(row, key=abs))
+        largest = -largest if quant.convention == "signed" else abs(largest)
+        scale, zero = largest * factor / steps, 0
     else:
         bottom, top = min(0.0, float(min(row))) * factor, max(0.0, float(max(row))) * factor
         scale = (top - bottom) / high
@@ -76,6 +78,17 @@ def _clipped(W, quant, factor):
         else (-(W.amin(dim=1, keepdim=True).clamp(max=0) * factor) / scale).round()
     )
     return grid._replace(scale=scale, zero=zero).round(W)
+
+
+def test_a_signed_scale_puts_the_largest_weight_on_the_lowest_code():
+    W = weights()
+    Q = round_to_nearest(W, rl.WeightQuant(convention="signed", clip_search=False))
+    largest = W.abs().argmax(dim=1, keepdim=True)
+    assert (Q.codes.gather(1, largest) == -8).all()
+    torch.testing.assert_close(Q.dense().gather(1, largest), W.gather(1, largest))
+    assert (Q.scale < 0).any() and (Q.scale > 0).any()
+    half = round_to_nearest(W, rl.WeightQuant(clip_search=False))
+    assert (Q.dense() - W).square().mean() < (half.dense() - W).square().mean()
 
 
 def test_the_two_conventions_differ_by_two_fifths_at_two_bits_without_clip_search():

@@ -8,6 +8,8 @@ down; every input is produced by what is already quantized, weights that read th
 one Hessian and one factorisation, and groups take their scale from the updated weights. GPTAQ
 (arXiv 2504.02692) also makes up for the inputs' own drift: with x̃ what the unquantized model would
 read, column q hands ``w_q P_q`` on to the columns behind it, P = α · triu(E[(x̃ − x) xᵀ] Uᵀ, 1) U.
+Scales can be chosen by the error that GPTQ then makes, row by row, among some that are wider or
+narrower than those of clip search (as Samsung's TICO does).
 """
 
 import time
@@ -24,10 +26,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import positive, share, token_ids, yes_or_no
+from rotlib.checks import positive, share, token_ids, whole_number, yes_or_no
 from rotlib.models.families import READERS, Family, adapt, mark
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
+from rotlib.quantization.coordinate import CoordinateDescent, half_slope
 from rotlib.quantization.grids import (
     Grid,
     QuantizedWeight,
@@ -44,6 +47,7 @@ from rotlib.quantization.replayed import Replayed
 
 BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
 _STRIP = 32  # columns whose errors reach the rest of the block in one product
+WIDTHS = (1.0, 0.85, 0.9, 0.95, 1.05)  # of clip search's scales, for `scale_search` to choose from
 
 
 @dataclass
@@ -98,15 +102,18 @@ def gptq(
     act_order: bool = False,
     damping: float = DAMPING,
     asymmetry: float = 0.0,
+    scale_search: bool = False,
+    descent: int = 0,
     kept: Layers | None = None,
 ) -> Report:
     """Quantize every linear of every decoder layer in place (Frantar et al., arXiv 2210.17323).
 
     `damping` is a fraction of the mean of H's diagonal. With `act_order` columns are visited by
     falling H_jj and groups keep the scales of the original weights. `asymmetry` is GPTAQ's α (0.25
-    in its paper, 0 for GPTQ); every batch then goes through the original layer as well. Layers that
-    `kept` holds are put back instead of quantized, and the others are handed to it. Raises
-    ValueError before any work for unsuitable models, grids or tokens.
+    in its paper, 0 for GPTQ); every batch then goes through the original layer as well. With
+    `scale_search` every row takes the best of several scales, and `descent` sweeps of coordinate
+    descent follow. Layers that `kept` holds are put back instead of quantized, and the others are
+    handed to it. Raises ValueError before any work for unsuitable models, grids or tokens.
 
     >>> report = gptq(model, tokens, WeightQuant(bits=4, group_size=16))
     >>> report.fallbacks, report.weights["layers.0.q"].codes.dtype
@@ -118,9 +125,11 @@ def gptq(
     positive("damping", damping)
     yes_or_no("act_order", act_order)
     share("asymmetry", asymmetry)
+    yes_or_no("scale_search", scale_search)
+    whole_number("descent", descent, 0)
     if isinstance(kept, type) or not (kept is None or isinstance(kept, Layers)):
         raise ValueError(f"kept must hold layers by get and put, not be {kept!r}")
-    solve = Solver(quant, act_order, damping)
+    solve = Solver(quant, act_order, damping, scale_search, descent)
     batches = layer_inputs(family, calibration)
     # marked before it is: an interrupted model is neither the original nor quantized
     mark(model, "rotlib_quantized")
@@ -167,9 +176,12 @@ class Solver:
     quant: WeightQuant
     act_order: bool = False
     damping: float = DAMPING
+    scale_search: bool = False
+    descent: int = 0
 
     def __post_init__(self):
         self._round_strip = Replayed(partial(round_strip, *self.quant.codes))
+        self._descend = CoordinateDescent(self.quant, self.descent)
 
     def __call__(
         self,
@@ -196,18 +208,25 @@ class Solver:
             eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
             U = torch.linalg.solve_triangular(M, eye, upper=True)  # Uᵀ U = H⁻¹
             P = None if C is None else (C[order][:, order] @ U.T).triu(1) @ U
-            Q = self._solve(W, order, U, P)
+            widths = WIDTHS if self.scale_search else WIDTHS[:1]
+            tried = [self._solve(W, order, U, P, width) for width in widths]
+            Q = tried[0]
+            if self.scale_search or self.descent:
+                sound = H + damping * H.diagonal().mean() * eye
+                Q = self._descend(_best_rows(tried, W, sound, C), W, sound, C)
         difference = Q.dense() - W
         error = (difference @ H * difference).sum(dim=1)
         return Q, error, damping, M is None
 
-    def _solve(self, W: Tensor, order: Tensor, U: Tensor, P: Tensor | None) -> QuantizedWeight:
+    def _solve(
+        self, W: Tensor, order: Tensor, U: Tensor, P: Tensor | None, width: float
+    ) -> QuantizedWeight:
         """Algorithm 1 of GPTQ, or with P of GPTAQ, on columns laid out as rows, block by block."""
         n = W.shape[1]
         group = self.quant.group_size
         block = BLOCK if group is None else group * max(1, BLOCK // group)
         strip = group if group and (group < block or group % _STRIP) else _STRIP
-        grids_of, grids = self._grids(W, order)
+        grids_of, grids = self._grids(W, order, width)
         X = W.T[order].contiguous()  # (in, out): the weights, made up for earlier errors
         E = torch.empty_like(X)  # errors over the pivots
         codes = torch.empty_like(X)
@@ -234,24 +253,29 @@ class Solver:
         return QuantizedWeight(codes.to(self.quant.storage), scale, zero)
 
     def _grids(
-        self, W: Tensor, order: Tensor
+        self, W: Tensor, order: Tensor, width: float
     ) -> tuple[Callable[[Tensor, slice], tuple[Tensor, Tensor]], list[Grid]]:
         """Scale and zero point of every column of a strip, and all grids in the inputs' order.
 
         A column's grid is the row's, its own group's (act-order), or one fitted to the group's
-        updated weights; then the list is complete once every column has been asked for.
+        updated weights; then the list is complete once every column has been asked for. `width`
+        multiplies all scales.
         """
         group = self.quant.group_size
+
+        def fitted_to(part: Tensor) -> Grid:
+            grid = fit_grid(part, self.quant).row()
+            return grid if width == 1 else grid._replace(scale=width * grid.scale)
 
         def shared(grid: Grid, strip: slice) -> tuple[Tensor, Tensor]:
             columns = strip.stop - strip.start
             return grid.scale.expand(columns, -1), grid.zero.expand(columns, -1)
 
         if group is None:
-            grid = fit_grid(W, self.quant).row()
+            grid = fitted_to(W)
             return lambda X, strip: shared(grid, strip), [grid]
         if self.act_order:
-            static = [fit_grid(part, self.quant).row() for part in W.split(group, dim=1)]
+            static = [fitted_to(part) for part in W.split(group, dim=1)]
             scale, zero = (torch.stack([g[part] for g in static]) for part in (0, 1))
             of_column = order // group
             return lambda X, strip: (scale[of_column[strip]], zero[of_column[strip]]), static
@@ -260,10 +284,26 @@ class Solver:
         def fresh(X: Tensor, strip: slice) -> tuple[Tensor, Tensor]:
             j = strip.start
             if j % group == 0:
-                fitted.append(fit_grid(X[j : j + group].T.contiguous(), self.quant).row())
+                fitted.append(fitted_to(X[j : j + group].T.contiguous()))
             return shared(fitted[-1], strip)
 
         return fresh, fitted
+
+
+def _best_rows(
+    tried: list[QuantizedWeight], W: Tensor, H: Tensor, C: Tensor | None
+) -> QuantizedWeight:
+    """Every row as the try has it whose outputs are nearest to the original's."""
+
+    def error(Q: QuantizedWeight) -> Float[Tensor, " out"]:
+        slope = half_slope(Q, W, H, C)
+        if C is not None:
+            slope -= W @ C
+        return ((Q.dense() - W) * slope).sum(dim=1)
+
+    best = torch.stack([error(Q) for Q in tried]).argmin(dim=0)
+    rows = torch.arange(len(W), device=W.device)
+    return QuantizedWeight(*(torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True)))
 
 
 def round_strip(

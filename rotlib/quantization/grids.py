@@ -1,10 +1,11 @@
 """Integer grids for weights, the search for their scale, and round-to-nearest (RTN).
 
 A weight row (or a group of `group_size` of its entries) is written as ``scale · (code − zero)``
-with b-bit codes. The unclipped step is absmax/(2^(b−1)−½) ("half": GPTQ, compressed-tensors) or
-absmax/(2^(b−1)−1) ("full": QuaRot, SpinQuant); asymmetric grids span [min, max] with a rounded zero
-point. Clip search looks for the shrink factor among 1.00, 0.99 … 0.21 with the smallest Σ|w −
-q(w)|^2.4 (GPTQ's public code tries all 80; here 20 of them, coarse to fine).
+with b-bit codes. The unclipped step is absmax/(2^(b−1)−½) ("half": GPTQ, compressed-tensors),
+absmax/(2^(b−1)−1) ("full": QuaRot, SpinQuant) or, with the sign that puts the largest entry on the
+lowest code, ±absmax/2^(b−1) ("signed": llama.cpp's Q4_0); asymmetric grids span [min, max] with a
+rounded zero point. Clip search looks for the shrink factor among 1.00, 0.99 … 0.21 with the
+smallest Σ|w − q(w)|^2.4 (GPTQ's public code tries all 80; here 20 of them, coarse to fine).
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ CLIP_FACTORS = 1.0 - torch.arange(80) / 100  # 1.00 … 0.21
 SEARCH = (tuple(range(0, 80, 8)), (-6, -4, -2, 0, 2, 4, 6), (-1, 0, 1))
 # entries searched at a time: temporaries stay in a processor's cache, and fill a GPU
 _CHUNK = {"cpu": 2**19, "cuda": 2**26}
-CONVENTIONS = ("half", "full")
+# how many steps short of the lowest code the largest weight lies
+SHORT_OF = {"half": 0.5, "full": 1.0, "signed": 0.0}
+CONVENTIONS = (*SHORT_OF,)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -314,15 +317,18 @@ def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | flo
     """
     low, high = quant.codes
     if quant.symmetric:
-        steps = 2 ** (quant.bits - 1) - (0.5 if quant.convention == "half" else 1.0)
-        scale = W.abs().amax(dim=1, keepdim=True) * factor / steps
+        largest = W.abs().amax(dim=1, keepdim=True)
+        steps = 2 ** (quant.bits - 1) - SHORT_OF[quant.convention]
+        if quant.convention == "signed":  # a scale's sign puts the largest entry on the lowest code
+            largest = torch.where(W.amin(dim=1, keepdim=True) > -largest, -largest, largest)
+        scale = largest * factor / steps
         zero = torch.zeros_like(scale)
     else:
         bottom = W.amin(dim=1, keepdim=True).clamp(max=0) * factor
         top = W.amax(dim=1, keepdim=True).clamp(min=0) * factor
         scale = (top - bottom) / high
         zero = (-bottom / torch.where(scale > 0, scale, 1)).round()
-    return Grid(torch.where(scale > 0, scale, 1), zero, low, high)
+    return Grid(torch.where(scale != 0, scale, 1), zero, low, high)
 
 
 def _in_reach(W: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ these two are applied while the model runs, as exact Hadamard products through t
 cancels between queries and keys, ``(q H)(k H)ᵀ = q kᵀ``; it lives in an attention function
 registered with transformers under the name "rotlib", which hands over to "sdpa". Keys are cached as
 they came from RoPE and pass R3, and their quantizer, at every reading: the same numbers as a cache
-of rounded keys.
+of rounded keys. On a GPU models of float32 run through it as well, R3 or not: where query heads
+share keys, sdpa has no kernel for them but the one that writes out all scores.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,7 @@ def load(
     576
     """
     model, tokenizer = open_model(name, device, dtype)
+    write_no_scores(model)
     if online := online_of(model):
         if not is_rotated(model):
             raise ValueError(
@@ -60,6 +63,12 @@ def load(
         model.rotlib_online = online
         attach(adapt(model), online)
     return model, tokenizer
+
+
+def write_no_scores(model: PreTrainedModel) -> None:
+    """Let a model that computes on a GPU run its attention without holding all scores."""
+    if getattr(model, "rotlib_device", model.device).type == "cuda":
+        model.set_attn_implementation(ATTENTION)
 
 
 def check_online(family: Family, rotations: list[str]) -> None:
@@ -164,7 +173,18 @@ def _attention(
             )
     for step in getattr(module, _HEADS, ()):
         query, key, value = step(query, key, value)
+    if query.is_cuda and query.dtype == torch.float32:
+        module, key, value = _keys_of_their_own(module, query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _keys_of_their_own(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[SimpleNamespace, Tensor, Tensor]:
+    """Keys and values of every query head, and what sdpa asks of a module that has no groups."""
+    heads = query.shape[1] // key.shape[1]
+    key, value = (shared.repeat_interleave(heads, dim=1) for shared in (key, value))
+    return SimpleNamespace(is_causal=getattr(module, "is_causal", True)), key, value
 
 
 def _check_not_bypassed(module: nn.Module, args: tuple) -> None:

@@ -302,7 +302,8 @@ def _online_rotations() -> dict:
     clip_norm=grids.CLIP_NORM,
     clip_factors=grids.CLIP_FACTORS,
     search=grids.SEARCH,
-    conventions=grids.CONVENTIONS,
+    conventions=grids.CONVENTIONS[:2],  # a further choice makes no result stale
+    short_of=grids.SHORT_OF,
     ties=("put back",),
 )
 def _grids() -> dict:
@@ -315,6 +316,7 @@ def _grids() -> dict:
         "asymmetric": {"symmetric": False, "bits": 3},
         "groups": {"group_size": 16, "bits": 2},
         "unclipped": {"clip_search": False},
+        "signed": {"convention": "signed"},
     }.items():
         quant = grids.WeightQuant(**settings)
         rounded = grids.round_to_nearest(W, quant)
@@ -402,6 +404,26 @@ def _gptaq() -> dict:
     quant = grids.WeightQuant(bits=3)
     report = gptq.gptq(tiny(torch.float32), token_windows(), quant, asymmetry=0.5)
     return numbers | {"errors": [module.error for module in report.modules][7:]}
+
+
+def _refined(**how: object) -> dict:
+    C = 0.1 * noise(136, 136, seed=5)
+    numbers = {}
+    for name, settings, drift in (("rows", {}, None), ("drift", {}, C), ("groups", {"bits": 3}, C)):
+        quant = grids.WeightQuant(group_size=68 if name == "groups" else None, **settings)
+        found = _solved(gptq.Solver(quant, **how), drift)
+        numbers |= {f"{name}, {key}": value for key, value in found.items()}
+    return numbers
+
+
+@canary("scale search", widths=gptq.WIDTHS, tolerance=5e-3)
+def _scale_search() -> dict:
+    return _refined(scale_search=True)
+
+
+@canary("coordinate descent", tolerance=5e-3)
+def _coordinate_descent() -> dict:
+    return _refined(descent=2)
 
 
 @canary(

@@ -39,6 +39,7 @@ from rotlib.quantization.gptq import Solver, gptq
 from rotlib.quantization.grids import WeightQuant, rtn
 from rotlib.rotations.drawn import hadamard_rotation
 from rotlib.rotations.fuse import fuse
+from rotlib.rotations.online import write_no_scores
 from rotlib.study import memory, numerics, store
 from rotlib.study.canaries import CANARIES, Canary, covariance, inputs_on, noise
 from rotlib.study.pipeline import run
@@ -385,6 +386,7 @@ def _random_model(
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
+    write_no_scores(model)
     return model.eval().requires_grad_(False)
 
 

@@ -36,7 +36,7 @@ _PROCESS = 0.72 * GB  # Python, torch, transformers and a text before any model
 SURE = 0.8  # of an estimate: what it may be too high by is no reason to refuse
 # how many copies of its largest operand a stage holds at its peak, counted in the code and checked
 # against measured peaks
-_ROWS, _HEADS, _WIDE, _HESSIANS, _WEIGHTS, _SCORES = 2, 3, 3, 7, 6, 2
+_ROWS, _HEADS, _WIDE, _HESSIANS, _WEIGHTS = 2, 3, 3, 7, 6
 _TUNED = 10, 5  # widths and inner widths that a layer keeps of a token for going back
 _LOGITS = {"evaluate": 6, "spinquant": 3, "ostquant": 5}
 
@@ -45,7 +45,7 @@ class Stage(NamedTuple):
     """Bytes that a stage holds at its peak, besides the model and the reference."""
 
     working: float = 0.0  # where the model computes
-    gpu: float = 0.0  # there too, on a GPU: attention's scores, more windows at a time
+    gpu: float = 0.0  # there too, on a GPU: more windows at a time
     beside: float = 0.0  # where the weights are
     host: float = 0.0  # on the host, wherever the model is
 
@@ -152,10 +152,6 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
     def layer_run(tokens: int) -> float:
         return _FLOAT * tokens * (3 * d + _WIDE * wide)
 
-    def scores(windows: int) -> float:
-        heads = family.config.num_attention_heads
-        return _FLOAT * _SCORES * windows * heads * recipe.window**2
-
     def logits(tokens: int, of: str) -> float:
         return _FLOAT * _LOGITS[of] * tokens * head / d
 
@@ -163,9 +159,8 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         "load": Stage(host=(linears + head) * _on_disk(dtype)),
         "evaluate": Stage(
             layer_run(recipe.window) + logits(min(CHUNK, recipe.window), "evaluate"),
-            scores(1),
-            2 * states(recipe.test_windows),
-            codes,
+            beside=2 * states(recipe.test_windows),
+            host=codes,
         ),
     }
     if recipe.rotation != "none":
@@ -175,7 +170,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         presets = {"spinquant": SPINQUANT_PRESETS, "ostquant": OSTQUANT_PRESETS}
         preset = presets[recipe.rotation][recipe.preset]
 
-        def learning(windows: int, attention: float = 0.0) -> float:
+        def learning(windows: int) -> float:
             """A copy, what its layers keep for going back, and the logits or a layer's slopes.
 
             Gradients gather from a batch's first windows on.
@@ -184,13 +179,12 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             kept = layers * (states(windows) if preset.checkpointing else layer_run(tokens))
             at_logits = logits(tokens, recipe.rotation)
             at_logits += gradients if windows < preset.batch else 0
-            going_back = gradients + layer_run(tokens) + attention
+            going_back = gradients + layer_run(tokens)
             return _FLOAT * linears + kept + max(at_logits, going_back)
 
         at_once = windows_at_once("cuda", family.config.vocab_size * recipe.window)
         at_once = min(preset.batch, at_once)
-        there = learning(at_once, scores(at_once))
-        found["rotate"] = Stage(here := learning(1), max(0.0, there - here))
+        found["rotate"] = Stage(here := learning(1), max(0.0, learning(at_once) - here))
     elif recipe.rotation in LEARNED:
         rows = min(STEPS_A_DRAW * BATCH, STEPS_A_DRAW * linears // d) * d
         heads = layers * (sizes["o"] + sizes["v"])
@@ -213,12 +207,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         if recipe.asymmetry:  # the original layer, what it computes, and the drift of what is read
             working = 2 * working + _FLOAT * (sum(sizes.values()) + 2 * wide**2)
             streams = 2
-        found["quantize"] = Stage(
-            working + solve,
-            max(0.0, scores(at_once) - solve),  # the scores are gone when a weight is solved for
-            streams * 2 * states(windows),
-            codes,
-        )
+        found["quantize"] = Stage(working + solve, beside=streams * 2 * states(windows), host=codes)
     if recipe.tuning:  # the original's states and head are there from before the rotation on
         original = states(recipe.tuning + HELD_OUT) + _FLOAT * head
         for stage in {"fuse", "quantize"} & found.keys():
@@ -226,7 +215,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         kept = layers * _FLOAT * recipe.window * (_TUNED[0] * d + _TUNED[1] * wide)
         kept += _FLOAT * linears if recipe.group_size else 0  # as the scales make them
         learning = kept + logits(recipe.window, "ostquant")
-        found["tune"] = Stage(learning, scores(1), original, codes)
+        found["tune"] = Stage(learning, beside=original, host=codes)
     return found
 
 

@@ -79,7 +79,10 @@ def stages_of(spec: dict) -> list[str]:
     if task in ("quantize", "zero-shot", "weights") and setting("rounding") != "none":
         stages |= {"grids"} | ({"tuning"} if setting("tuning") else set())
         if setting("rounding") == "gptq":
-            stages |= {"covariance", "gptq"} | ({"gptaq"} if setting("asymmetry") else set())
+            stages |= {"covariance", "gptq"}
+            options = {"asymmetry": "gptaq", "scale_search": "scale search"}
+            options["descent"] = "coordinate descent"
+            stages |= {stage for name, stage in options.items() if setting(name)}
     return sorted(stages)
 
 

@@ -239,8 +239,7 @@ def _quantize(
     else:
         seen = recipe.activations if recipe.order == "activations-first" else ActivationQuant()
         with quantized_activations(model, seen):
-            settings = {"act_order": recipe.act_order, "asymmetry": recipe.asymmetry}
-            report = gptq(model, calibration, recipe.quant, **settings, kept=layers)
+            report = gptq(model, calibration, recipe.quant, **recipe.gptq_settings, kept=layers)
         done = {
             "weights": packed(report.weights),
             "fallbacks": report.fallbacks,

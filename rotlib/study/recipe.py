@@ -51,6 +51,7 @@ _LEARNERS_OWN = (
     *("grouped", "start", "local"),
 )
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
+_GPTQ = ("act_order", "asymmetry", "scale_search", "descent")
 _ACTIVATION_GRID = ("activation_bits", "kv_bits", "protocol", "sinks")
 
 SHIPPED = ("none", *DRAWN, "gsr", *LEARNED)  # the rotations that come with rotlib
@@ -114,6 +115,8 @@ class Recipe:
     clip_search: bool = True
     act_order: bool = False
     asymmetry: float = 0.0
+    scale_search: bool = False
+    descent: int = 0
     tuning: int = 0
     activation_bits: int = FULL
     kv_bits: int = FULL
@@ -143,7 +146,7 @@ class Recipe:
         for name, allowed in choices.items():
             one_of(name, getattr(self, name), allowed)
         counts = ("calibration_windows", "learning_windows", "test_windows")
-        least_of = {"window": 2, **dict.fromkeys(counts, 1), "seed": 0, "tuning": 0}
+        least_of = {"window": 2, **dict.fromkeys(counts, 1), "seed": 0, "tuning": 0, "descent": 0}
         for name, least in least_of.items():
             whole_number(name, getattr(self, name), least)
         for name in ("steps", "block"):
@@ -159,7 +162,7 @@ class Recipe:
             )
         share("asymmetry", self.asymmetry)
         object.__setattr__(self, "asymmetry", float(self.asymmetry))  # 1 and 1.0 are one arm
-        for name in ("act_order", "R3", "R4", "signs", "local", "grouped"):
+        for name in ("act_order", "scale_search", "R3", "R4", "signs", "local", "grouped"):
             yes_or_no(name, getattr(self, name))
         check_text(self.text)
         self.quant, self.activations  # noqa: B018 - check bits, groups and convention
@@ -178,6 +181,8 @@ class Recipe:
         if self.rounding != "gptq":
             yield "act_order", "orders GPTQ's columns: it needs rounding 'gptq'"
             yield "asymmetry", "corrects GPTQ for its inputs' drift: it needs rounding 'gptq'"
+            yield "scale_search", "goes by GPTQ's error: it needs rounding 'gptq'"
+            yield "descent", "goes on from GPTQ's codes: it needs rounding 'gptq'"
         if self.rounding != "gptq" or not rounded:
             yield "order", "needs rounding 'gptq', and activation_bits or kv_bits below 16"
         if not self.symmetric:
@@ -240,6 +245,11 @@ class Recipe:
     def activations(self) -> ActivationQuant:
         """The activation grids this recipe asks for."""
         return ActivationQuant(self.activation_bits, self.kv_bits, self.protocol, self.sinks)
+
+    @property
+    def gptq_settings(self) -> dict:
+        """What `gptq` is asked for besides the grid."""
+        return {name: getattr(self, name) for name in _GPTQ}
 
     @property
     def rotation_reads(self) -> dict:
