@@ -86,7 +86,8 @@ def test_a_signed_scale_puts_the_largest_weight_on_the_lowest_code():
     largest = W.abs().argmax(dim=1, keepdim=True)
     assert (Q.codes.gather(1, largest) == -8).all()
     torch.testing.assert_close(Q.dense().gather(1, largest), W.gather(1, largest))
-    assert (Q.scale < 0).any() and (Q.scale > 0).any()
+    assert (Q.scale < 0).any()
+    assert (Q.scale > 0).any()
     half = round_to_nearest(W, rl.WeightQuant(clip_search=False))
     assert (Q.dense() - W).square().mean() < (half.dense() - W).square().mean()
 
