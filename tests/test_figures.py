@@ -109,6 +109,9 @@ def example(name):
             [0.02, float("nan")],
             ["reproduced", "not run"],
         )
+    if name == "ladder":
+        step = [arm("none", 0.9), arm("optrot", 0.2, seeds=1)]
+        return ({"first": step, "second": [arm("optrot", bits=3)]},)
     if name == "budget_curves":
         return (
             {

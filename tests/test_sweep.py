@@ -134,6 +134,23 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(folder, capsys):
     assert not (folder / "results").exists()
 
 
+def test_the_time_is_estimated_by_runs_of_this_kind_of_device_tuned_where_the_recipe_is():
+    def finished(device, seconds, **settings):
+        origin = {"device": device, "stages": {}}
+        return store.Result(rl.Recipe(**settings).spec(), {}, seconds, 0.0, origin)
+
+    results = [
+        finished("NVIDIA H100", {"quantize": 1.0}),
+        finished("cpu, 2 threads", {"quantize": 50.0, "evaluate": 8.0}),
+        finished("cpu, 2 threads", {"quantize": 90.0, "tune": 64.0}, tuning=32),
+    ]
+    plain = sweep.estimate(rl.Recipe(calibration_windows=32, test_windows=4), results)
+    assert plain.seconds == {"quantize": 100.0, "evaluate": 4.0}
+    tuned = sweep.estimate(rl.Recipe(tuning=64), results)
+    assert tuned.seconds == {"quantize": 90.0, "tune": 128.0}
+    assert sweep.estimate(rl.Recipe(), results[:1]).seconds is None
+
+
 def test_what_several_recipes_share_is_forecast_once():
     seconds = {"rotate": 60.0, "quantize": 120.0, "evaluate": 60.0}
     learned = [

@@ -1,6 +1,7 @@
 """Scales and gains tuned on the divergence from the original, with the codes fixed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,59 @@ def test_an_interrupted_tuning_leaves_a_model_whose_codes_are_its_weights(refere
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+class Steps(list):
+    """States in memory."""
+
+    put = list.append
+
+    def get(self):
+        return self[-1] if self else None
+
+
+def test_an_interrupted_tuning_goes_on_and_ends_with_the_same_bits(reference, monkeypatch):
+    whole = rl.tune(quantized(), reference, steps=8, lr=3e-3)
+    kept, step, calls = Steps(), torch.optim.Adam.step, iter(range(100))
+
+    def interrupted(self, *args):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rl.tune(quantized(), reference, steps=8, lr=3e-3, kept=kept)
+    assert len(kept) == 3  # at the start, after two steps and after four
+    found = rl.tune(quantized(), reference, steps=8, lr=3e-3, kept=kept)
+    assert next(calls) == 6 + 4  # of which two had been lost
+    assert (found.kl, found.held_out) == (whole.kl, whole.held_out)
+    for name, weight in found.weights.items():
+        assert torch.equal(weight.scale, whole.weights[name].scale)
+
+
+def test_a_recipes_interrupted_tuning_goes_on_from_its_file(tmp_path, monkeypatch):
+    save_tiny_model(tmp_path / "model", "qwen3, tied")
+    save_short_text(tmp_path)
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
+    small = {"calibration_windows": 3, "test_windows": 2, "window": 64, "text": "wikitext2"}
+    tuned = recipe.Recipe(model=str(tmp_path / "model"), tuning=4, **small)
+    step, steps = torch.optim.Adam.step, []
+
+    def interrupted(self, *args):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rl.run(tuned)
+    assert list((tmp_path / "results" / "local").glob("*.tuning.pt"))
+    assert rl.run(tuned).metrics["tuning_held_out"].keys() == {"0", "1", "2", "3", "4"}
+    assert len(steps) == 3 + 2
+    assert not list((tmp_path / "results" / "local").glob("*.tuning.pt"))
+
+
 def test_a_tuned_model_is_exported_like_any_other(reference, tmp_path):
     model = quantized(rotation=True)
     rl.tune(model, reference, steps=4, lr=3e-3)
@@ -127,6 +181,7 @@ def test_a_tuned_model_is_exported_like_any_other(reference, tmp_path):
         (quantized, {"held_out": 20}, "20 windows are held out, and the reference has 20"),
         (quantized, {"steps": 0}, "steps"),
         (quantized, {"lr": -1}, "lr"),
+        (quantized, {"kept": {}}, "kept must hold a state by get and put"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_before_any_work(prepare, how, message, reference):
@@ -161,6 +216,14 @@ def test_a_checkpoint_of_every_quality_is_one_command(tmp_path, monkeypatch, cap
     card = (tmp_path / "out" / "README.md").read_text()
     assert "tuning: 2" in card
     assert "asymmetry: 0.25" in card
+
+
+@pytest.mark.parametrize("quality", recipe.QUALITIES)
+def test_a_quality_can_be_had_on_an_asymmetric_grid_as_well(quality):
+    signed = recipe.Recipe.of_quality(quality)
+    assert signed.convention == "signed"
+    asymmetric = recipe.Recipe.of_quality(quality, symmetric=False)
+    assert asymmetric == replace(signed, symmetric=False, convention="half")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from math import isfinite
 from statistics import fmean
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -62,19 +63,30 @@ class Tuning:
         return min(self.held_out, key=self.held_out.get)
 
 
+@runtime_checkable
+class Steps(Protocol):
+    """Keeps how far tuning has come, so that an interrupted one goes on from its last look."""
+
+    def get(self) -> dict | None: ...
+
+    def put(self, state: dict) -> None: ...
+
+
 def tune(
     model: PreTrainedModel,
     reference: Reference,
     steps: int = STEPS,
     lr: float = LR,
     held_out: int = HELD_OUT,
+    kept: Steps | None = None,
 ) -> Tuning:
     """Learn the scales and the norm gains of a quantized model, in place; its codes stay.
 
     The reference is the original's, over the text to learn from: its last `held_out` windows decide
     which step is kept, and each step reads one of the others. A loss that stops being finite ends
-    it with a warning, and an interruption leaves the best step so far. Raises ValueError before any
-    work for a model without codes, or one that isn't float32, and for too few windows.
+    it with a warning, and an interruption leaves the best step so far; with `kept` the same call
+    goes on from the last look at the held-out windows. Raises ValueError before any work for a
+    model without codes, or one that isn't float32, and for too few windows.
 
     >>> import rotlib as rl
     >>> reference = rl.Reference(model, tokens)
@@ -96,12 +108,18 @@ def tune(
             f"{held_out} windows are held out, and the reference has {len(reference.windows)}: "
             f"take it over {held_out + 1} or more"
         )
+    if isinstance(kept, type) or not (kept is None or isinstance(kept, Steps)):
+        raise ValueError(f"kept must hold a state by get and put, not be {kept!r}")
     student = _Student(family, codes_of(model), reference)
     tuning, best = Tuning(), student.state()
     looks = {steps * look // LOOKS for look in range(1, LOOKS + 1)}
     adam = torch.optim.Adam(student.leaves, betas=BETAS)
-    order = torch.Generator().manual_seed(0)
-    windows: list[int] = []
+    windows = _order(len(reference.windows) - held_out, steps)
+    if before := None if kept is None else kept.get():
+        tuning.kl, tuning.held_out = before["kl"], before["held_out"]
+        best = [value.to(family.device) for value in before["best"]]
+        student.set(before["leaves"])
+        adam.load_state_dict(before["adam"])
 
     def look() -> bool:
         """Keep the scales if the held-out windows were never nearer; are these sound numbers?"""
@@ -114,17 +132,18 @@ def tune(
             _warn(len(tuning.kl), "divergence on the held-out windows is")
         elif tuning.step == len(tuning.kl):
             best = student.state()
+        if kept is not None and isfinite(found):
+            so_far = {"kl": [*tuning.kl], "held_out": dict(tuning.held_out), "best": best}
+            now = {"leaves": student.state(), "adam": deepcopy(adam.state_dict())}
+            kept.put(so_far | now)
         return isfinite(found)
 
     try:
         with torch.enable_grad(), student.learning():
-            sound = look()
-            for step in tqdm(range(steps if sound else 0), desc="tuning", unit="step"):
-                if not windows:
-                    count = len(reference.windows) - held_out
-                    windows = torch.randperm(count, generator=order).tolist()
+            ahead = range(len(tuning.kl), steps) if before or look() else ()
+            for step in tqdm(ahead, desc="tuning", unit="step"):
                 with coarse_products():
-                    loss = student.divergence(windows.pop())
+                    loss = student.divergence(windows[step])
                     loss.backward()
                 if not isfinite(loss.item()) or not student.slopes_are_finite():
                     _warn(step, "loss or slopes are")
@@ -141,6 +160,14 @@ def tune(
         tuning.weights = student.settle(best)
         tuning.gains = [gain.detach().cpu().clone() for gain in gains_of(family)]
     return tuning
+
+
+def _order(count: int, steps: int) -> list[int]:
+    """Which window each step reads: all of them before any of them again."""
+    generator, windows = torch.Generator().manual_seed(0), []
+    while len(windows) < steps:
+        windows += torch.randperm(count, generator=generator).tolist()[::-1]
+    return windows
 
 
 def _warn(step: int, what: str) -> None:
@@ -227,10 +254,14 @@ class _Student:
         return [leaf.detach().clone() for leaf in self.leaves]
 
     @torch.no_grad()
-    def settle(self, state: list[Tensor]) -> dict[str, QuantizedWeight]:
-        """Give the model these scales and gains for good."""
+    def set(self, state: list[Tensor]) -> None:
         for leaf, value in zip(self.leaves, state, strict=True):
             leaf.copy_(value)
+
+    @torch.no_grad()
+    def settle(self, state: list[Tensor]) -> dict[str, QuantizedWeight]:
+        """Give the model these scales and gains for good."""
+        self.set(state)
         found = {}
         for name, (codes, scale, zero) in self._weights.items():
             scale = (scale * self._logs[name].exp().to(scale.device)).to(scale.dtype)

@@ -22,6 +22,7 @@ from rotlib.study.card import model_card
 from rotlib.study.files import local_path
 from rotlib.study.pipeline import build, run
 from rotlib.study.recipe import QUALITIES, Recipe, check_recipe
+from rotlib.study.sweep import estimates_of
 
 
 def export_recipe(
@@ -93,8 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
     target = {name: options.pop(name) for name in ("folder", "format", "overwrite", "device")}
     try:
         recipe = Recipe.of_quality(options.pop("quality"), **options)
-        needed = memory.estimate(recipe).host / memory.GB
-        print(f"{recipe.model}, {recipe.precision}: about {needed:.1f} GB in all", flush=True)
+        about = f"{memory.estimate(recipe).host / memory.GB:.1f} GB in all"
+        if seconds := estimates_of([recipe])[recipe].seconds:
+            about += f", {max(1, sum(seconds.values()) / 60):.0f} minutes where nothing is kept yet"
+        print(f"{recipe.model}, {recipe.precision}: about {about}", flush=True)
         print(export_recipe(recipe, **target))
     except ValueError as error:
         parser.error(str(error))

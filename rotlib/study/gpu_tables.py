@@ -32,7 +32,9 @@ def tables() -> dict[str, tuple[pandas.DataFrame, list[str]]]:
 def _stages(machine: Path) -> Iterator[tuple[Path, dict]]:
     held = [(*found, "the GPU") for found in _lines(machine, "stages")]
     sent = [(*found, "the host") for found in _lines(machine, "streamed")]
+    layers = 0
     for path, device, line, where in held + sent:
+        layers = line.get("layers", layers)
         if "peak_mb" in line:
             estimate = line.get("estimate_mb")
             yield (
@@ -40,6 +42,7 @@ def _stages(machine: Path) -> Iterator[tuple[Path, dict]]:
                 {
                     "machine": device,
                     "model on": where,
+                    "layers": layers,
                     "stage": line["name"],
                     "seconds": line.get("seconds", line.get("error")),
                     "peak, GB": round(line["peak_mb"] * _MIB, 1),
@@ -70,8 +73,7 @@ def _study(machine: Path) -> Iterator[tuple[Path, dict]]:
 
 
 def _lines(machine: Path, phase: str) -> Iterator[tuple[Path, str, dict]]:
-    path = machine / f"{phase}.json"
-    if path.is_file():
+    for path in sorted(machine.rglob(f"{phase}.json")):  # of whole models, and of fewer layers
         found = json.loads(path.read_text(encoding="utf-8"))
         for line in found["lines"]:
             yield path, found["machine"]["device"], line

@@ -78,6 +78,22 @@ class KeptLayers:
                 path.unlink()
 
 
+class KeptSteps:
+    """How far an interrupted tuning has come: `tuning.Steps`."""
+
+    def __init__(self, *how):
+        self._kept = Kept(*how, ".tuning.pt")
+
+    def get(self) -> dict | None:
+        return self._kept.read()
+
+    def put(self, state: dict) -> None:
+        self._kept.write(state)
+
+    def clear(self) -> None:
+        self._kept.path.unlink(missing_ok=True)
+
+
 def _sum(contents: object) -> str:
     """sha256 of everything, tensors bit by bit: a single flipped one makes it another."""
     digest = sha256()

@@ -198,9 +198,11 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
     if recipe.rounding == "gptq":
         windows = recipe.calibration_windows
         at_once = min(windows, max(1, BATCH_TOKENS // recipe.window))
+        # a better code is looked for under the damped Hessian
+        hessians = _HESSIANS + bool(recipe.scale_search or recipe.descent)
         solve = _FLOAT * max(
-            _HESSIANS * wide**2 + _WEIGHTS * sizes["down"],
-            _HESSIANS * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]),
+            hessians * wide**2 + _WEIGHTS * sizes["down"],
+            hessians * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]),
         )
         # one batch: further ones wait in a quarter of the memory that is free, or start anew
         working, streams = layer_run(at_once * recipe.window), 1

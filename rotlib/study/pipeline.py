@@ -44,7 +44,7 @@ from rotlib.rotations.online import check_online, load
 from rotlib.rotations.rotation import Rotation
 from rotlib.study import memory, numerics, store
 from rotlib.study.files import content_of
-from rotlib.study.kept import Kept, KeptLayers, packed, unpacked
+from rotlib.study.kept import Kept, KeptLayers, KeptSteps, packed, unpacked
 from rotlib.study.recipe import LEARNED, OWN, Recipe, check_recipe
 from rotlib.study.store import DIVERGED, Record, Result
 
@@ -137,7 +137,7 @@ def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
     reference_key = (recipe.model, recipe.text, recipe.window, recipe.test_windows, content)
     with record.timed("load"):
         calibration = calibration_tokens(recipe)
-        test = windows(_stream(recipe, "test"), recipe.window, recipe.test_windows)
+        test = test_tokens(recipe)
         if (latest.key, latest.reference_key) != (key, reference_key):
             latest.key = latest.model = None  # two models are never held at a time
             model, _ = load(recipe.model, str(latest.device))
@@ -180,7 +180,8 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
     """Rotate and quantize the original model in place; returns what that took."""
     record = Record()
     rotation = rotation_of(recipe, model, record)
-    tuned = Kept(*_weights_of(recipe, model, rotation)) if recipe.tuning else None
+    how = _weights_of(recipe, model, rotation)
+    tuned = Kept(*how) if recipe.tuning else None
     done = tuned and tuned.read()
     if tuned and done is None:
         with record.timed("tune"):
@@ -197,16 +198,21 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
     elif recipe.rounding != "none":
         _quantize(recipe, model, rotation, calibration, record)
         if tuned:
-            _tune(recipe, model, reference, tuned, record)
+            _tune(recipe, model, reference, tuned, KeptSteps(*how), record)
     return record
 
 
 def _tune(
-    recipe: Recipe, model: PreTrainedModel, reference: Reference, kept: Kept, record: Record
+    recipe: Recipe,
+    model: PreTrainedModel,
+    reference: Reference,
+    kept: Kept,
+    steps: KeptSteps,
+    record: Record,
 ) -> None:
     """Tune the quantized model to the original's reference, and keep what that gave."""
     with record.timed("tune"):
-        tuning = tune(model, reference, steps=recipe.tuning)
+        tuning = tune(model, reference, steps=recipe.tuning, kept=steps)
     looks = {str(step): round(kl, 6) for step, kl in tuning.held_out.items()}
     record.metrics |= {"tuning_held_out": looks, "tuning_step": tuning.step}
     made_by = ("fallbacks", "tuning_held_out", "tuning_step")
@@ -216,7 +222,8 @@ def _tune(
         "metrics": {name: record.metrics[name] for name in made_by if name in record.metrics},
         "seconds": {name: record.seconds[name] for name in ("quantize", "tune")},
     }
-    kept.write(done)
+    if kept.write(done):
+        steps.clear()
 
 
 def _quantize(
@@ -268,6 +275,11 @@ def tuning_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
     """The windows that scales are tuned on and those held out: behind the calibration's."""
     first = recipe.calibration_windows
     return _drawn_windows(recipe, first + recipe.tuning + HELD_OUT)[first:]
+
+
+def test_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
+    """The recipe's test windows: the first ones of the test text."""
+    return windows(_stream(recipe, "test"), recipe.window, recipe.test_windows)
 
 
 def learning_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:

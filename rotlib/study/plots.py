@@ -162,6 +162,32 @@ def learning_curves(arm: Arm) -> Figure:
 
 
 @_figure
+def ladder(rows: dict[str, Sequence[Arm]]) -> Figure:
+    """KL divergence of arms, a named row after the other: mean, standard error, seeds behind."""
+    size = (WIDTH, 1.2 + 0.24 * len(rows))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    named: dict[str, object] = {}
+    for place, arms in enumerate(rows.values()):
+        for arm in arms:
+            values = list(arm.values("kl").values())
+            mean, error = arm.summary("kl")
+            axis.plot(values, [place] * len(values), ".", color="0.75", ms=4, zorder=1)
+            spread = error if error == error else None
+            style = {"ms": 5, "capsize": 3, "ls": "none"} | _style(arm.rotation)
+            named[arm.rotation] = axis.errorbar(mean, place, xerr=spread, **style)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.invert_yaxis()
+    axis.margins(y=0.08)
+    axis.set_xlim(0, 1.05 * axis.get_xlim()[1])
+    axis.grid(axis="x", color="0.9", lw=0.6)
+    axis.set_xlabel("KL divergence from the original, nats per token")
+    if len(named) > 1:
+        columns = {"loc": "outside upper center", "ncols": len(named)}
+        figure.legend(named.values(), named, **columns)
+    return figure
+
+
+@_figure
 def arm_comparison(arms: Sequence[Arm]) -> Figure:
     """KL divergence of every arm, a line a rotation, a panel a grid and rounding.
 

@@ -24,11 +24,12 @@ LEARNED_ON = ("weights", "activations")
 THROUGH_NETWORK = ("spinquant", "ostquant")
 
 # what a checkpoint of one's own is made with; the study's arms keep the papers' protocols
-_FAST = {"rotation": "optrot", "act_order": True, "asymmetry": 0.25}
+_CODES = {"act_order": True, "asymmetry": 0.25, "convention": "signed"}
+_BETTER_CODES = _CODES | {"rotation": "optrot", "scale_search": True, "descent": 3}
 QUALITIES = {
-    "fast": _FAST,
-    "good": _FAST | {"calibration_windows": 48},
-    "best": _FAST | {"calibration_windows": 112, "tuning": 64},
+    "fast": _CODES | {"rotation": "hadamard"},
+    "good": _BETTER_CODES | {"calibration_windows": 32},
+    "best": _BETTER_CODES | {"calibration_windows": 112, "tuning": 64},
 }
 
 _HADAMARD_R1 = ("block", "R1_order", "signs")
@@ -81,10 +82,11 @@ class Recipe:
     learns OptRot's objective for groups of `group_size`. `activation_share` is λ of "mixed", `form`
     OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
     recipe's grid, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none" keeps
-    16-bit weights; `asymmetry` is GPTAQ's α; `tuning` is how many steps scales and gains are tuned
-    for, each on a window of its own, and further ones are held out. `order` "weights-first"
-    calibrates GPTQ on unrounded activations, "activations-first" on rounded ones. Raises ValueError
-    at construction for a value outside the choices, or one that would go unread.
+    16-bit weights; `act_order`, `asymmetry`, `scale_search` and `descent` are `gptq`'s; `tuning` is
+    how many steps scales and gains are tuned for, each on a window of its own, and further ones are
+    held out. `order` "weights-first" calibrates GPTQ on unrounded activations, "activations-first"
+    on rounded ones. Raises ValueError at construction for a value outside the choices, or one that
+    would go unread.
 
     >>> Recipe(rotation="optrot", bits=3).spec()
     {'task': 'quantize', 'rotation': 'optrot', 'bits': 3}
@@ -231,10 +233,13 @@ class Recipe:
         Raises ValueError for another word, or like `Recipe`.
 
         >>> Recipe.of_quality("good", bits=3).calibration_windows
-        48
+        32
         """
         one_of("quality", quality, QUALITIES)
-        return cls(**QUALITIES[quality] | settings)
+        made_of = dict(QUALITIES[quality])
+        if not settings.get("symmetric", True):
+            del made_of["convention"]
+        return cls(**made_of | settings)
 
     @property
     def quant(self) -> WeightQuant:

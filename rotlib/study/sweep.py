@@ -33,6 +33,7 @@ _TOKENS = {
     "quantize": "calibration_windows",
     "evaluate": "test_windows",
     "rotate": "learning_windows",
+    "tune": "tuning",
 }
 
 
@@ -99,8 +100,9 @@ def tasks_of(recipes: list[Recipe]) -> list[list[Recipe]]:
 def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
     """The time of the finished run of the same model with most settings in common, by the tokens.
 
-    What learns through the network takes at least the memory that the run did. Either is None where
-    it can't be told here.
+    It ran on a GPU where this machine has one, and was tuned where the recipe is. What learns
+    through the network takes at least the memory that the run did. Either is None where it can't be
+    told here.
     """
     memory_gb = None
     with suppress(ValueError, ImportError):  # the run itself will tell
@@ -119,7 +121,10 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
     comparable = [
         result
         for result in finished
-        if result.spec["task"] == "quantize" and settings_of(result)["model"] == recipe.model
+        if result.spec["task"] == "quantize"
+        and settings_of(result)["model"] == recipe.model
+        and result.provenance["device"].startswith("cpu") != torch.cuda.is_available()
+        and ("tune" in result.seconds) == bool(recipe.tuning)
     ]
     if not comparable:
         return Estimate(None, memory_gb)
@@ -131,7 +136,7 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
     scale = {
         step: recipe.window * wanted[name] / (settings["window"] * settings[name])
         for step, name in _TOKENS.items()
-        if step != "rotate" or learns_on_text
+        if step in result.seconds and (step != "rotate" or learns_on_text)
     }
     seconds = {step: taken * scale.get(step, 1.0) for step, taken in result.seconds.items()}
     return Estimate(seconds, memory_gb)

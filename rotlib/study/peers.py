@@ -1,0 +1,128 @@
+"""What other tools make of the same model, text, windows and threads, beside rotlib's own.
+
+``python -m rotlib.study.peers --environments FOLDER --out results/peers.json`` installs every peer
+in an environment of its own, lets it quantize, and measures its checkpoint as rotlib's are: KL and
+perplexity on the test windows of the study. A peer that fails is a line that says why. It is no
+part of CI: it needs the package index and minutes a peer.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from rotlib.disk import write_json
+from rotlib.measure.fidelity import evaluate
+from rotlib.models.reference import Reference
+from rotlib.models.zoo import load_tokenizer
+from rotlib.rotations.online import load
+from rotlib.study import store
+from rotlib.study.pipeline import calibration_tokens, run, test_tokens
+from rotlib.study.recipe import QUALITIES, Recipe
+
+
+class Peer(NamedTuple):
+    """Another tool: what to install, and the file here that runs it there."""
+
+    requirements: tuple[str, ...]
+    file: str
+
+
+PEERS = {
+    "llm-compressor": Peer(("llmcompressor==0.14.0.1", "torch==2.13.0"), "peer_llm_compressor.py")
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m rotlib.study.peers", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--environments", type=Path, required=True, help="a folder for them")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file of what is found")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])
+    parser.add_argument("--qualities", nargs="*", choices=QUALITIES, default=[*QUALITIES])
+    parser.add_argument("--model", default=Recipe.model)
+    parser.add_argument("--bits", type=int, default=Recipe.bits)
+    parser.add_argument("--group-size", type=int, help="weights that share a scale; default: a row")
+    options = parser.parse_args(arguments)
+    grid = {"model": options.model, "bits": options.bits, "group_size": options.group_size}
+    try:
+        recipe = Recipe(**grid)
+        own = {name: Recipe.of_quality(name, **grid) for name in options.qualities}
+        calibration_tokens(recipe)  # is there such a model?
+    except ValueError as error:
+        parser.error(str(error))
+    found = {"recipe": recipe.spec(), "threads": torch.get_num_threads(), "lines": []}
+    found |= {"commit": store.commit(), "torch": str(torch.__version__)}
+    for name, its_recipe in own.items():
+        result = run(its_recipe, "cpu")
+        seconds = sum(result.seconds.get(step, 0.0) for step in ("rotate", "quantize", "tune"))
+        line = {"tool": f"rotlib, {name}", "seconds": round(seconds, 1)}
+        line |= {"peak_memory_mb": result.peak_memory_mb, "device": result.provenance["device"]}
+        found["lines"].append(line | {key: result.metrics[key] for key in ("kl", "perplexity")})
+        write_json(options.out, found)
+    for name in tqdm(options.peers, desc="peers", unit="peer"):
+        found["lines"].append({"tool": name} | _made_by(PEERS[name], recipe, options.environments))
+        write_json(options.out, found)
+    print(json.dumps(found, indent=1))
+
+
+def _made_by(peer: Peer, recipe: Recipe, environments: Path) -> dict:
+    """One peer's line."""
+    line = {"requirements": list(peer.requirements)}
+    try:
+        python = _environment(environments / peer.file.removesuffix(".py"), peer.requirements)
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Path(scratch)
+            model, _ = load(recipe.model, "cpu")
+            reference = Reference(model, test_tokens(recipe))
+            model.save_pretrained(place / "original")
+            load_tokenizer(recipe.model).save_pretrained(place / "original")
+            del model
+            torch.save(calibration_tokens(recipe), place / "tokens.pt")
+            files = [str(place / name) for name in ("original", "tokens.pt", "made")]
+            command = [python, str(Path(__file__).with_name(peer.file)), *files]
+            command += [str(recipe.bits), str(recipe.group_size or 0)]
+            threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+            line |= json.loads(_output_of(command, os.environ | threads).splitlines()[-1])
+            load_tokenizer(recipe.model).save_pretrained(place / "made")
+            made, _ = load(str(place / "made"), "cpu")
+            evaluation = evaluate(made, reference.windows, reference)
+    except (RuntimeError, OSError, ValueError) as error:
+        return line | {"error": str(error)[-500:]}
+    return line | {"kl": evaluation.kl_divergence, "perplexity": evaluation.perplexity}
+
+
+def _environment(folder: Path, requirements: tuple[str, ...]) -> str:
+    """The Python of an environment that holds these, made where it isn't there yet."""
+    python = folder / "bin" / "python"
+    if not (folder / "complete").is_file():
+        _output_of([sys.executable, "-m", "venv", "--clear", str(folder)])
+        _output_of([str(python), "-m", "pip", "install", "--quiet", "uv"])
+        install = [str(python), "-m", "uv", "pip", "install", "--quiet", "--python", str(python)]
+        _output_of([*install, *requirements], place=folder)
+        (folder / "complete").touch()
+    return str(python)
+
+
+def _output_of(
+    command: list[str], environment: dict | None = None, place: Path | None = None
+) -> str:
+    """What a command prints; raises RuntimeError with the end of its errors where it fails."""
+    done = subprocess.run(
+        command, env=environment, cwd=place, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr[-400:]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
