@@ -155,6 +155,17 @@ def test_gptaq_brings_the_outputs_nearer_to_those_of_unquantized_inputs():
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_static_groups_keep_the_scales_of_the_original_weights():
+    W, H = problem()
+    quant = rl.WeightQuant(group_size=32)
+    original = round_to_nearest(W, quant).scale
+    static = Solver(quant, static_groups=True)(W, H)[0]
+    assert torch.equal(static.scale, original)
+    assert torch.equal(Solver(quant, act_order=True)(W, H)[0].scale, original)
+    updated = Solver(quant)(W, H)[0]
+    assert not torch.equal(updated.scale[:, 1:], original[:, 1:])
+
+
 def descended_slowly(Q, W, H, C, sweeps):
     """Coordinate descent one code at a time, each chosen among all codes by the whole error."""
     target = W + C @ torch.linalg.inv(H)  # completes the square

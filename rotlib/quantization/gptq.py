@@ -102,6 +102,7 @@ def gptq(
     act_order: bool = False,
     damping: float = DAMPING,
     asymmetry: float = 0.0,
+    static_groups: bool = False,
     scale_search: bool = False,
     descent: int = 0,
     kept: Layers | None = None,
@@ -109,8 +110,9 @@ def gptq(
     """Quantize every linear of every decoder layer in place (Frantar et al., arXiv 2210.17323).
 
     `damping` is a fraction of the mean of H's diagonal. With `act_order` columns are visited by
-    falling H_jj and groups keep the scales of the original weights. `asymmetry` is GPTAQ's α (0.25
-    in its paper, 0 for GPTQ); every batch then goes through the original layer as well. With
+    falling H_jj; then, and with `static_groups`, groups keep the scales of the original weights.
+    `asymmetry` is GPTAQ's α (0.25 in its paper, 0 for GPTQ); every batch then goes through the
+    original layer as well. With
     `scale_search` every row takes the best of several scales, and `descent` sweeps of coordinate
     descent follow. Layers that `kept` holds are put back instead of quantized, and the others are
     handed to it. Raises ValueError before any work for unsuitable models, grids or tokens.
@@ -125,11 +127,12 @@ def gptq(
     positive("damping", damping)
     yes_or_no("act_order", act_order)
     share("asymmetry", asymmetry)
+    yes_or_no("static_groups", static_groups)
     yes_or_no("scale_search", scale_search)
     whole_number("descent", descent, 0)
     if isinstance(kept, type) or not (kept is None or isinstance(kept, Layers)):
         raise ValueError(f"kept must hold layers by get and put, not be {kept!r}")
-    solve = Solver(quant, act_order, damping, scale_search, descent)
+    solve = Solver(quant, act_order, damping, static_groups, scale_search, descent)
     batches = layer_inputs(family, calibration)
     # marked before it is: an interrupted model is neither the original nor quantized
     mark(model, "rotlib_quantized")
@@ -176,6 +179,7 @@ class Solver:
     quant: WeightQuant
     act_order: bool = False
     damping: float = DAMPING
+    static_groups: bool = False
     scale_search: bool = False
     descent: int = 0
 
@@ -257,9 +261,9 @@ class Solver:
     ) -> tuple[Callable[[Tensor, slice], tuple[Tensor, Tensor]], list[Grid]]:
         """Scale and zero point of every column of a strip, and all grids in the inputs' order.
 
-        A column's grid is the row's, its own group's (act-order), or one fitted to the group's
-        updated weights; then the list is complete once every column has been asked for. `width`
-        multiplies all scales.
+        A column's grid is the row's, its own group's (act-order, static groups), or one fitted to
+        the group's updated weights; then the list is complete once every column has been asked
+        for. `width` multiplies all scales.
         """
         group = self.quant.group_size
 
@@ -274,7 +278,7 @@ class Solver:
         if group is None:
             grid = fitted_to(W)
             return lambda X, strip: shared(grid, strip), [grid]
-        if self.act_order:
+        if self.act_order or self.static_groups:
             static = [fitted_to(part) for part in W.split(group, dim=1)]
             scale, zero = (torch.stack([g[part] for g in static]) for part in (0, 1))
             of_column = order // group

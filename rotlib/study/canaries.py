@@ -365,14 +365,15 @@ def _solved(solver: gptq.Solver, C: Tensor | None = None) -> dict:
 @canary("gptq", gptq.gptq, gptq.Solver, tolerance=5e-3, ties=("errors", "again"))
 def _gptq() -> dict:
     numbers = {}
-    for name, settings, act_order in (
-        ("rows", {}, False),
-        ("rows, act-order", {}, True),
-        ("groups", {"group_size": 68, "symmetric": False}, False),
-        ("narrow groups", {"group_size": 8, "bits": 3}, False),
-        ("groups, act-order", {"group_size": 68}, True),
+    for name, settings, how in (
+        ("rows", {}, {}),
+        ("rows, act-order", {}, {"act_order": True}),
+        ("groups", {"group_size": 68, "symmetric": False}, {}),
+        ("narrow groups", {"group_size": 8, "bits": 3}, {}),
+        ("groups, act-order", {"group_size": 68}, {"act_order": True}),
+        ("groups, static", {"group_size": 68}, {"static_groups": True}),
     ):
-        solver = gptq.Solver(grids.WeightQuant(**settings), act_order)
+        solver = gptq.Solver(grids.WeightQuant(**settings), **how)
         numbers |= {f"{name}, {key}": value for key, value in _solved(solver).items()}
     W = noise(2, 6)
     numbers["fallback"] = gptq.Solver(grids.WeightQuant())(W, -covariance(6))[3]

@@ -52,7 +52,7 @@ _LEARNERS_OWN = (
     *("grouped", "start", "local"),
 )
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
-_GPTQ = ("act_order", "asymmetry", "scale_search", "descent")
+_GPTQ = ("act_order", "asymmetry", "static_groups", "scale_search", "descent")
 _ACTIVATION_GRID = ("activation_bits", "kv_bits", "protocol", "sinks")
 
 SHIPPED = ("none", *DRAWN, "gsr", *LEARNED)  # the rotations that come with rotlib
@@ -82,11 +82,11 @@ class Recipe:
     learns OptRot's objective for groups of `group_size`. `activation_share` is λ of "mixed", `form`
     OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
     recipe's grid, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none" keeps
-    16-bit weights; `act_order`, `asymmetry`, `scale_search` and `descent` are `gptq`'s; `tuning` is
-    how many steps scales and gains are tuned for, each on a window of its own, and further ones are
-    held out. `order` "weights-first" calibrates GPTQ on unrounded activations, "activations-first"
-    on rounded ones. Raises ValueError at construction for a value outside the choices, or one that
-    would go unread.
+    16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search` and `descent` are
+    `gptq`'s; `tuning` is how many steps scales and gains are tuned for, each on a window of its
+    own, and further ones are held out. `order` "weights-first" calibrates GPTQ on unrounded
+    activations, "activations-first" on rounded ones. Raises ValueError at construction for a value
+    outside the choices, or one that would go unread.
 
     >>> Recipe(rotation="optrot", bits=3).spec()
     {'task': 'quantize', 'rotation': 'optrot', 'bits': 3}
@@ -117,6 +117,7 @@ class Recipe:
     clip_search: bool = True
     act_order: bool = False
     asymmetry: float = 0.0
+    static_groups: bool = False
     scale_search: bool = False
     descent: int = 0
     tuning: int = 0
@@ -164,7 +165,16 @@ class Recipe:
             )
         share("asymmetry", self.asymmetry)
         object.__setattr__(self, "asymmetry", float(self.asymmetry))  # 1 and 1.0 are one arm
-        for name in ("act_order", "scale_search", "R3", "R4", "signs", "local", "grouped"):
+        for name in (
+            "act_order",
+            "static_groups",
+            "scale_search",
+            "R3",
+            "R4",
+            "signs",
+            "local",
+            "grouped",
+        ):
             yes_or_no(name, getattr(self, name))
         check_text(self.text)
         self.quant, self.activations  # noqa: B018 - check bits, groups and convention
@@ -183,8 +193,12 @@ class Recipe:
         if self.rounding != "gptq":
             yield "act_order", "orders GPTQ's columns: it needs rounding 'gptq'"
             yield "asymmetry", "corrects GPTQ for its inputs' drift: it needs rounding 'gptq'"
+            yield "static_groups", "is about GPTQ's groups: it needs rounding 'gptq'"
             yield "scale_search", "goes by GPTQ's error: it needs rounding 'gptq'"
             yield "descent", "goes on from GPTQ's codes: it needs rounding 'gptq'"
+        if self.group_size is None or self.act_order:
+            needs = "it needs a group_size, and act_order has them already"
+            yield "static_groups", f"keeps groups the scales of the original weights: {needs}"
         if self.rounding != "gptq" or not rounded:
             yield "order", "needs rounding 'gptq', and activation_bits or kv_bits below 16"
         if not self.symmetric:
