@@ -1,4 +1,4 @@
-"""A rotation of one's own, as README shows it."""
+"""A rotation of one's own, as docs/own_rotation.md shows it."""
 
 import sys
 from dataclasses import replace
@@ -24,8 +24,8 @@ def none_registered():
 
 @pytest.fixture
 def cosine(tmp_path) -> Path:
-    """README's example in a file."""
-    section = (ROOT / "README.md").read_text().split("### Add a rotation")[1]
+    """The page's example in a file."""
+    section = (ROOT / "docs" / "own_rotation.md").read_text()
     path = tmp_path / "cosine.py"
     path.write_text(section.split("```python")[1].split("```")[0])
     return path

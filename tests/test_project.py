@@ -71,8 +71,23 @@ def test_the_packages_of_the_brief_are_declared():
 
 def test_the_packaged_model_is_the_same_everywhere():
     requirement = PACKAGED["smollm2-135m"].requirement
-    for file in ("Makefile", "README.md"):
+    for file in ("Makefile", "docs/results.md"):
         assert requirement in (ROOT / file).read_text()
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("results/*/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        file, _, heading = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert heading in {title.lower().replace(" ", "-") for title in titles}, link
 
 
 def test_ci_runs_every_notebook():
