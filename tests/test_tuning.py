@@ -97,16 +97,23 @@ def test_a_loss_that_is_no_number_ends_it_with_the_best_step(reference, monkeypa
     codes_of(model)
 
 
-def test_an_interrupted_tuning_leaves_a_model_whose_codes_are_its_weights(reference, monkeypatch):
-    model = quantized()
-    step, calls = torch.optim.Adam.step, iter(range(100))
+def interrupt(monkeypatch, number):
+    """Interrupt the optimiser's step of this number; returns a list with an entry a step."""
+    step, taken = torch.optim.Adam.step, []
 
     def interrupted(self, *args):
-        if next(calls) == 5:
+        taken.append(self)
+        if len(taken) == number:
             raise KeyboardInterrupt
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    return taken
+
+
+def test_an_interrupted_tuning_leaves_a_model_whose_codes_are_its_weights(reference, monkeypatch):
+    model = quantized()
+    interrupt(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         rl.tune(model, reference, steps=8, lr=3e-3)
     codes_of(model)
@@ -125,19 +132,12 @@ class Steps(list):
 
 def test_an_interrupted_tuning_goes_on_and_ends_with_the_same_bits(reference, monkeypatch):
     whole = rl.tune(quantized(), reference, steps=8, lr=3e-3)
-    kept, step, calls = Steps(), torch.optim.Adam.step, iter(range(100))
-
-    def interrupted(self, *args):
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    kept, taken = Steps(), interrupt(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         rl.tune(quantized(), reference, steps=8, lr=3e-3, kept=kept)
     assert len(kept) == 3  # at the start, after two steps and after four
     found = rl.tune(quantized(), reference, steps=8, lr=3e-3, kept=kept)
-    assert next(calls) == 6 + 4  # of which two had been lost
+    assert len(taken) == 6 + 4  # of which two had been lost
     assert (found.kl, found.held_out) == (whole.kl, whole.held_out)
     for name, weight in found.weights.items():
         assert torch.equal(weight.scale, whole.weights[name].scale)
@@ -150,20 +150,12 @@ def test_a_recipes_interrupted_tuning_goes_on_from_its_file(tmp_path, monkeypatc
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     small = {"calibration_windows": 3, "test_windows": 2, "window": 64, "text": "wikitext2"}
     tuned = recipe.Recipe(model=str(tmp_path / "model"), tuning=4, **small)
-    step, steps = torch.optim.Adam.step, []
-
-    def interrupted(self, *args):
-        steps.append(1)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    taken = interrupt(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         rl.run(tuned)
     assert list((tmp_path / "results" / "local").glob("*.tuning.pt"))
     assert rl.run(tuned).metrics["tuning_held_out"].keys() == {"0", "1", "2", "3", "4"}
-    assert len(steps) == 3 + 2
+    assert len(taken) == 3 + 2
     assert not list((tmp_path / "results" / "local").glob("*.tuning.pt"))
 
 
