@@ -75,9 +75,11 @@ It has the {limits} of the model it was made from. The recipe, {spec_hash(recipe
 def _in_vllm(recipe: Recipe) -> bool:
     """Whether the grid is one that vLLM's Marlin kernel lists.
 
-    It lists symmetric grids or those of 4 bits, in whole rows or usual groups.
+    It lists symmetric grids or those of 4 bits, in whole rows or usual groups. Nobody has seen it
+    read a scale with a sign.
     """
-    return (recipe.symmetric or recipe.bits <= 4) and recipe.group_size in (None, 32, 64, 128)
+    listed = recipe.symmetric or recipe.bits <= 4
+    return listed and recipe.convention != "signed" and recipe.group_size in (None, 32, 64, 128)
 
 
 def _origin(model: str) -> tuple[str, str | None]:
