@@ -1,9 +1,11 @@
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CONFIGS, exact_logits, tiny_model
 from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import rotlib as rl
 from rotlib.models.families import READERS, adapt
@@ -17,6 +19,17 @@ from rotlib.rotations.online import ATTENTION
 
 def with_all_four(model, make=rl.hadamard_rotation):
     return rl.fuse(model, make(model, seed=3, R3=True, R4=True))
+
+
+def test_keys_of_their_own_give_what_shared_keys_do():
+    generator = torch.Generator().manual_seed(0)
+    heads = (torch.randn(2, count, 5, 8, generator=generator) for count in (6, 2, 2))
+    grouped = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    query, key, value = heads
+    shared, _ = sdpa_attention_forward(grouped, query, key, value, None)
+    apart = online._keys_of_their_own(grouped, query, key, value)
+    own, _ = sdpa_attention_forward(apart[0], query, *apart[1:], None)
+    torch.testing.assert_close(own, shared)
 
 
 @pytest.mark.parametrize("make", [rl.hadamard_rotation, rl.random_rotation])

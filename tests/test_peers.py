@@ -52,6 +52,11 @@ def test_a_peer_that_fails_is_a_line_that_says_why(command, tmp_path, monkeypatc
     assert "no such driver" in line["error"]
 
 
+def test_a_peer_that_says_nothing_is_a_line_as_well(command, tmp_path, monkeypatch):
+    line = line_of(command, tmp_path, monkeypatch, "pass")
+    assert "made" in line["error"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

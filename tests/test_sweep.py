@@ -148,7 +148,7 @@ def test_the_time_is_estimated_by_runs_of_this_kind_of_device_tuned_where_the_re
     assert plain.seconds == {"quantize": 100.0, "evaluate": 4.0}
     tuned = sweep.estimate(rl.Recipe(tuning=64), results)
     assert tuned.seconds == {"quantize": 90.0, "tune": 128.0}
-    assert sweep.estimate(rl.Recipe(), results[:1]).seconds is None
+    assert sweep.estimate(rl.Recipe(), results[:1], "cpu").seconds is None
 
 
 def test_what_several_recipes_share_is_forecast_once():

@@ -143,6 +143,36 @@ def test_an_interrupted_tuning_goes_on_and_ends_with_the_same_bits(reference, mo
         assert torch.equal(weight.scale, whole.weights[name].scale)
 
 
+def test_a_tuning_interrupted_twice_ends_with_the_same_bits(reference, monkeypatch):
+    whole = rl.tune(quantized(), reference, steps=8, lr=3e-3)
+    kept = Steps()
+    for number in (6, 2):  # the second time before the next look
+        with monkeypatch.context() as patch:
+            interrupt(patch, number)
+            with pytest.raises(KeyboardInterrupt):
+                rl.tune(quantized(), reference, steps=8, lr=3e-3, kept=kept)
+    found = rl.tune(quantized(), reference, steps=8, lr=3e-3, kept=kept)
+    assert found.kl == whole.kl
+    assert found.seconds > kept[-1]["seconds"]
+
+
+def test_what_is_kept_of_another_tuning_is_left(reference, monkeypatch):
+    kept = Steps()
+    rl.tune(quantized(), reference, steps=4, lr=3e-3, kept=kept)
+    for model, how in ((quantized(bits=4), {}), (quantized(), {"lr": 1e-3})):
+        found = rl.tune(model, reference, steps=4, **{"lr": 3e-3} | how, kept=Steps(kept))
+        assert len(found.kl) == 4
+    interrupted = quantized()
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            rl.tune(interrupted, reference, steps=8, lr=3e-3, kept=kept)
+    again = rl.tune(interrupted, reference, steps=8, lr=3e-3, kept=kept)  # its scales are tuned
+    assert sorted(again.held_out) == [0, 2, 4, 6, 8]
+    best = min(kept[-6]["held_out"].values())
+    assert again.held_out[0] == pytest.approx(best, rel=1e-4)
+
+
 def test_a_recipes_interrupted_tuning_goes_on_from_its_file(tmp_path, monkeypatch):
     save_tiny_model(tmp_path / "model", "qwen3, tied")
     save_short_text(tmp_path)
@@ -205,6 +235,9 @@ def test_a_checkpoint_of_every_quality_is_one_command(tmp_path, monkeypatch, cap
     command = [str(tmp_path / "model"), str(tmp_path / "out"), "--window", "64"]
     assert checkpoint.main([*command, "--text", "wikitext2"]) == 0
     assert "GB in all" in capsys.readouterr().out
+    again = [*command[:1], str(tmp_path / "again"), *command[2:]]
+    assert checkpoint.main([*again, "--text", "wikitext2", "--seed", "1"]) == 0
+    assert "1 minutes where nothing is kept" in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "tuning: 2" in card
     assert "asymmetry: 0.25" in card

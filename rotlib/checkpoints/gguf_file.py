@@ -154,7 +154,7 @@ class GgufFile:
             else:
                 errors = (read - weight.dense().cpu()).abs()
                 groups = errors.unflatten(1, (weight.scale.shape[1], -1))
-                same = bool((groups < weight.scale.cpu().unsqueeze(2) / 2).all())
+                same = bool((groups < weight.scale.cpu().abs().unsqueeze(2) / 2).all())
             if not same:
                 return name
         return None

@@ -9,6 +9,7 @@ held out decide which step is kept. Step 0, the start, is a candidate: on their 
 worse.
 """
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import positive, whole_number
 from rotlib.learning.network import check_learnable
-from rotlib.models.families import Family, adapt, check_not_rounding, check_sound
+from rotlib.models.families import Family, adapt, check_not_rounding, check_sound, weights_sample
 from rotlib.models.reference import Reference, check_reference
+from rotlib.models.text import fingerprint
 from rotlib.precision import coarse_products, model_products
 from rotlib.quantization.grids import QuantizedWeight, codes_of, set_weight
 from rotlib.rotations.rotation import placed_weights
@@ -47,7 +49,7 @@ class Tuning:
 
     `step` is the one that was kept, 0 where none was better than the start. `weights` have the
     codes that they had and the tuned scales, by names such as "layers.0.q"; `gains` are the norms',
-    layer by layer and the final one's last.
+    layer by layer and the final one's last. `seconds` count what was done before an interruption.
 
     >>> Tuning(kl=[0.2, 0.1], held_out={0: 0.2, 2: 0.15}).step
     2
@@ -57,6 +59,7 @@ class Tuning:
     held_out: dict[int, float] = field(default_factory=dict)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
     gains: list[Tensor] = field(default_factory=list, repr=False)
+    seconds: float = 0.0
 
     @property
     def step(self) -> int:
@@ -84,9 +87,9 @@ def tune(
 
     The reference is the original's, over the text to learn from: its last `held_out` windows decide
     which step is kept, and each step reads one of the others. A loss that stops being finite ends
-    it with a warning, and an interruption leaves the best step so far; with `kept` the same call
-    goes on from the last look at the held-out windows. Raises ValueError before any work for a
-    model without codes, or one that isn't float32, and for too few windows.
+    it with a warning, and an interruption leaves the best step so far; with `kept` the same call on
+    a model prepared alike goes on from the last look at the held-out windows. Raises ValueError
+    before any work for a model without codes, or one that isn't float32, and for too few windows.
 
     >>> import rotlib as rl
     >>> reference = rl.Reference(model, tokens)
@@ -115,11 +118,15 @@ def tune(
     looks = {steps * look // LOOKS for look in range(1, LOOKS + 1)}
     adam = torch.optim.Adam(student.leaves, betas=BETAS)
     windows = _order(len(reference.windows) - held_out, steps)
-    if before := None if kept is None else kept.get():
+    of = [weights_sample(model), fingerprint(reference.windows), steps, lr, held_out]
+    before = None if kept is None else deepcopy(kept.get())
+    if before and before["of"] == of:
         tuning.kl, tuning.held_out = before["kl"], before["held_out"]
+        tuning.seconds = before["seconds"]
         best = [value.to(family.device) for value in before["best"]]
         student.set(before["leaves"])
         adam.load_state_dict(before["adam"])
+    start = time.perf_counter() - tuning.seconds
 
     def look() -> bool:
         """Keep the scales if the held-out windows were never nearer; are these sound numbers?"""
@@ -133,14 +140,15 @@ def tune(
         elif tuning.step == len(tuning.kl):
             best = student.state()
         if kept is not None and isfinite(found):
-            so_far = {"kl": [*tuning.kl], "held_out": dict(tuning.held_out), "best": best}
+            so_far = {"of": of, "seconds": time.perf_counter() - start, "best": best}
+            so_far |= {"kl": [*tuning.kl], "held_out": dict(tuning.held_out)}
             now = {"leaves": student.state(), "adam": deepcopy(adam.state_dict())}
             kept.put(so_far | now)
         return isfinite(found)
 
     try:
         with torch.enable_grad(), student.learning():
-            ahead = range(len(tuning.kl), steps) if before or look() else ()
+            ahead = range(len(tuning.kl), steps) if tuning.held_out or look() else ()
             for step in tqdm(ahead, desc="tuning", unit="step"):
                 with coarse_products():
                     loss = student.divergence(windows[step])
@@ -159,6 +167,7 @@ def tune(
     finally:
         tuning.weights = student.settle(best)
         tuning.gains = [gain.detach().cpu().clone() for gain in gains_of(family)]
+        tuning.seconds = time.perf_counter() - start
     return tuning
 
 

@@ -34,6 +34,8 @@ class CoordinateDescent:
         C: Float[Tensor, "in in"] | None = None,
     ) -> QuantizedWeight:
         """The same scales and zero points with better codes; H is positive definite."""
+        if not self._sweeps:
+            return Q
         n = W.shape[1]
         codes = Q.codes.T.to(W.dtype).contiguous()  # columns laid out as rows
         scale = Q.scale.repeat_interleave(n // Q.scale.shape[1], dim=1).T.contiguous()

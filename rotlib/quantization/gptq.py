@@ -9,7 +9,7 @@ one Hessian and one factorisation, and groups take their scale from the updated 
 (arXiv 2504.02692) also makes up for the inputs' own drift: with x̃ what the unquantized model would
 read, column q hands ``w_q P_q`` on to the columns behind it, P = α · triu(E[(x̃ − x) xᵀ] Uᵀ, 1) U.
 Scales can be chosen by the error that GPTQ then makes, row by row, among some that are wider or
-narrower than those of clip search (as Samsung's TICO does).
+narrower than those of clip search (as Samsung's TICO 0.3 does).
 """
 
 import time
@@ -47,7 +47,8 @@ from rotlib.quantization.replayed import Replayed
 
 BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
 _STRIP = 32  # columns whose errors reach the rest of the block in one product
-WIDTHS = (1.0, 0.85, 0.9, 0.95, 1.05)  # of clip search's scales, for `scale_search` to choose from
+# of clip search's scales, for `scale_search` to choose from; without it the first
+WIDTHS = (1.0, 0.85, 0.9, 0.95, 1.05)
 
 
 @dataclass
@@ -128,6 +129,8 @@ def gptq(
     yes_or_no("act_order", act_order)
     share("asymmetry", asymmetry)
     yes_or_no("static_groups", static_groups)
+    if static_groups and quant.group_size is None:
+        raise ValueError("static_groups keeps the scales of groups: the grid needs a group_size")
     yes_or_no("scale_search", scale_search)
     whole_number("descent", descent, 0)
     if isinstance(kept, type) or not (kept is None or isinstance(kept, Layers)):

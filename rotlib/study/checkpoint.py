@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = Recipe.of_quality(options.pop("quality"), **options)
         about = f"{memory.estimate(recipe).host / memory.GB:.1f} GB in all"
-        if seconds := estimates_of([recipe])[recipe].seconds:
+        if seconds := estimates_of([recipe], target["device"])[recipe].seconds:
             about += f", {max(1, sum(seconds.values()) / 60):.0f} minutes where nothing is kept yet"
         print(f"{recipe.model}, {recipe.precision}: about {about}", flush=True)
         print(export_recipe(recipe, **target))

@@ -237,6 +237,7 @@ def _against_the_cpu(device: torch.device) -> Iterator[Line]:
             model.to(device)
         if where == "streamed":
             model.rotlib_device = device
+            write_no_scores(model)
         ids = _tokens(model, 8, 128)
         reference = Reference(model, ids[:2])
         fuse(model, hadamard_rotation(model, R4=True))

@@ -32,9 +32,9 @@ def tables() -> dict[str, tuple[pandas.DataFrame, list[str]]]:
 def _stages(machine: Path) -> Iterator[tuple[Path, dict]]:
     held = [(*found, "the GPU") for found in _lines(machine, "stages")]
     sent = [(*found, "the host") for found in _lines(machine, "streamed")]
-    layers = 0
+    layers: dict[Path, int] = {}
     for path, device, line, where in held + sent:
-        layers = line.get("layers", layers)
+        layers[path] = line.get("layers", layers.get(path, ""))
         if "peak_mb" in line:
             estimate = line.get("estimate_mb")
             yield (
@@ -42,7 +42,7 @@ def _stages(machine: Path) -> Iterator[tuple[Path, dict]]:
                 {
                     "machine": device,
                     "model on": where,
-                    "layers": layers,
+                    "layers": layers[path],
                     "stage": line["name"],
                     "seconds": line.get("seconds", line.get("error")),
                     "peak, GB": round(line["peak_mb"] * _MIB, 1),

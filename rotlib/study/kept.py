@@ -1,4 +1,4 @@
-"""What takes minutes to make is kept: rotations, quantized weights, an unfinished GPTQ's layers.
+"""What takes minutes to make is kept: rotations, quantized weights, what is unfinished of them.
 
 A file beside the results is used again while the model's files, the text, the stages it read,
 torch, the kind of device and what it was made for are the same; another one, or one whose sum is
@@ -91,7 +91,8 @@ class KeptSteps:
         self._kept.write(state)
 
     def clear(self) -> None:
-        self._kept.path.unlink(missing_ok=True)
+        with suppress(OSError):  # it is done with, whatever becomes of it
+            self._kept.path.unlink()
 
 
 def _sum(contents: object) -> str:

@@ -1,4 +1,4 @@
-"""What other tools make of the same model, text, windows and threads, beside rotlib's own.
+"""What other tools make of the same model and text on the same threads, beside rotlib's own.
 
 ``python -m rotlib.study.peers --environments FOLDER --out results/peers.json`` installs every peer
 in an environment of its own, lets it quantize, and measures its checkpoint as rotlib's are: KL and
@@ -66,17 +66,20 @@ def main(arguments: list[str] | None = None) -> None:
         seconds = sum(result.seconds.get(step, 0.0) for step in ("rotate", "quantize", "tune"))
         line = {"tool": f"rotlib, {name}", "seconds": round(seconds, 1)}
         line |= {"peak_memory_mb": result.peak_memory_mb, "device": result.provenance["device"]}
+        line |= {"windows": its_recipe.calibration_windows + its_recipe.tuning}
         found["lines"].append(line | {key: result.metrics[key] for key in ("kl", "perplexity")})
         write_json(options.out, found)
     for name in tqdm(options.peers, desc="peers", unit="peer"):
-        found["lines"].append({"tool": name} | _made_by(PEERS[name], recipe, options.environments))
+        found["lines"].append(
+            {"tool": name} | _made_by(PEERS[name], recipe, options.environments.resolve())
+        )
         write_json(options.out, found)
     print(json.dumps(found, indent=1))
 
 
 def _made_by(peer: Peer, recipe: Recipe, environments: Path) -> dict:
     """One peer's line."""
-    line = {"requirements": list(peer.requirements)}
+    line = {"requirements": list(peer.requirements), "windows": recipe.calibration_windows}
     try:
         python = _environment(environments / peer.file.removesuffix(".py"), peer.requirements)
         with tempfile.TemporaryDirectory() as scratch:
@@ -91,11 +94,12 @@ def _made_by(peer: Peer, recipe: Recipe, environments: Path) -> dict:
             command = [python, str(Path(__file__).with_name(peer.file)), *files]
             command += [str(recipe.bits), str(recipe.group_size or 0)]
             threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-            line |= json.loads(_output_of(command, os.environ | threads).splitlines()[-1])
+            said = _output_of(command, os.environ | threads).splitlines()
+            line |= dict(json.loads(said[-1] if said else "{}"))
             load_tokenizer(recipe.model).save_pretrained(place / "made")
             made, _ = load(str(place / "made"), "cpu")
             evaluation = evaluate(made, reference.windows, reference)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, TypeError, ValueError) as error:
         return line | {"error": str(error)[-500:]}
     return line | {"kl": evaluation.kl_divergence, "perplexity": evaluation.perplexity}
 

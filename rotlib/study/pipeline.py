@@ -193,6 +193,7 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
     if done is not None:
         restore(model, unpacked(done["weights"]), recipe.quant)
         set_gains(model, done["gains"])
+        KeptSteps(*how).clear()
         record.metrics |= done["metrics"]
         record.seconds |= done["seconds"]
     elif recipe.rounding != "none":
@@ -211,8 +212,8 @@ def _tune(
     record: Record,
 ) -> None:
     """Tune the quantized model to the original's reference, and keep what that gave."""
-    with record.timed("tune"):
-        tuning = tune(model, reference, steps=recipe.tuning, kept=steps)
+    tuning = tune(model, reference, steps=recipe.tuning, kept=steps)
+    record.seconds["tune"] = round(record.seconds["tune"] + tuning.seconds, 2)
     looks = {str(step): round(kl, 6) for step, kl in tuning.held_out.items()}
     record.metrics |= {"tuning_held_out": looks, "tuning_step": tuning.step}
     made_by = ("fallbacks", "tuning_held_out", "tuning_step")

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from rotlib.checks import whole_number
+from rotlib.models.zoo import pick_device
 from rotlib.study import memory, numerics, store
 from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.files import check_results_folder, local_path, results_folder
@@ -97,17 +98,17 @@ def tasks_of(recipes: list[Recipe]) -> list[list[Recipe]]:
     return list(groups.values())
 
 
-def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
+def estimate(recipe: Recipe, finished: list[store.Result], device: str = "auto") -> Estimate:
     """The time of the finished run of the same model with most settings in common, by the tokens.
 
-    It ran on a GPU where this machine has one, and was tuned where the recipe is. What learns
+    It ran on a GPU where this one would, and was tuned where the recipe is. What learns
     through the network takes at least the memory that the run did. Either is None where it can't be
     told here.
     """
-    memory_gb = None
+    memory_gb, on_gpu = None, pick_device(device).type == "cuda"
     with suppress(ValueError, ImportError):  # the run itself will tell
         needed = memory.estimate(recipe)
-        memory_gb = (needed.beside if torch.cuda.is_available() else needed.host) / memory.GB
+        memory_gb = (needed.beside if on_gpu else needed.host) / memory.GB
     wanted, defaults = asdict(recipe), asdict(Recipe())
 
     def settings_of(result: store.Result) -> dict:
@@ -123,7 +124,7 @@ def estimate(recipe: Recipe, finished: list[store.Result]) -> Estimate:
         for result in finished
         if result.spec["task"] == "quantize"
         and settings_of(result)["model"] == recipe.model
-        and result.provenance["device"].startswith("cpu") != torch.cuda.is_available()
+        and result.provenance["device"].startswith("cpu") != on_gpu
         and ("tune" in result.seconds) == bool(recipe.tuning)
     ]
     if not comparable:
@@ -148,12 +149,12 @@ def plan(states: dict[Recipe, State], rerun_stale: bool) -> dict[Recipe, State]:
     return {recipe: state for recipe, state in states.items() if state.name in wanted}
 
 
-def estimates_of(todo: list[Recipe]) -> dict[Recipe, Estimate]:
+def estimates_of(todo: list[Recipe], device: str = "auto") -> dict[Recipe, Estimate]:
     """Every recipe's estimate, by the results that there are."""
     finished = []
     with suppress(ValueError):  # a damaged result, of any sweep, takes no more than the estimates
         finished = store.load_results()
-    return {recipe: estimate(recipe, finished) for recipe in todo}
+    return {recipe: estimate(recipe, finished, device) for recipe in todo}
 
 
 def forecast(estimates: dict[Recipe, Estimate], workers: int) -> str:
