@@ -166,6 +166,11 @@ def test_static_groups_keep_the_scales_of_the_original_weights():
     assert not torch.equal(updated.scale[:, 1:], original[:, 1:])
 
 
+def test_static_groups_without_groups_are_refused(tokens):
+    with pytest.raises(ValueError, match="the grid needs a group_size"):
+        rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant(), static_groups=True)
+
+
 def descended_slowly(Q, W, H, WC, sweeps):
     """Coordinate descent one code at a time, each chosen among all codes by the whole error."""
     target = W + WC @ torch.linalg.inv(H)  # completes the square
@@ -325,11 +330,6 @@ def test_gptq_beats_rtn_on_a_models_own_outputs(tokens):
         (torch.zeros(0, 32, dtype=torch.long), "at least one window"),
     ],
 )
-def test_static_groups_without_groups_are_refused(tokens):
-    with pytest.raises(ValueError, match="the grid needs a group_size"):
-        rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant(), static_groups=True)
-
-
 def test_unusable_calibration_is_refused_before_any_work(calibration, message):
     model = tiny_model(dtype=torch.float32)
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-assert torch.load(sys.argv[2]).shape == (16, 1024) and sys.argv[4:] == ["4", "0"]
+assert torch.load(sys.argv[2]).shape == (16, 64) and sys.argv[4:] == ["4", "0"]
 for parameter in model.parameters():
     parameter.data = (parameter.data * 256).round() / 256
 model.save_pretrained(sys.argv[3])
@@ -27,7 +27,7 @@ def command(tmp_path, monkeypatch):
     save_tiny_model(tmp_path / "model", "llama, tied")
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     where = ["--environments", str(tmp_path / "environments"), "--out", str(tmp_path / "out.json")]
-    return [*where, "--model", str(tmp_path / "model"), "--qualities"]
+    return [*where, "--model", str(tmp_path / "model"), "--window", "64", "--qualities"]
 
 
 def line_of(command, tmp_path, monkeypatch, program):

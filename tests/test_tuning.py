@@ -10,7 +10,7 @@ from conftest import save_short_text, save_tiny_model, tiny_model
 import rotlib as rl
 from rotlib.learning import tuning
 from rotlib.quantization.grids import codes_of
-from rotlib.study import checkpoint, recipe
+from rotlib.study import checkpoint, numerics, recipe
 
 
 @pytest.fixture
@@ -180,6 +180,7 @@ def test_a_recipes_interrupted_tuning_goes_on_from_its_file(tmp_path, monkeypatc
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     small = {"calibration_windows": 3, "test_windows": 2, "window": 64, "text": "wikitext2"}
     tuned = recipe.Recipe(model=str(tmp_path / "model"), tuning=4, **small)
+    numerics.check(numerics.stages_of(tuned.spec()))  # its canaries take steps as well
     taken = interrupt(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         rl.run(tuned)

@@ -49,10 +49,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[*PEERS])
     parser.add_argument("--qualities", nargs="*", choices=QUALITIES, default=[*QUALITIES])
     parser.add_argument("--model", default=Recipe.model)
+    parser.add_argument("--window", type=int, default=Recipe.window, help="tokens in a window")
     parser.add_argument("--bits", type=int, default=Recipe.bits)
     parser.add_argument("--group-size", type=int, help="weights that share a scale; default: a row")
     options = parser.parse_args(arguments)
-    grid = {"model": options.model, "bits": options.bits, "group_size": options.group_size}
+    grid = {name: getattr(options, name) for name in ("model", "window", "bits", "group_size")}
     try:
         recipe = Recipe(**grid)
         own = {name: Recipe.of_quality(name, **grid) for name in options.qualities}
@@ -81,7 +82,7 @@ def _made_by(peer: Peer, recipe: Recipe, environments: Path) -> dict:
     """One peer's line."""
     line = {"requirements": list(peer.requirements), "windows": recipe.calibration_windows}
     try:
-        python = _environment(environments / peer.file.removesuffix(".py"), peer.requirements)
+        python = _environment(environments / Path(peer.file).stem, peer.requirements)
         with tempfile.TemporaryDirectory() as scratch:
             place = Path(scratch)
             model, _ = load(recipe.model, "cpu")
@@ -91,7 +92,7 @@ def _made_by(peer: Peer, recipe: Recipe, environments: Path) -> dict:
             del model
             torch.save(calibration_tokens(recipe), place / "tokens.pt")
             files = [str(place / name) for name in ("original", "tokens.pt", "made")]
-            command = [python, str(Path(__file__).with_name(peer.file)), *files]
+            command = [python, str(Path(__file__).parent / peer.file), *files]
             command += [str(recipe.bits), str(recipe.group_size or 0)]
             threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
             said = _output_of(command, os.environ | threads).splitlines()
