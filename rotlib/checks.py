@@ -35,6 +35,12 @@ def yes_or_no(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, not {shown(value)}")
 
 
+def keeper(name: str, value: object, protocol: type, what: str) -> None:
+    """Known to be None or to keep things by get and put, as the protocol says; a class doesn't."""
+    if isinstance(value, type) or not (value is None or isinstance(value, protocol)):
+        raise ValueError(f"{name} must hold {what} by get and put, not be {value!r}")
+
+
 def positive(name: str, value: object) -> None:
     """Known to be a finite number above zero."""
     real = isinstance(value, int | float) and not isinstance(value, bool)

@@ -29,11 +29,7 @@ MUTANTS = {
     "strip off by one": ("quantization.gptq", "U[:j, j] @ E[:j]", "U[1:j, j] @ E[1:j]"),
     "GPTAQ within a strip": ("quantization.gptq", "X[j] += P[:j, j]", "X[j] -= P[:j, j]"),
     "act-order ascending": ("quantization.gptq", "descending=True", "descending=False"),
-    "stale groups": (
-        "quantization.gptq",
-        "fitted_to(X[j : j + group].T",
-        "fitted_to(W.T[:group].T",
-    ),
+    "stale groups": ("quantization.gptq", "fit_grid(X[j : j + group].T", "fit_grid(X[:group].T"),
     "GPTAQ's sign": ("quantization.gptq", "else rounding - P.T", "else rounding + P.T"),
     "GPTAQ's triangle": ("quantization.gptq", ".triu(1) @ U", ".triu(0) @ U"),
     "drift backwards": (
@@ -45,7 +41,7 @@ MUTANTS = {
     "widths": ("quantization.gptq", "(1.0, 0.85", "(1.0, 0.8"),
     "worst rows": ("quantization.gptq", ".argmin(dim=0)", ".argmax(dim=0)"),
     "descent uphill": ("quantization.coordinate", "codes[j] - G[j]", "codes[j] + G[j]"),
-    "descent's drift": ("quantization.coordinate", "G - W @ C", "G + W @ C"),
+    "descent's drift": ("quantization.coordinate", "G -= W @ C", "G += W @ C"),
     "descent blind": ("quantization.coordinate", "G += H[:, here] @ change", "G += 0 * G"),
     "dead inputs": ("quantization.gptq", "W[:, dead] = 0.0", "W[:, dead] = 1.0"),
     "clip by bits": ("quantization.activations", "1 - 2 ** (1 - self", "1 - 2 ** (2 - self"),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import positive, whole_number
+from rotlib.checks import keeper, positive, whole_number
 from rotlib.learning.network import check_learnable
 from rotlib.models.families import Family, adapt, check_not_rounding, check_sound, weights_sample
 from rotlib.models.reference import Reference, check_reference
@@ -111,8 +111,7 @@ def tune(
             f"{held_out} windows are held out, and the reference has {len(reference.windows)}: "
             f"take it over {held_out + 1} or more"
         )
-    if isinstance(kept, type) or not (kept is None or isinstance(kept, Steps)):
-        raise ValueError(f"kept must hold a state by get and put, not be {kept!r}")
+    keeper("kept", kept, Steps, "a state")
     student = _Student(family, codes_of(model), reference)
     tuning, best = Tuning(), student.state()
     looks = {steps * look // LOOKS for look in range(1, LOOKS + 1)}

@@ -2,9 +2,9 @@
 
 GPTQ rounds a column before it knows how those behind it fall. Afterwards every code can be chosen
 anew with all others as they are, which never makes the error larger. With H = E[x xᵀ] and GPTAQ's
-C = α E[(x̃ − x) xᵀ] a row's error is (q − w) H (q − w)ᵀ − 2 (q − w)(w C)ᵀ up to a constant, and half
-its slope G = (q − w) H − w C; the best code of column j alone is the nearest to q_j − G_j / H_jj
-(quantease, arXiv 2309.01885, §3).
+C = α E[(x̃ − x) xᵀ] a row's error is, up to a constant, (q − w) H (q − w)ᵀ − 2 (q − w)(w C)ᵀ, and
+half its slope G = (q − w) H − w C. The best code of column j alone is the nearest to q_j − G_j /
+H_jj (quantease, arXiv 2309.01885, §3).
 """
 
 from functools import partial
@@ -39,21 +39,16 @@ class CoordinateDescent:
         n = W.shape[1]
         codes = Q.codes.T.to(W.dtype).contiguous()  # columns laid out as rows
         scale = Q.scale.repeat_interleave(n // Q.scale.shape[1], dim=1).T.contiguous()
-        G = half_slope(Q, W, H, C).T.contiguous()
+        G = (Q.dense() - W) @ H
+        if C is not None:
+            G -= W @ C
+        G = G.T.contiguous()
         for _ in range(self._sweeps):
             for start in range(0, n, _STRIP):
                 here = slice(start, start + _STRIP)
                 codes[here], change = self._strip(G[here], codes[here], scale[here], H[here, here])
                 G += H[:, here] @ change
         return QuantizedWeight(codes.T.contiguous().to(Q.codes.dtype), Q.scale, Q.zero)
-
-
-def half_slope(
-    Q: QuantizedWeight, W: Tensor, H: Tensor, C: Tensor | None
-) -> Float[Tensor, "out in"]:
-    """G of the quantized rows."""
-    G = (Q.dense() - W) @ H
-    return G if C is None else G - W @ C
 
 
 def visit_strip(

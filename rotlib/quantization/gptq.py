@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import positive, share, token_ids, whole_number, yes_or_no
+from rotlib.checks import keeper, positive, share, token_ids, whole_number, yes_or_no
 from rotlib.models.families import READERS, Family, adapt, mark
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
-from rotlib.quantization.coordinate import CoordinateDescent, half_slope
+from rotlib.quantization.coordinate import CoordinateDescent
 from rotlib.quantization.grids import (
     Grid,
     QuantizedWeight,
@@ -113,10 +113,10 @@ def gptq(
     `damping` is a fraction of the mean of H's diagonal. With `act_order` columns are visited by
     falling H_jj; then, and with `static_groups`, groups keep the scales of the original weights.
     `asymmetry` is GPTAQ's α (0.25 in its paper, 0 for GPTQ); every batch then goes through the
-    original layer as well. With
-    `scale_search` every row takes the best of several scales, and `descent` sweeps of coordinate
-    descent follow. Layers that `kept` holds are put back instead of quantized, and the others are
-    handed to it. Raises ValueError before any work for unsuitable models, grids or tokens.
+    original layer as well. With `scale_search` every row takes the best of several scales, and
+    `descent` sweeps of coordinate descent follow. Layers that `kept` holds are put back instead of
+    quantized, and the others are handed to it. Raises ValueError before any work for unsuitable
+    models, grids or tokens.
 
     >>> report = gptq(model, tokens, WeightQuant(bits=4, group_size=16))
     >>> report.fallbacks, report.weights["layers.0.q"].codes.dtype
@@ -133,8 +133,7 @@ def gptq(
         raise ValueError("static_groups keeps the scales of groups: the grid needs a group_size")
     yes_or_no("scale_search", scale_search)
     whole_number("descent", descent, 0)
-    if isinstance(kept, type) or not (kept is None or isinstance(kept, Layers)):
-        raise ValueError(f"kept must hold layers by get and put, not be {kept!r}")
+    keeper("kept", kept, Layers, "layers")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent)
     batches = layer_inputs(family, calibration)
     # marked before it is: an interrupted model is neither the original nor quantized
@@ -215,25 +214,27 @@ class Solver:
             eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
             U = torch.linalg.solve_triangular(M, eye, upper=True)  # Uᵀ U = H⁻¹
             P = None if C is None else (C[order][:, order] @ U.T).triu(1) @ U
+            fixed = self._fixed_grids(W)
             widths = WIDTHS if self.scale_search else WIDTHS[:1]
-            tried = [self._solve(W, order, U, P, width) for width in widths]
+            tried = [self._solve(W, order, U, P, fixed, width) for width in widths]
             Q = tried[0]
             if self.scale_search or self.descent:
                 sound = H + damping * H.diagonal().mean() * eye
-                Q = self._descend(_best_rows(tried, W, sound, C), W, sound, C)
+                Q = _best_rows(tried, W, sound, C) if self.scale_search else Q
+                Q = self._descend(Q, W, sound, C)
         difference = Q.dense() - W
         error = (difference @ H * difference).sum(dim=1)
         return Q, error, damping, M is None
 
     def _solve(
-        self, W: Tensor, order: Tensor, U: Tensor, P: Tensor | None, width: float
+        self, W: Tensor, order: Tensor, U: Tensor, P: Tensor | None, fixed: list[Grid], width: float
     ) -> QuantizedWeight:
         """Algorithm 1 of GPTQ, or with P of GPTAQ, on columns laid out as rows, block by block."""
         n = W.shape[1]
         group = self.quant.group_size
         block = BLOCK if group is None else group * max(1, BLOCK // group)
         strip = group if group and (group < block or group % _STRIP) else _STRIP
-        grids_of, grids = self._grids(W, order, width)
+        grids_of, grids = self._grids(order, fixed, width)
         X = W.T[order].contiguous()  # (in, out): the weights, made up for earlier errors
         E = torch.empty_like(X)  # errors over the pivots
         codes = torch.empty_like(X)
@@ -259,8 +260,16 @@ class Solver:
         codes = codes[order.argsort()].T.contiguous()
         return QuantizedWeight(codes.to(self.quant.storage), scale, zero)
 
+    def _fixed_grids(self, W: Tensor) -> list[Grid]:
+        """The rows' or the groups' grids; none where a group's wait for its updated weights."""
+        group = self.quant.group_size
+        if group and not (self.act_order or self.static_groups):
+            return []
+        parts = W.split(group or W.shape[1], dim=1)
+        return [fit_grid(part, self.quant).row() for part in parts]
+
     def _grids(
-        self, W: Tensor, order: Tensor, width: float
+        self, order: Tensor, fixed: list[Grid], width: float
     ) -> tuple[Callable[[Tensor, slice], tuple[Tensor, Tensor]], list[Grid]]:
         """Scale and zero point of every column of a strip, and all grids in the inputs' order.
 
@@ -270,31 +279,28 @@ class Solver:
         """
         group = self.quant.group_size
 
-        def fitted_to(part: Tensor) -> Grid:
-            grid = fit_grid(part, self.quant).row()
+        def widened(grid: Grid) -> Grid:
             return grid if width == 1 else grid._replace(scale=width * grid.scale)
 
         def shared(grid: Grid, strip: slice) -> tuple[Tensor, Tensor]:
             columns = strip.stop - strip.start
             return grid.scale.expand(columns, -1), grid.zero.expand(columns, -1)
 
+        grids = [widened(grid) for grid in fixed]
         if group is None:
-            grid = fitted_to(W)
-            return lambda X, strip: shared(grid, strip), [grid]
-        if self.act_order or self.static_groups:
-            static = [fitted_to(part) for part in W.split(group, dim=1)]
-            scale, zero = (torch.stack([g[part] for g in static]) for part in (0, 1))
+            return lambda X, strip: shared(grids[0], strip), grids
+        if grids:
+            scale, zero = (torch.stack([grid[part] for grid in grids]) for part in (0, 1))
             of_column = order // group
-            return lambda X, strip: (scale[of_column[strip]], zero[of_column[strip]]), static
-        fitted = []
+            return lambda X, strip: (scale[of_column[strip]], zero[of_column[strip]]), grids
 
         def fresh(X: Tensor, strip: slice) -> tuple[Tensor, Tensor]:
             j = strip.start
             if j % group == 0:
-                fitted.append(fitted_to(X[j : j + group].T.contiguous()))
-            return shared(fitted[-1], strip)
+                grids.append(widened(fit_grid(X[j : j + group].T.contiguous(), self.quant).row()))
+            return shared(grids[-1], strip)
 
-        return fresh, fitted
+        return fresh, grids
 
 
 def _best_rows(
@@ -302,11 +308,11 @@ def _best_rows(
 ) -> QuantizedWeight:
     """Every row as the try has it whose outputs are nearest to the original's."""
 
+    drift = 0 if C is None else 2 * W @ C
+
     def error(Q: QuantizedWeight) -> Float[Tensor, " out"]:
-        slope = half_slope(Q, W, H, C)
-        if C is not None:
-            slope -= W @ C
-        return ((Q.dense() - W) * slope).sum(dim=1)
+        difference = Q.dense() - W
+        return ((difference @ H - drift) * difference).sum(dim=1)
 
     best = torch.stack([error(Q) for Q in tried]).argmin(dim=0)
     rows = torch.arange(len(W), device=W.device)

@@ -78,21 +78,17 @@ class KeptLayers:
                 path.unlink()
 
 
-class KeptSteps:
+class KeptSteps(Kept):
     """How far an interrupted tuning has come: `tuning.Steps`."""
 
     def __init__(self, *how):
-        self._kept = Kept(*how, ".tuning.pt")
+        super().__init__(*how, ".tuning.pt")
 
-    def get(self) -> dict | None:
-        return self._kept.read()
-
-    def put(self, state: dict) -> None:
-        self._kept.write(state)
+    get, put = Kept.read, Kept.write
 
     def clear(self) -> None:
         with suppress(OSError):  # it is done with, whatever becomes of it
-            self._kept.path.unlink()
+            self.path.unlink()
 
 
 def _sum(contents: object) -> str:

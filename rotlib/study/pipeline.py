@@ -199,7 +199,7 @@ def _prepare(recipe: Recipe, model: PreTrainedModel, calibration: Tensor) -> Rec
     elif recipe.rounding != "none":
         _quantize(recipe, model, rotation, calibration, record)
         if tuned:
-            _tune(recipe, model, reference, tuned, KeptSteps(*how), record)
+            _tune(recipe, model, reference, how, record)
     return record
 
 
@@ -207,11 +207,11 @@ def _tune(
     recipe: Recipe,
     model: PreTrainedModel,
     reference: Reference,
-    kept: Kept,
-    steps: KeptSteps,
+    how: tuple[dict, torch.device, str],
     record: Record,
 ) -> None:
     """Tune the quantized model to the original's reference, and keep what that gave."""
+    steps = KeptSteps(*how)
     tuning = tune(model, reference, steps=recipe.tuning, kept=steps)
     record.seconds["tune"] = round(record.seconds["tune"] + tuning.seconds, 2)
     looks = {str(step): round(kl, 6) for step, kl in tuning.held_out.items()}
@@ -223,7 +223,7 @@ def _tune(
         "metrics": {name: record.metrics[name] for name in made_by if name in record.metrics},
         "seconds": {name: record.seconds[name] for name in ("quantize", "tune")},
     }
-    if kept.write(done):
+    if Kept(*how).write(done):
         steps.clear()
 
 

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
@@ -166,15 +167,10 @@ def ladder(rows: dict[str, Sequence[Arm]]) -> Figure:
     """KL divergence of arms, a named row after the other: mean, standard error, seeds behind."""
     size = (WIDTH, 1.2 + 0.24 * len(rows))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
-    named: dict[str, object] = {}
+    named: dict[str, ErrorbarContainer] = {}
     for place, arms in enumerate(rows.values()):
         for arm in arms:
-            values = list(arm.values("kl").values())
-            mean, error = arm.summary("kl")
-            axis.plot(values, [place] * len(values), ".", color="0.75", ms=4, zorder=1)
-            spread = error if error == error else None
-            style = {"ms": 5, "capsize": 3, "ls": "none"} | _style(arm.rotation)
-            named[arm.rotation] = axis.errorbar(mean, place, xerr=spread, **style)
+            named[arm.rotation] = _mean_and_seeds(axis, arm, place, ls="none")
     axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()
     axis.margins(y=0.08)
@@ -206,12 +202,7 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
     )
     for axis, ((grid, rounding), shown) in zip(axes[0], panels.items(), strict=True):
         for arm in shown:
-            place = rotations.index(arm.rotation)
-            values = list(arm.values("kl").values())
-            mean, error = arm.summary("kl")
-            axis.plot(values, [place] * len(values), ".", color="0.75", ms=4, zorder=1)
-            spread = error if error == error else None
-            axis.errorbar(mean, place, xerr=spread, ms=5, capsize=3, **_style(arm.rotation))
+            _mean_and_seeds(axis, arm, rotations.index(arm.rotation))
         if wide:
             axis.set_xscale("log")
             _plain_log_ticks(axis.xaxis, (1, 2, 5))
@@ -493,6 +484,16 @@ def training_losses(arms: Sequence[Arm]) -> Figure:
     axis.set(xlabel="share of the steps", ylabel="loss / loss at the start")
     axis.legend()
     return figure
+
+
+def _mean_and_seeds(axis: Axes, arm: Arm, height: float, **style: str) -> ErrorbarContainer:
+    """An arm's KL at this height: mean and standard error, its seeds behind; returns the former."""
+    values = list(arm.values("kl").values())
+    mean, error = arm.summary("kl")
+    axis.plot(values, [height] * len(values), ".", color="0.75", ms=4, zorder=1)
+    spread = error if error == error else None
+    style |= {"ms": 5, "capsize": 3} | _style(arm.rotation)
+    return axis.errorbar(mean, height, xerr=spread, **style)
 
 
 def _style(rotation: str) -> dict:
