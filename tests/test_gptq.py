@@ -6,9 +6,10 @@ from conftest import SHAPE, tiny_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import rotlib as rl
+from rotlib.quantization import solver
 from rotlib.quantization.coordinate import CoordinateDescent
-from rotlib.quantization.gptq import Solver
 from rotlib.quantization.grids import fit_grid, round_to_nearest
+from rotlib.quantization.solver import Solver
 
 gptq_module = import_module(
     "rotlib.quantization.gptq"
@@ -107,7 +108,7 @@ def test_a_hopeless_hessian_falls_back_to_rtn_and_is_counted(tokens, monkeypatch
     assert fallback
     torch.testing.assert_close(Q.dense(), round_to_nearest(W, rl.WeightQuant()).dense())
 
-    monkeypatch.setattr(gptq_module, "factorise", lambda H, damping: (None, 1.0))
+    monkeypatch.setattr(solver, "factorise", lambda H, damping: (None, 1.0))
     report = rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant())
     assert report.fallbacks == len(report.modules) == 14
 

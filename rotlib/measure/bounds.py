@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rotlib.measure.weights import incoherence
 from rotlib.models.families import READERS, Family
-from rotlib.quantization.gptq import Solver
 from rotlib.quantization.grids import WeightQuant, round_to_nearest
 from rotlib.quantization.hessian import damped, hessians, pivots
+from rotlib.quantization.solver import Solver
 from rotlib.rotations.rotation import Rotation, placed_in_layer, times
 
 

@@ -52,7 +52,7 @@ from rotlib.models import text, walk, zoo
 from rotlib.models.families import adapt
 from rotlib.models.reference import Reference
 from rotlib.precision import float32_everywhere
-from rotlib.quantization import activations, gptq, grids, hessian
+from rotlib.quantization import activations, gptq, grids, hessian, solver
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
 from rotlib.rotations.rotation import Rotation, times
 from rotlib.study import recipe
@@ -355,14 +355,14 @@ def _covariance() -> dict:
     return numbers
 
 
-def _solved(solver: gptq.Solver, C: Tensor | None = None) -> dict:
+def _solved(solve: solver.Solver, C: Tensor | None = None) -> dict:
     W, H = noise(4, 136, seed=2), covariance(136, seed=3)
     H[7], H[:, 7] = 0, 0  # an input that is always zero
-    Q, error, _, fallback = solver(W, H, C)
+    Q, error, _, fallback = solve(W, H, C)
     return {"codes": profile(Q.codes), "scale": profile(Q.scale), "error": error, "fell": fallback}
 
 
-@canary("gptq", gptq.gptq, gptq.Solver, tolerance=5e-3, ties=("errors", "again"))
+@canary("gptq", gptq.gptq, solver.Solver, tolerance=5e-3, ties=("errors", "again"))
 def _gptq() -> dict:
     numbers = {}
     for name, settings, how in (
@@ -373,10 +373,10 @@ def _gptq() -> dict:
         ("groups, act-order", {"group_size": 68}, {"act_order": True}),
         ("groups, static", {"group_size": 68}, {"static_groups": True}),
     ):
-        solver = gptq.Solver(grids.WeightQuant(**settings), **how)
-        numbers |= {f"{name}, {key}": value for key, value in _solved(solver).items()}
+        solve = solver.Solver(grids.WeightQuant(**settings), **how)
+        numbers |= {f"{name}, {key}": value for key, value in _solved(solve).items()}
     W = noise(2, 6)
-    numbers["fallback"] = gptq.Solver(grids.WeightQuant())(W, -covariance(6))[3]
+    numbers["fallback"] = solver.Solver(grids.WeightQuant())(W, -covariance(6))[3]
     batch, walk.BATCH_TOKENS = walk.BATCH_TOKENS, 12  # two batches: one waits for the other
     try:
         for name, convention in (("", "half"), ("full, ", "full")):
@@ -401,7 +401,7 @@ class _Kept(dict):
 @canary("gptaq", tolerance=5e-3)
 def _gptaq() -> dict:
     C = 0.1 * noise(136, 136, seed=5)
-    numbers = _solved(gptq.Solver(grids.WeightQuant()), C)
+    numbers = _solved(solver.Solver(grids.WeightQuant()), C)
     quant = grids.WeightQuant(bits=3)
     report = gptq.gptq(tiny(torch.float32), token_windows(), quant, asymmetry=0.5)
     return numbers | {"errors": [module.error for module in report.modules][7:]}
@@ -412,12 +412,12 @@ def _refined(**how: object) -> dict:
     numbers = {}
     for name, settings, drift in (("rows", {}, None), ("drift", {}, C), ("groups", {"bits": 3}, C)):
         quant = grids.WeightQuant(group_size=68 if name == "groups" else None, **settings)
-        found = _solved(gptq.Solver(quant, **how), drift)
+        found = _solved(solver.Solver(quant, **how), drift)
         numbers |= {f"{name}, {key}": value for key, value in found.items()}
     return numbers
 
 
-@canary("scale search", widths=gptq.WIDTHS, tolerance=5e-3)
+@canary("scale search", widths=solver.WIDTHS, tolerance=5e-3)
 def _scale_search() -> dict:
     return _refined(scale_search=True)
 
