@@ -30,7 +30,9 @@ _PUBLIC = {
     "rotations.online": ("load",),
     "rotations.rotation": ("SITES", "Rotation"),
     "study.checkpoint": ("export_recipe",),
-    "study.diagnostics": ("bounds", "compare_outliers", "groups", "outliers", "zero_shot_of"),
+    "study.diagnostics": (
+        *("bounds", "compare_outliers", "groups", "outliers", "slopes", "zero_shot_of"),
+    ),
     "study.own": ("register_rotation",),
     "study.pipeline": ("build", "make_rotation", "run", "run_all"),
     "study.recipe": ("Recipe",),

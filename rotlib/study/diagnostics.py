@@ -1,4 +1,4 @@
-"""Measures of a recipe's model, kept like runs: outliers, bounds, groups, zero-shot accuracy.
+"""Measures of a recipe's model, kept like runs: outliers, bounds, groups, slopes, zero-shot.
 
 What they measure stands in `rotlib.measure`; here a recipe is resolved, its model and rotation are
 made, and the numbers are stored.
@@ -9,10 +9,11 @@ from dataclasses import fields, replace
 
 import torch
 
-from rotlib.checks import whole_number, yes_or_no
+from rotlib.checks import one_of, whole_number, yes_or_no
 from rotlib.learning.grouped import check_group
 from rotlib.measure.bounds import module_bounds
 from rotlib.measure.outliers import WINDOWS, input_outliers, weight_histogram, weight_outliers
+from rotlib.measure.slopes import slope_agreement
 from rotlib.measure.weights import SHOWN_LAYER, group_spread
 from rotlib.measure.zeroshot import check_limit, load_tasks, task_names, zero_shot
 from rotlib.models.families import adapt
@@ -24,8 +25,8 @@ from rotlib.rotations.fuse import fuse
 from rotlib.rotations.online import check_online, load
 from rotlib.rotations.rotation import Rotation, placed_weights
 from rotlib.study import store
-from rotlib.study.pipeline import build, calibration_tokens, rotation_of
-from rotlib.study.recipe import Recipe, check_recipe
+from rotlib.study.pipeline import build, calibration_tokens, learning_tokens, rotation_of
+from rotlib.study.recipe import THROUGH_NETWORK, Recipe, check_recipe
 from rotlib.study.store import Record, Result
 
 
@@ -153,6 +154,37 @@ def groups(recipe: Recipe, group_size: int, device: str = "auto", run: bool = Tr
 
     spec = recipe.spec() | {"task": "groups", "groups_of": group_size}
     return _once(spec, picked, compute, run)
+
+
+def slopes(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
+    """`slope_agreement` of what the recipe's rival learns on, over its learning windows.
+
+    Kept like a run. Raises ValueError for a rotation that isn't learned through the network.
+
+    >>> recipe = Recipe(model=tiny, rotation="spinquant", window=32, learning_windows=2)
+    >>> -1 <= slopes(recipe).metrics["agreement"] <= 1
+    True
+    """
+    check_recipe("slopes", recipe)
+    one_of("the rotation of slopes", recipe.rotation, THROUGH_NETWORK)
+    recipe = replace(recipe.of_rotation(), steps=None, lr=None, preset=Recipe.preset)
+    picked = pick_device(device)
+    rounded = (
+        {"quant": recipe.quant}
+        if recipe.learned_on == "weights"
+        else {"activations": recipe.activations}
+    )
+
+    def compute(record: Record) -> None:
+        text = learning_tokens(recipe)
+        model, _ = load(recipe.model, str(picked))
+        with record.timed("slopes"):
+            record.metrics["agreement"] = slope_agreement(
+                model, text, seed=recipe.seed, R4=recipe.R4, **rounded
+            )
+        record.tokens["learning"] = fingerprint(text)
+
+    return _once(recipe.spec() | {"task": "slopes"}, picked, compute, run)
 
 
 def zero_shot_of(

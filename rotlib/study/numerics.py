@@ -43,6 +43,7 @@ _OF_TASK = {
     "outliers": ("outliers",),
     "bounds": ("bounds", "covariance", "grids", "gptq"),
     "groups": ("group spread",),
+    "slopes": ("slopes",),
     "zero-shot": ("zero-shot",),
     "rotation": (),
     "weights": (),
@@ -63,9 +64,11 @@ def stages_of(spec: dict) -> list[str]:
     stages = {"recipe", "text", *_OF_TASK[task]}
     stages |= {name for name in (setting("model"), setting("text")) if name in PINNED}
     if rotation != "none":
-        stages |= {"drawn rotations", *_OF_ROTATION.get(rotation, ())}
+        # slopes are those of learning's start, and nothing is learned
+        learned = ("network",) if task == "slopes" else _OF_ROTATION.get(rotation, ())
+        stages |= {"drawn rotations", *learned}
         stages |= {_OWN + rotation} if rotation not in SHIPPED else set()
-        stages |= {"fusing"} if task != "rotation" else set()
+        stages |= {"fusing"} if task not in ("rotation", "slopes") else set()
     if setting("grouped"):
         stages.add("grouped")
     if setting("R3") or setting("R4"):

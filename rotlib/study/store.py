@@ -39,6 +39,7 @@ _MEASURED = {
     "outliers": ("modules", "histogram"),
     "bounds": ("modules",),
     "groups": ("modules",),
+    "slopes": ("agreement",),
     "zero-shot": ("accuracy", "average"),
 }
 
