@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from importlib.machinery import PathFinder, SourceFileLoader
+from inspect import getsource
 
 # name: (module, what stands there, what a mutant has instead)
 MUTANTS = {
@@ -187,18 +188,22 @@ class Edited(SourceFileLoader):
 
 
 class Finder:
-    """Finds rotlib's modules for `Edited`."""
+    """Finds the modules that are edited."""
 
     @staticmethod
     def find_spec(fullname, path=None, target=None):
-        spec = PathFinder.find_spec(fullname, path) if fullname.split(".")[0] == "rotlib" else None
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = Edited(fullname, spec.origin)
+        if fullname not in Edited.edits:
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        spec.loader = Edited(fullname, spec.origin)
         return spec
 
 
 def drifting(edits: list[tuple[str, str, str]], first: bool) -> list[str]:
-    """The stages that drift, or the first of them, in a fork with these edits."""
+    """The stages that drift, or the first of them, in a fork with these edits.
+
+    Those whose canary names the module come first.
+    """
     read, write = os.pipe()
     if child := os.fork():
         os.close(write)
@@ -216,7 +221,10 @@ def drifting(edits: list[tuple[str, str, str]], first: bool) -> list[str]:
         from rotlib.study import numerics
         from rotlib.study.canaries import CANARIES
 
-        for stage in CANARIES:
+        module = edits[0][0].split(".")[1]
+        for stage in sorted(
+            CANARIES, key=lambda stage: module not in getsource(CANARIES[stage].numbers)
+        ):
             try:
                 drift = numerics.drift(stage)
             except Exception as error:  # a mutant that falls over is seen as well

@@ -55,11 +55,11 @@ def start(folder, engine):
     return subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True, **heed)
 
 
-def wait_for_a_result(folder, run):
-    while not (found := list(results_in(folder))):
+def wait_for_results(folder, run, count=1):
+    while len(found := list(results_in(folder))) < count:
         assert run.poll() is None
         time.sleep(0.02)
-    return found[0]
+    return found
 
 
 def results_in(folder):
@@ -90,45 +90,61 @@ def kill_a_worker(run, name):
     return workers
 
 
-def test_a_killed_worker_of_the_pool_costs_nothing_but_time(folder):
-    run = start(folder, "local")
-    wait_for_a_result(folder, run)
-    kill_a_worker(run, "spawn_main")
-    assert run.wait(timeout=300) == 0
-    assert_as_undisturbed(folder)
-
-
-@pytest.mark.parametrize("how", ["interrupted", "killed"])
-def test_a_local_sweep_that_is_stopped_leaves_nobody_behind_and_goes_on_later(folder, how):
-    run = start(folder, "local")
-    wait_for_a_result(folder, run)
-    workers = workers_of(run, "spawn_main")
-    run.send_signal(signal.SIGINT if how == "interrupted" else signal.SIGKILL)
-    assert run.wait(timeout=60) == (130 if how == "interrupted" else -signal.SIGKILL)
+def assert_gone(workers):
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
+
+
+def test_a_local_sweep_outlives_its_driver_a_worker_and_an_interruption(folder):
+    """Killed, it leaves no worker behind; a killed worker costs nothing but time; interrupted, it
+    ends in order. The same command then does the rest.
+    """
+    run = start(folder, "local")
+    done = len(wait_for_results(folder, run))
+    workers = workers_of(run, "spawn_main")
+    run.kill()
+    assert run.wait(timeout=60) == -signal.SIGKILL
+    assert_gone(workers)
+    run = start(folder, "local")
+    done = len(wait_for_results(folder, run, done + 1))
+    kill_a_worker(run, "spawn_main")
+    wait_for_results(folder, run, done + 1)  # by those that replace the killed one and its like
+    workers = workers_of(run, "spawn_main")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 130
+    assert_gone(workers)
     assert len(list(results_in(folder))) < 8
     assert start(folder, "local").wait(timeout=300) == 0
     assert_as_undisturbed(folder)
 
 
-def test_a_killed_worker_of_ray_costs_time_and_a_killed_driver_one_more_command(folder):
-    """That command also computes a torn result anew."""
+def test_a_ray_cluster_outlives_a_worker_and_its_driver_and_the_slurm_script_does_the_rest(folder):
+    """The script also computes a torn result anew; it has stand-ins for SLURM's own two commands,
+    on an allocation of this one machine.
+    """
     (folder / "mine.py").write_text(OWN_ROTATION)  # it goes to the workers, too
     path = folder / "sweep.yaml"
     path.write_text("rotations: [mine.py]\n" + path.read_text().replace("hadamard", "mine"))
     run = start(folder, "ray")
-    torn = wait_for_a_result(folder, run)
+    torn = wait_for_results(folder, run)[0]
     workers = kill_a_worker(run, "ray::work")
-    while len(list(results_in(folder))) < 3:
-        assert run.poll() is None
-        time.sleep(0.02)
+    wait_for_results(folder, run, 3)
     run.kill()
     run.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)  # they notice, and end
-    assert not alive
+    assert_gone(workers)  # they notice, and end
     torn.write_text(torn.read_text()[:100])
-    assert start(folder, "ray").wait(timeout=300) == 0
+    for name, script in {"scontrol": "echo 127.0.0.1", "srun": 'exec "$@"'}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    allocation = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    command = [ROOT / "configs" / "slurm.sh", path]
+    subprocess.run(
+        command, cwd=ROOT, env=os.environ | ENVIRONMENT | allocation, check=True, timeout=300
+    )
     assert_as_undisturbed(folder)
 
 
@@ -155,20 +171,3 @@ def test_a_full_disk_is_told_and_the_rest_runs_once_there_is_room(folder):
     assert "No space left on device" in run.stderr or "is the disk full?" in run.stderr
     (folder / "kept").rename(results / "local")
     assert_as_undisturbed(folder)
-
-
-def test_the_slurm_script_starts_ray_on_its_allocation_and_runs_the_sweep(folder):
-    """With stand-ins for SLURM's own two commands, on an allocation of this one machine."""
-    for name, script in {"scontrol": "echo 127.0.0.1", "srun": 'exec "$@"'}.items():
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-    allocation = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "here",
-        "SLURM_JOB_NUM_NODES": "1",
-    }
-    command = [ROOT / "configs" / "slurm.sh", folder / "sweep.yaml"]
-    subprocess.run(
-        command, cwd=ROOT, env=os.environ | ENVIRONMENT | allocation, check=True, timeout=300
-    )
-    assert len(list(results_in(folder))) == 8

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import partial, partialmethod
+from functools import partial, partialmethod, wraps
 from hashlib import sha256
 from inspect import signature
 from unittest.mock import patch
@@ -95,6 +95,7 @@ def canary(
     told = {name: plain(value) for name, value in constants.items()} | defaults(*doors)
 
     def register(numbers: Callable[[], dict]) -> Callable[[], dict]:
+        @wraps(numbers)
         def computed() -> dict:
             with _quietly(), float32_everywhere():
                 return plain(numbers())
