@@ -5,7 +5,7 @@
 | fusing, projecting | float64 | float64 |
 | grids, GPTQ's solver, objectives | float32 | float32 |
 | passes through the model, Hessians, logits | float32 | TF32 |
-| slopes that learning follows | bfloat16 where the processor has it | TF32 |
+| slopes that learning follows | bfloat16 where the processor is fast at it | TF32 |
 
 TF32 keeps ten bits of a factor's mantissa and sums in float32, so a product is off by some 3e-4 of
 its size: far less than rounding to 8 bits, and a slope's noise of sampling is larger still. Other
@@ -21,6 +21,15 @@ import torch
 def coarse_products() -> AbstractContextManager:
     """Of slopes: bfloat16 or TF32 where the hardware does that fast."""
     return _products("medium")
+
+
+def slope_dtype(device: torch.device) -> torch.dtype:
+    """What a drawn row is kept in for its slopes.
+
+    Some processors multiply bfloat16 twice as fast, and only where it is asked for by its type.
+    """
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and not _coarsest
+    return torch.bfloat16 if fast else torch.float32
 
 
 def model_products(device: torch.device) -> AbstractContextManager:

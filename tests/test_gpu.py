@@ -219,11 +219,13 @@ def test_products_are_as_exact_as_their_stage_asks_for():
     assert asked(precision.coarse_products()) == "medium"
     assert asked(precision.model_products(torch.device("cpu"))) == before
     assert asked(precision.model_products(torch.device("cuda"))) == "high"
+    assert precision.slope_dtype(torch.device("cuda")) == torch.float32
     with precision.model_products(torch.device("cuda")):
         assert asked(precision.exact_products()) == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     with precision.float32_everywhere():
         assert asked(precision.coarse_products()) == "highest"
+        assert precision.slope_dtype(torch.device("cpu")) == torch.float32
     with suppress(KeyError), precision.coarse_products():
         raise KeyError
     assert torch.get_float32_matmul_precision() == before

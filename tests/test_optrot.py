@@ -193,6 +193,14 @@ def test_a_descent_step_lowers_a_smooth_function():
     assert values[-1] < (U @ Vh - A).square().sum().item() * 1.5
 
 
+def test_rows_in_bfloat16_give_the_slope_to_a_hundredth():
+    R = torch.linalg.qr(torch.randn(64, 64))[0]
+    rows = torch.randn(500, 64)
+    exact, rounded = (fourth_power(x, R)[1] for x in (rows, rows.bfloat16()))
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
 def test_the_papers_step_descends_and_stays_orthogonal():
     rows = torch.randn(200, 16, dtype=torch.float64) ** 3
     R = torch.eye(16, dtype=torch.float64)

@@ -71,16 +71,18 @@ class GroupSampler:
         for sampler, _ in self._sides:
             sampler.draw(rotation)
 
-    def slope(self, number: int, R1: Tensor) -> tuple[Tensor, Tensor]:
-        """(value, gradient) of one step's rows."""
-        sides = [self._slope(sampler, across, number, R1) for sampler, across in self._sides]
+    def slope(self, number: int, R1: Tensor, exactly: bool = False) -> tuple[Tensor, Tensor]:
+        """(value, gradient) of one step's rows, as `RowSampler`'s."""
+        sides = [self._slope(*side, number, R1, exactly) for side in self._sides]
         return sum(value for value, _ in sides), sum(slope for _, slope in sides)
 
     def _slope(
-        self, sampler: RowSampler, across: bool, number: int, R1: Tensor
+        self, sampler: RowSampler, across: bool, number: int, R1: Tensor, exactly: bool
     ) -> tuple[Tensor, Tensor]:
         rows = sampler.batch(number)
-        value, slope = group_norms(times(rows, R1), self._group_size, across)
+        rows = rows.to(R1.dtype) if exactly else rows
+        rotated = times(rows, R1.to(rows.dtype)).to(R1.dtype)
+        value, slope = group_norms(rotated, self._group_size, across)
         return sampler.scale * value, sampler.scale * pull_back(rows, slope, R1)
 
 

@@ -32,7 +32,7 @@ from rotlib.learning.objectives import (
 )
 from rotlib.learning.sampling import STEPS_A_DRAW, R2Rows, RowSampler, fourth_power
 from rotlib.learning.start import finished, original, starting_point
-from rotlib.precision import coarse_products
+from rotlib.precision import coarse_products, slope_dtype
 from rotlib.rotations.rotation import Rotation
 
 PASSES = 2  # times that a draw is used
@@ -197,7 +197,7 @@ def learn_sampled(
             rows.draw(rotation)
             R1.project()
         with coarse_products():
-            value, gradient = rows.slope(step % STEPS_A_DRAW, R1.R)
+            value, gradient = rows.slope(step % STEPS_A_DRAW, R1.R, exactly=fresh)
         if extra:
             # both slopes in one unit; a slope alone needs none, since the step's length is given
             gradient = rows.scale * gradient + extra.R1_slope(R1.R)
@@ -220,7 +220,7 @@ def _turn_of_R2(
         rows = (
             GroupR2Rows(matrices, rotation, group_size)
             if group_size
-            else R2Rows(matrices, rotation)
+            else R2Rows(matrices, rotation, slope_dtype(rotation.R2.device))
         )
     constant = extra.R2_slope(R2.R) if extra else 0.0
     for _ in range(R2_STEPS):

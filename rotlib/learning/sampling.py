@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rotlib.learning.objectives import Matrix
+from rotlib.precision import slope_dtype
 from rotlib.rotations.rotation import Rotation, times
 
 BATCH = 8192  # rows per step, or all there are
@@ -19,21 +20,22 @@ STEPS_A_DRAW = 8
 
 
 def fourth_power(rows: Float[Tensor, "m n"], R: Tensor) -> tuple[Tensor, Tensor]:
-    """(‖rows R‖₄⁴, its gradient with respect to R).
+    """(‖rows R‖₄⁴, its gradient with respect to R), multiplied in the rows' dtype.
 
     The value is a quarter of ⟨R, gradient⟩, by Euler's theorem.
     """
-    rotated = times(rows, R)
+    rotated = times(rows, R.to(rows.dtype))
     gradient = 4 * pull_back(rows, rotated.square().mul_(rotated), R)
     return (R * gradient).sum() / 4, gradient
 
 
 def pull_back(rows: Float[Tensor, "m n"], slope: Float[Tensor, "m n"], R: Tensor) -> Tensor:
     """From the slope with respect to ``rows R`` to that with respect to R: a matrix, or blocks."""
+    slope = slope.to(rows.dtype)
     if R.ndim == 2:
-        return rows.mT @ slope
+        return (rows.mT @ slope).to(R.dtype)
     by_block = (part.unflatten(1, (len(R), -1)) for part in (rows, slope))
-    return torch.einsum("mka,mkb->kab", *by_block)
+    return torch.einsum("mka,mkb->kab", *by_block).to(R.dtype)
 
 
 class RowSampler:
@@ -88,20 +90,26 @@ class RowSampler:
         bounds = torch.searchsorted(chosen, self._starts).tolist()
         place = torch.randperm(count, generator=self._generator).to(self._device)
         width = rotation.R1.shape[-1] * (len(rotation.R1) if rotation.R1.ndim == 3 else 1)
-        self._rows = torch.empty(count, self._unit, width, device=self._device)
+        dtype = slope_dtype(self._device)
+        self._rows = torch.empty(count, self._unit, width, device=self._device, dtype=dtype)
         for which, (begin, end) in enumerate(pairwise(bounds)):
             index = chosen[begin:end] - self._starts[which]
             norm = self._norms[which][index].clamp_min(1e-30).view(-1, 1, 1)
             rows = self._units(self._matrices[which], rotation, index)
-            self._rows[place[begin:end]] = rows.div_(norm.to(rows))
+            self._rows[place[begin:end]] = rows.div_(norm.to(rows)).to(dtype)
 
     def batch(self, number: int) -> Float[Tensor, "batch d"]:
         """One step's rows of the current draw."""
         return self._rows[number * self._size : (number + 1) * self._size].flatten(0, 1)
 
-    def slope(self, number: int, R1: Tensor) -> tuple[Tensor, Tensor]:
-        """(value, gradient) of one step's rows, to be scaled by `scale`."""
-        return fourth_power(self.batch(number), R1)
+    def slope(self, number: int, R1: Tensor, exactly: bool = False) -> tuple[Tensor, Tensor]:
+        """(value, gradient) of one step's rows, to be scaled by `scale`.
+
+        R1 is rounded as the rows are, which a Hadamard matrix's equal entries show in the value,
+        unless it is to be taken `exactly`.
+        """
+        rows = self.batch(number)
+        return fourth_power(rows.to(R1.dtype) if exactly else rows, R1)
 
     def _units(
         self, matrix: Matrix, rotation: Rotation, index: Tensor | slice
@@ -112,18 +120,21 @@ class RowSampler:
 
 
 class R2Rows:
-    """Everything R2 acts on at the present R1, stacked by layer and KV head."""
+    """Everything R2 acts on at the present R1, stacked by layer and KV head, in a dtype."""
 
-    def __init__(self, matrices: list[Matrix], rotation: Rotation):
+    def __init__(
+        self, matrices: list[Matrix], rotation: Rotation, dtype: torch.dtype = torch.float32
+    ):
         by_layer = [[] for _ in range(len(rotation.R2))]
         for matrix in matrices:
             if matrix.touched_by("R2"):
                 by_layer[matrix.layer].append(rows_by_head(matrix, rotation) * matrix.factor**0.25)
         # (layers, heads, m, b)
-        self._rows = torch.stack([torch.cat(rows, dim=1) for rows in by_layer])
+        self._rows = torch.stack([torch.cat(rows, dim=1).to(dtype) for rows in by_layer])
 
     def gradient(self, R2: Float[Tensor, "layers heads b b"]) -> Float[Tensor, "layers heads b b"]:
-        return 4 * (self._rows.mT @ (self._rows @ R2).pow_(3))
+        rotated = self._rows @ R2.to(self._rows.dtype)
+        return 4 * (self._rows.mT @ rotated.square().mul_(rotated)).to(R2.dtype)
 
 
 def rows_by_head(matrix: Matrix, rotation: Rotation) -> Float[Tensor, "heads m b"]:
