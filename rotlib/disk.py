@@ -17,6 +17,8 @@ from uuid import uuid4
 ROOT = Path(__file__).resolve().parents[1]
 _SCRATCH = re.compile(r"\..*\.([0-9a-f]{8})\.[0-9a-f]{32}\.partial")
 _DAY = 24 * 3600
+_SETTLED = 2e9  # nanoseconds: a younger file may be written again without its times telling
+_known: dict[str, dict] = {}
 
 
 def folder_of(variable: str, default: str | Path) -> Path:
@@ -41,6 +43,42 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """The folder of dequantized models: `ROTLIB_CACHE`, else rotlib's in the user's cache."""
+    return folder_of(
+        "ROTLIB_CACHE", Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rotlib"
+    )
+
+
+def known_digest(path: Path) -> str:
+    """A file's sha256, read once, and again when its size or times change."""
+    place, state = str(path.resolve()), path.stat()
+    stamp = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    if place not in _known:
+        _known.update(_kept_digests())
+    found = _known.get(place, {})
+    if found.get("stamp") == stamp and isinstance(found.get("sha256"), str):
+        return found["sha256"]
+    digest = file_digest(path)
+    if time.time_ns() - max(stamp[1:]) > _SETTLED:
+        _known[place] = {"stamp": stamp, "sha256": digest}
+        with suppress(OSError):  # it is computed anew next time
+            write_json(_digests(), _kept_digests() | _known)
+    return digest
+
+
+def _digests() -> Path:
+    return cache_folder() / "digests.json"
+
+
+def _kept_digests() -> dict[str, dict]:
+    with suppress(OSError, RecursionError, ValueError):
+        found = json.loads(_digests().read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return {place: entry for place, entry in found.items() if isinstance(entry, dict)}
+    return {}
 
 
 @contextmanager

@@ -11,7 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, at import
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from rotlib.checkpoints import stock
@@ -42,6 +50,17 @@ CONFIGS = {
     "qwen2, biases, tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3, q/k norms, own head_dim": Qwen3Config(**SHAPE, head_dim=20),
     "qwen3, tied": Qwen3Config(**SHAPE, head_dim=12, tie_word_embeddings=True),
+    "granite, multipliers": GraniteConfig(
+        **SHAPE,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=4.0,
+        tie_word_embeddings=True,
+    ),
+    "smollm3, a layer without RoPE": SmolLM3Config(
+        **SHAPE, no_rope_layers=[1, 0], tie_word_embeddings=True
+    ),
 }
 
 

