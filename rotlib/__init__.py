@@ -25,6 +25,7 @@ _PUBLIC = {
     "quantization.gptq": ("Report", "gptq"),
     "quantization.grids": ("QuantizedWeight", "WeightQuant", "restore", "rtn"),
     "rotations.drawn": ("gsr_rotation", "hadamard_rotation", "random_rotation"),
+    "rotations.files": ("load_rotation", "save_rotation"),
     "rotations.fuse": ("fuse",),
     "rotations.hadamard": ("BlockHadamard", "apply_hadamard", "hadamard", "walsh"),
     "rotations.online": ("load",),

@@ -66,10 +66,12 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
             f"{hooked[0] or 'the model'} has a hook, which would see rotated states: remove it "
             "first"
         )
+    told = rotation.told()
     rotation = rotation.projected(family.device)
     _check_range(family, rotation)
     # marked before it is: an interrupted model is neither the original nor rotated
     mark(model, "rotlib_rotated")
+    family.config.rotation = told
     family.untie()
     for placed in placed_weights(family):
         for name, value in placed.rotated(rotation, family.device):

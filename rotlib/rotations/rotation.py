@@ -12,6 +12,7 @@ puts out and divide what the next one reads. Learning, fusing and tests read `SI
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import NamedTuple
 
 import torch
@@ -153,6 +154,43 @@ class Rotation:
             parts = (torch.tensor([self.R1.n, self.R1.block]), self.R1.signs, self.R1.order)
             yield from (part for part in parts if part is not None)
         yield from (*self._matrices().values(), *self.scales.values())
+
+    def digest(self) -> str:
+        """Of all its numbers: a rotation that is learned again needn't be the same to the last bit.
+
+        >>> Rotation(torch.eye(4), None).digest() == Rotation(torch.eye(4), None).digest()
+        True
+        """
+        parts = (tensor.cpu().numpy().tobytes() for tensor in self.tensors())
+        return sha256(b"".join(parts)).hexdigest()[:12]
+
+    def told(self) -> dict:
+        """What a model's config says of the rotation that was fused into it, as plain data.
+
+        `folded` is in the weights, `at_runtime` is what whoever runs them has to do.
+
+        >>> Rotation(R1=torch.eye(48), R2=None, R4=True).told()["at_runtime"]
+        {'R4': 'Hadamard, on the inputs of down_proj'}
+        """
+        R1 = "Hadamard" if isinstance(self.R1, BlockHadamard) else "matrix"
+        blocks = isinstance(self.R1, BlockHadamard) and self.R1.block < self.R1.n
+        if blocks or (isinstance(self.R1, Tensor) and self.R1.ndim == 3):
+            R1 += f", blocks of {self.R1.block if blocks else self.R1.shape[-1]}"
+        folded = {"R1": R1} if self.R1 is not None else {}
+        if self.R2 is not None:
+            folded["R2"] = f"matrix of {self.R2.shape[-1]}, one a layer and KV head"
+        if self.scales:
+            folded["scales"] = ", ".join(self.scales)
+        at_runtime = {
+            "R3": "Hadamard, on queries and keys behind RoPE",
+            "R4": "Hadamard, on the inputs of down_proj",
+        }
+        return {
+            "folded": folded,
+            "at_runtime": {name: at_runtime[name] for name in self.online},
+            "objective": self.history[-1] if self.history else None,
+            "digest": self.digest(),
+        }
 
     def _matrices(self) -> dict[str, Tensor]:
         """R1 and R2 where they are matrices."""

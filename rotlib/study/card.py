@@ -29,7 +29,10 @@ _LOADED = {
     ),
     "gguf": "It is made for llama.cpp: `llama-cli -m model.gguf`.",
 }
-_FUSED = " The rotation is fused into the weights and costs nothing when the model runs."
+_FUSED = (
+    " The rotation is fused into the weights and costs nothing when the model runs: whoever runs "
+    "it has nothing to do (`rotation` in config.json)."
+)
 _IN_VLLM = " vLLM has kernels for its grid."
 
 

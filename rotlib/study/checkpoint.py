@@ -19,7 +19,7 @@ from rotlib.models.families import weights_sample
 from rotlib.models.zoo import load_tokenizer, resolve
 from rotlib.study import memory
 from rotlib.study.card import model_card
-from rotlib.study.files import local_path
+from rotlib.study.files import local_path, spec_hash
 from rotlib.study.pipeline import build, run
 from rotlib.study.recipe import QUALITIES, Recipe, check_recipe
 from rotlib.study.sweep import estimates_of
@@ -68,6 +68,12 @@ def export_recipe(
         local_path(recipe.spec()).unlink(missing_ok=True)
         result = run(recipe, device)
         model, tokenizer = build(recipe, device)
+    if recipe.rotation != "none":
+        model.config.rotation |= {
+            "name": recipe.rotation,
+            "seed": recipe.seed,
+            "recipe": spec_hash(recipe.spec()),
+        }
     card = model_card(recipe, result, format)
     return export(model, folder, format, tokenizer, card, dtype, overwrite)
 
@@ -77,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m rotlib.study.checkpoint",
         description="Write the quantized checkpoint that is nearest to a model, and its card.",
     )
-    parser.add_argument("model", help="packaged alias, Hugging Face id or folder")
+    parser.add_argument("model", help="alias, Hugging Face id, folder or GGUF file")
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--quality", default="best", choices=QUALITIES, help="default: best")
     parser.add_argument("--bits", type=int, default=4, help="of a weight; default: 4")

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from hashlib import sha256
 
 import torch
 from jaxtyping import Int
@@ -264,7 +263,7 @@ def _weights_of(
 ) -> tuple[dict, torch.device, str]:
     """What a recipe's kept weights are named by."""
     spec = recipe.sharing_weights().spec() | {"task": "weights"}
-    return spec, adapt(model).device, _identity(rotation)
+    return spec, adapt(model).device, rotation.digest() if rotation else ""
 
 
 def calibration_tokens(recipe: Recipe) -> Int[Tensor, "windows length"]:
@@ -413,11 +412,3 @@ def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
         how["activations"] = recipe.activations
     learn = {"spinquant": spinquant, "ostquant": ostquant}[recipe.rotation]
     return learn(model, tokens, **how), tokens.numel()
-
-
-def _identity(rotation: Rotation | None) -> str:
-    """A digest of a rotation: one that is learned again needn't be the same to the last bit."""
-    if rotation is None:
-        return ""
-    parts = (tensor.cpu().numpy().tobytes() for tensor in rotation.tensors())
-    return sha256(b"".join(parts)).hexdigest()[:12]

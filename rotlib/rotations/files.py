@@ -1,0 +1,88 @@
+"""Rotations as files, laid out as SpinQuant's code writes and reads them.
+
+One file of torch's holds ``R1`` and, for every layer, ``model.layers.N.self_attn.R2``: a matrix of
+the width of the residual stream, and one of a head's width for all heads of the layer
+(github.com/facebookresearch/SpinQuant). They are applied as here: readers become W R, writers Rᵀ W.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rotlib.disk import write_atomically
+from rotlib.models.families import adapt
+from rotlib.rotations.fuse import check_rotation
+from rotlib.rotations.rotation import Rotation, as_matrix
+
+_R2 = "model.layers.{}.self_attn.R2"
+
+
+def save_rotation(rotation: Rotation, file: str | Path) -> Path:
+    """Write R1 and R2 as SpinQuant's code reads them; returns the file.
+
+    Raises ValueError for what such a file can't hold: scales, online rotations, and an R2 that
+    differs between the heads of a layer, as OptRot's does.
+
+    >>> rotation = Rotation(torch.eye(48), torch.eye(8).expand(2, 2, 8, 8))
+    >>> sorted(torch.load(save_rotation(rotation, folder / "R.bin"), weights_only=True))
+    ['R1', 'model.layers.0.self_attn.R2', 'model.layers.1.self_attn.R2']
+    """
+    if not isinstance(rotation, Rotation):
+        raise ValueError(f"save_rotation takes a Rotation, not a {type(rotation).__name__}")
+    if rotation.scales or rotation.online:
+        beside = ", ".join([*rotation.scales, *rotation.online])
+        raise ValueError(
+            f"SpinQuant's file holds R1 and R2, and this rotation has {beside} as well"
+        )
+    held = {}
+    if rotation.R1 is not None:
+        held["R1"] = as_matrix(rotation.R1).double().cpu()
+    for layer, heads in enumerate(() if rotation.R2 is None else rotation.R2.double().cpu()):
+        if not torch.equal(heads, heads[:1].expand_as(heads)):
+            raise ValueError(
+                "SpinQuant's file holds one R2 a layer, and this rotation has another for each "
+                "head: fuse it and export the model"
+            )
+        held[_R2.format(layer)] = heads[0].clone()
+    write_atomically(Path(file), lambda scratch: torch.save(held, scratch))
+    return Path(file)
+
+
+def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:
+    """The rotation of such a file, for this model; `fuse` takes it.
+
+    Raises ValueError, naming the file, where it holds something else, or what doesn't fit the model
+    or isn't orthogonal.
+
+    >>> rotation = Rotation(torch.eye(48), None)
+    >>> load_rotation(save_rotation(rotation, folder / "R.bin"), model).R1.shape
+    torch.Size([48, 48])
+    """
+    family = adapt(model)
+    layers = len(family.layers)
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{file} isn't a file of tensors: {reason}") from error
+    known = {"R1", *map(_R2.format, range(layers))}
+    if not isinstance(held, dict) or not held or not held.keys() <= known:
+        raise ValueError(
+            f"{file} must hold R1 and {_R2.format(0)} to {layers - 1}, as SpinQuant's code "
+            "writes them"
+        )
+    R2 = [held[name] for name in map(_R2.format, range(layers)) if name in held]
+    if len(R2) not in (0, layers):
+        raise ValueError(f"{file} holds R2 of {len(R2)} layers, and this model has {layers}")
+    shape = (family.head_dim, family.head_dim)
+    if not all(isinstance(R, torch.Tensor) and R.shape == shape for R in R2):
+        raise ValueError(f"{file} must hold R2 of {shape[0]} x {shape[1]}, a head of this model")
+    heads = torch.stack(R2).unsqueeze(1).repeat(1, family.kv_heads, 1, 1) if R2 else None
+    rotation = Rotation(held.get("R1"), heads)
+    try:
+        check_rotation(family, rotation)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return rotation
