@@ -15,6 +15,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from rotlib.checkpoints import stock
 from rotlib.disk import ROOT
+from rotlib.models.joined import open_joined
 from rotlib.models.walk import norms_in_model_dtype
 from rotlib.models.zoo import load_tokenizer
 
@@ -58,6 +60,10 @@ CONFIGS = {
         logits_scaling=4.0,
         tie_word_embeddings=True,
     ),
+    "phi3, joined projections, part of a head turned": Phi3Config(
+        **SHAPE,
+        rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5},
+    ),
     "smollm3, a layer without RoPE": SmolLM3Config(
         **SHAPE, no_rope_layers=[1, 0], tie_word_embeddings=True
     ),
@@ -83,7 +89,7 @@ def tiny_model(
             )
         else:
             parameter.mul_(5)
-    return model
+    return open_joined(model)
 
 
 def save_tiny_model(folder: Path, name: str = "llama") -> None:

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import SHAPE, exact_logits
+from conftest import SHAPE, exact_logits, tiny_model
 from transformers import AutoModelForCausalLM, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -13,6 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import rotlib as rl
 from rotlib.disk import ROOT
 from rotlib.models.families import FAMILIES, adapt
+from rotlib.models.joined import open_joined
+from rotlib.models.zoo import load_tokenizer
 
 KNOWN = [name for family in FAMILIES for name in family.model_types]
 
@@ -49,7 +51,7 @@ def test_every_known_architecture_computes_the_same_when_it_is_rotated(model_typ
     config = CONFIG_MAPPING[model_type](**SHAPE, head_dim=8)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-    model.requires_grad_(False)
+    open_joined(model.requires_grad_(False))
     for parameter in model.parameters():
         parameter.copy_(
             torch.rand_like(parameter) + 0.5
@@ -57,6 +59,32 @@ def test_every_known_architecture_computes_the_same_when_it_is_rotated(model_typ
     before = exact_logits(deepcopy(model), tokens)
     rotated = rl.fuse(model, rl.random_rotation(model, R3=True, R4=True))
     assert (exact_logits(rotated, tokens) - before).abs().max() < 1e-9
+
+
+def test_a_joined_projection_is_saved_and_read_as_the_familys_own(tmp_path, tokens):
+    model = tiny_model("phi3, joined projections, part of a head turned", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "plain")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(stock(tokens).logits, model(tokens).logits)
+    with pytest.raises(
+        ValueError, match=r"isn\'t opened into its parts: load the model with rl\.load"
+    ):
+        adapt(stock)
+    load_tokenizer("smollm2-135m").save_pretrained(tmp_path / "plain")
+    read, _ = rl.load(str(tmp_path / "plain"), device="cpu")
+    assert torch.equal(read(tokens).logits, stock(tokens).logits)
+    read.load_state_dict(rl.fuse(model, rl.hadamard_rotation(model)).state_dict())
+    assert torch.equal(read(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_a_checkpoint_of_joined_projections_is_packed_joined(group_size, tmp_path, tokens):
+    model = tiny_model("phi3, joined projections, part of a head turned", dtype=torch.float32)
+    rl.fuse(model, rl.optrot(model, steps=3))
+    rl.gptq(model, tokens, rl.WeightQuant(group_size=group_size), act_order=True)
+    rl.export(model, tmp_path / "W4")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "W4", dtype=torch.float32)
+    assert (stock(tokens).logits - model(tokens).logits).abs().max() < 1e-4
 
 
 def test_the_readme_names_the_families():

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.models.families import adapt
+from rotlib.models.joined import Joined
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant, codes_of
 from rotlib.rotations.rotation import placed_weights
 
@@ -47,9 +48,7 @@ class Checkpoint:
     ):
         self._model, self._tokenizer, self._dtype = model, tokenizer, dtype
         self._packing = _packing(codes_of(model)) if packed else None
-        placed = placed_weights(adapt(model), quantized_only=True) if packed else ()
-        paths = {module: path for path, module in model.named_modules()}
-        self._codes = {f"{paths[one.module]}.weight": one.module.quantized for one in placed}
+        self._codes = _stored(model) if packed else {}
         self._tied = ("lm_head.weight",) if tied(model) else ()
         self._parts = self._make_parts()
         shapes = {name: make("meta") for name, make in self._parts.items()}
@@ -139,6 +138,24 @@ class Checkpoint:
             if not self._packing.symmetric:
                 config.quantization_config["dequantize"] = True
         return config
+
+
+def _stored(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
+    """The codes of every quantized weight by its name in the state dict; joined ones are one."""
+    path_of = {}
+    for path, module in model.named_modules():
+        parts = module.children() if isinstance(module, Joined) else (module,)
+        path_of = dict.fromkeys(parts, path) | path_of  # a joined one comes before its parts
+    together: dict[str, list[QuantizedWeight]] = {}
+    for placed in placed_weights(adapt(model), quantized_only=True):
+        name = f"{path_of[placed.module]}.weight"
+        together.setdefault(name, []).append(placed.module.quantized)
+    return {
+        name: QuantizedWeight(*map(torch.cat, zip(*parts, strict=True)))
+        if len(parts) > 1
+        else parts[0]
+        for name, parts in together.items()
+    }
 
 
 def tied(model: PreTrainedModel) -> bool:

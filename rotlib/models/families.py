@@ -67,6 +67,11 @@ class Family:
         return self.model.config
 
     @property
+    def rotary(self) -> bool:
+        """Whether RoPE turns all coordinates of a head, in pairs from its two halves."""
+        return (self.config.rope_parameters or {}).get("partial_rotary_factor", 1.0) == 1.0
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes.
 
@@ -150,7 +155,23 @@ class Granite(Family):
         return 1 / self.config.logits_scaling
 
 
-FAMILIES = (Family, Qwen3, Granite)
+class Phi3(Family):
+    """Phi-3 and Phi-4: Llama's linears, stored in two joined ones, which `rl.load` opens.
+
+    Of some of them RoPE turns a part of a head's coordinates.
+    """
+
+    model_types = ("phi3",)
+    linear_paths = Family.linear_paths | {
+        "q": "self_attn.qkv_proj.q",
+        "k": "self_attn.qkv_proj.k",
+        "v": "self_attn.qkv_proj.v",
+        "gate": "mlp.gate_up_proj.gate",
+        "up": "mlp.gate_up_proj.up",
+    }
+
+
+FAMILIES = (Family, Qwen3, Granite, Phi3)
 
 # families whose blocks end in a norm: its gain sits between a writer and the residual stream
 _POST_NORM = {
@@ -177,6 +198,8 @@ def adapt(model: PreTrainedModel) -> Family:
         if model_type in family.model_types:
             if stranger := _stranger(model, family):
                 reason = f"has no place in the {model_type} layout"
+                if family is Phi3:
+                    reason = "isn't opened into its parts: load the model with rl.load"
                 raise ValueError(_refusal(model, stranger, reason))
             _check_one_meaning(model)
             _check_shapes(found := family(model))

@@ -39,6 +39,7 @@ from transformers.utils import logging
 
 from rotlib.disk import cache_folder, folder_of, known_digest
 from rotlib.models.gguf_model import unpack, unpacked_gguf
+from rotlib.models.joined import open_joined
 
 
 class Packaged(NamedTuple):
@@ -129,7 +130,8 @@ def open_model(
                 f"{name!r} {what} the weight {min(keys)}: "
                 "its files and its config.json don't belong together"
             )
-    return _placed(model.requires_grad_(False).eval(), device), tokenizer
+    model = open_joined(model.requires_grad_(False).eval())
+    return _placed(model, device), tokenizer
 
 
 def config_of(source: str) -> PreTrainedConfig:

@@ -302,16 +302,19 @@ def scale_shapes(family: Family) -> dict[str, tuple[int, ...]]:
 
     attention_norm and mlp_norm lie between a norm and its readers, up between up and down, value
     between v and o for every KV head, query_key between q and k, one for each pair of coordinates
-    that RoPE turns.
+    that RoPE turns, where it turns them all.
     """
     layers, heads = len(family.layers), family.kv_heads
-    return {
+    shapes = {
         "attention_norm": (layers, family.width),
         "mlp_norm": (layers, family.width),
         "up": (layers, family.linears(0)["down"].in_features),
         "value": (layers, heads, family.head_dim),
-        "query_key": (layers, 1 if family.query_key_norms(0) else heads, family.head_dim // 2),
     }
+    if family.rotary:
+        pairs = family.head_dim // 2
+        shapes["query_key"] = (layers, 1 if family.query_key_norms(0) else heads, pairs)
+    return shapes
 
 
 def _between(before: Tensor | None, R: Turn, behind: Tensor | None) -> Turn:

@@ -25,6 +25,7 @@ from rotlib.learning.tuning import HELD_OUT
 from rotlib.measure.fidelity import CHUNK
 from rotlib.models.content import model_content
 from rotlib.models.families import Family, adapt
+from rotlib.models.joined import open_joined
 from rotlib.models.walk import BATCH_TOKENS
 from rotlib.models.zoo import config_of, free_memory, one_sentence, resolve
 from rotlib.study.files import PINNED
@@ -81,7 +82,7 @@ def _outline(model: str, content: str | None) -> tuple[Family, torch.dtype]:
         config = config_of(source)
         dtype = config.dtype or torch.float32
         how = {"dtype": torch.float32, "trust_remote_code": False}
-        empty = AutoModelForCausalLM.from_config(config, **how).eval()
+        empty = open_joined(AutoModelForCausalLM.from_config(config, **how).eval())
     if online := getattr(config, "rotlib_online", None):  # `load` would apply them
         empty.rotlib_online = online
     return adapt(empty), dtype
