@@ -76,6 +76,7 @@ def test_the_packaged_model_is_the_same_everywhere():
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("results/*/*.md")]
+PAGES.append(ROOT / ".github" / "CONTRIBUTING.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -88,6 +89,22 @@ def test_every_link_of_a_page_leads_somewhere(page):
         if heading:
             titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
             assert heading in {title.lower().replace(" ", "-") for title in titles}, link
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflows_steps_are_make_targets(path):
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split())
+    jobs = yaml.safe_load(path.read_text())["jobs"].values()
+    commands = [step["run"].split() for job in jobs for step in job["steps"] if "run" in step]
+    made = [command for command in commands if command[0] == "make"]
+    assert made
+    for command in made:
+        assert set(command[2:]) <= targets
+    assert all(command in made or command[:2] == ["git", "diff"] for command in commands)
 
 
 def test_ci_runs_every_notebook():

@@ -1,0 +1,44 @@
+"""The Python of the README and of the pages runs as it stands there, on a tiny model."""
+
+import re
+
+import pytest
+from conftest import save_tiny_model
+
+from rotlib.disk import ROOT
+
+pytestmark = pytest.mark.slow
+# own_rotation.md's example is a file in test_own.py
+PAGES = ["README.md", "docs/library.md", "docs/export.md"]
+# the same calls at a size that runs in seconds
+SMALLER = {
+    "1024": "32",
+    "block=64": "block=16",
+    "group_size=64": "group_size=16",
+    'rotation="optrot", ': 'rotation="optrot", steps=20, ',
+    "model, reference)": "model, reference, steps=4)",
+    '"offline")': '"offline", limit=2)',
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    save_tiny_model(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+    assert code
+    for here, there in SMALLER.items():
+        code = code.replace(here, there)
+    learned = r"(rl\.(?:optrot|optrot_plus|spinquant|ostquant)\(\s*model(?:, windows)?)"
+    code = re.sub(learned, r"\1, steps=2", code)
+    code = code.replace("smollm2-135m", str(tmp_path / "tiny"))
+    small = f"model={str(tmp_path / 'tiny')!r}, window=32, calibration_windows=2, test_windows=2, "
+    code = code.replace("rl.Recipe(", f"rl.Recipe({small}")
+    if page == "docs/export.md":  # a file that SpinQuant's code has written
+        code = code.replace(
+            "rl.fuse(model, rl.load_rotation",
+            'rl.save_rotation(rl.Rotation(rl.hadamard_rotation(model).R1, None), "R.bin")\n'
+            "rl.fuse(model, rl.load_rotation",
+        )
+    exec(compile(code, page, "exec"), {})
