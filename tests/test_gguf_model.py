@@ -32,8 +32,8 @@ def file(tmp_path, monkeypatch, tokens, tokenizer):  # noqa: F811
     return written
 
 
-def rewritten(path, keys=None, tensors=None):
-    """The file with other keys, or with tensors more."""
+def rewritten(path, keys=None, tensors=None, without=""):
+    """The file with other keys, with tensors more, or without what is named so."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(
         path.with_name("other.gguf"), reader.get_field("general.architecture").contents()
@@ -46,9 +46,11 @@ def rewritten(path, keys=None, tensors=None):
         ):
             writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
     for name, value in (keys or {}).items():
-        writer.add_string(name, value)
+        kind = {bool: "add_bool", float: "add_float32", int: "add_uint32", str: "add_string"}
+        getattr(writer, kind[type(value)])(name, value)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        if tensor.name != without:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, value in (tensors or {}).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()
@@ -107,7 +109,7 @@ def test_an_alias_is_a_file_of_its_sum_wherever_it_lies(file, monkeypatch):
 def test_a_file_that_would_be_misread_is_refused_in_one_sentence(file):
     path, *_ = file()
     cases = [
-        ({"qwen2.rope.scaling.type": "yarn"}, None, "rotary embeddings are scaled by 'yarn'"),
+        ({"qwen2.rope.scaling.type": "yarn"}, None, "rope.scaling.type is 'yarn'"),
         ({"tokenizer.ggml.pre": "poro"}, None, "cut like 'poro'"),
         ({"tokenizer.ggml.pre": "smollm"}, None, "of qwen2 models doesn't cut text like 'smollm'"),
         ({"tokenizer.ggml.model": "llama"}, None, "tokenizer is of the kind 'llama'"),
@@ -123,6 +125,80 @@ def test_a_file_that_would_be_misread_is_refused_in_one_sentence(file):
             rl.load(str(path))
     with pytest.raises(ValueError, match=r"there is no file .nowhere\.gguf. here"):
         rl.load("nowhere.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("qwen2.rope.scale_linear", 4.0),
+        ("qwen2.rope.scaling.factor", 4.0),
+        ("qwen2.rope.dimension_count", 8),
+        ("qwen2.attention.causal", False),
+        ("qwen2.attention.head_count", 0),
+        ("qwen2.block_count", 3),
+        ("qwen2.attention.head_count_kv", 4),
+        ("split.count", 2),
+        ("general.architecture", "gemma2"),
+        ("tokenizer.ggml.bos_token_id", 5000),
+    ],
+)
+def test_a_key_that_changes_what_is_computed_is_not_passed_over(file, name, value):
+    path, *_ = file()
+    if name == "general.architecture":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gguf_model, "_ARCHITECTURES", ("llama",))
+            with pytest.raises(ValueError, match="it is of the architecture 'qwen2'"):
+                rl.load(str(path))
+        return
+    with pytest.raises(ValueError, match=r"its key|has no tensor|its tensor|one part of"):
+        rl.load(rewritten(path, {name: value}))
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "blk.0.attn_q.bias", "output_norm.weight"])
+def test_a_tensor_that_is_missing_is_not_drawn_at_random(file, name):
+    path, *_ = file()
+    with pytest.raises(ValueError, match=f"it has no tensor {name}"):
+        rl.load(rewritten(path, without=name))
+
+
+def test_a_namesake_in_the_working_directory_is_not_taken(file, tmp_path, monkeypatch):
+    path, model, _ = file()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / NAME).write_bytes(b"another model")
+    monkeypatch.chdir(tmp_path / "here")
+    read, _ = rl.load(str(path), device="cpu")
+    both = [one.model.layers[1].mlp.down_proj.weight for one in (read, model)]
+    assert (both[0] - both[1]).abs().max() < 1e-3 * both[1].abs().max()
+
+
+def test_an_export_does_not_replace_the_file_it_was_made_from(file):
+    path, *_ = file()
+    model, its_own = rl.load(str(path), device="cpu")
+    rl.rtn(model, rl.WeightQuant(bits=2))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="holds the model that is exported"):
+        rl.export(model, path.parent, tokenizer=its_own, overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_a_cached_folder_that_has_lost_a_file_is_made_again(file, tmp_path):
+    path, _, its_own = file()
+    rl.load(str(path))
+    next((tmp_path / "cache").glob("model-*/tokenizer.json")).unlink()
+    assert rl.load(str(path))[1](MIXED).input_ids == its_own(MIXED).input_ids
+
+
+def test_names_near_a_file_are_told_what_to_write(file, tmp_path, monkeypatch):
+    path, *_ = file()
+    with pytest.raises(ValueError, match=f"name its file, as '{path}'"):
+        rl.load(str(path.parent))
+    with pytest.raises(ValueError, match="its ~ isn't expanded"):
+        rl.load("~/model.gguf")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.gguf").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("ROTLIB_MODELS", str(tmp_path / "models"))
+    with pytest.raises(ValueError, match="let ROTLIB_MODELS name it"):
+        rl.load("qwen2.5-coder-0.5b")
 
 
 def test_biases_that_transformers_leaves_out_are_not_lost_in_silence(file):

@@ -47,11 +47,7 @@ class GgufFile:
         if tokenizer is None:
             raise ValueError("a GGUF file carries its tokenizer: pass tokenizer=tokenizer")
         self._family, self._tokenizer = adapt(model), tokenizer
-        if model.config.model_type not in _ARCHITECTURES:
-            raise ValueError(
-                f"GGUF files of {model.config.model_type} models aren't written here: export it as "
-                "'compressed-tensors', or as 'fused', for llama.cpp's own converter"
-            )
+        check_family(self._family)
         self._cut = cut_of(tokenizer)
         weights = codes_of(model)
         placed_in_layers = placed_weights(self._family, quantized_only=True)
@@ -59,38 +55,10 @@ class GgufFile:
             placed.module: block_type(placed.name, weights[placed.name])
             for placed in placed_in_layers
         }
-        rope = model.config.rope_parameters
-        if rope["rope_type"] not in ("default", "llama3"):
-            raise ValueError(
-                f"this model's rotary embeddings are scaled by {rope['rope_type']!r}: "
-                "export it as 'fused', for llama.cpp's own converter"
-            )
         self._tied = tied(model)
-        self._check_computed()
         self._check_range()
         self._layout = self._lay_out()
         self.size = sum(size for _, _, _, size, _ in self._layout)
-
-    def _check_computed(self) -> None:
-        """Raises ValueError for what llama.cpp would compute otherwise, since no key says it."""
-        config = self._family.config
-        for name, wanted in {"hidden_act": "silu", "use_sliding_window": False}.items():
-            if (found := getattr(config, name, wanted)) != wanted:
-                raise ValueError(
-                    f"this model has {name} {found!r}, and llama.cpp reads its family with "
-                    f"{wanted!r}: export it as 'compressed-tensors'"
-                )
-        if config.model_type == "qwen3" and self._family.head_dim != 128:
-            raise ValueError(
-                f"this model's heads have {self._family.head_dim} coordinates, and transformers "
-                "reads its family's files with 128: export it as 'compressed-tensors'"
-            )
-        window = getattr(config, "sliding_window", None)
-        if config.model_type == "mistral" and window and window < config.max_position_embeddings:
-            raise ValueError(
-                f"this model attends to {window} tokens at a time, and llama.cpp reads its family "
-                "with attention to all: export it as 'compressed-tensors'"
-            )
 
     def _check_range(self) -> None:
         """Raises ValueError for what a float16 of the file can't hold."""
@@ -227,7 +195,39 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.float32 if tensor.ndim == 1 else torch.float16)
 
 
-def check_holds(quant: WeightQuant) -> None:
+def check_family(family: Family) -> None:
+    """Raises ValueError for a model that llama.cpp would compute otherwise: no key says it."""
+    config = family.config
+    if config.model_type not in _ARCHITECTURES:
+        raise ValueError(
+            f"GGUF files of {config.model_type} models aren't written here: export it as "
+            "'compressed-tensors', or as 'fused', for llama.cpp's own converter"
+        )
+    if (kind := config.rope_parameters["rope_type"]) not in ("default", "llama3"):
+        raise ValueError(
+            f"this model's rotary embeddings are scaled by {kind!r}: "
+            "export it as 'fused', for llama.cpp's own converter"
+        )
+    for name, wanted in {"hidden_act": "silu", "use_sliding_window": False}.items():
+        if (found := getattr(config, name, wanted)) != wanted:
+            raise ValueError(
+                f"this model has {name} {found!r}, and llama.cpp reads its family with "
+                f"{wanted!r}: export it as 'compressed-tensors'"
+            )
+    if config.model_type == "qwen3" and family.head_dim != 128:
+        raise ValueError(
+            f"this model's heads have {family.head_dim} coordinates, and transformers "
+            "reads its family's files with 128: export it as 'compressed-tensors'"
+        )
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "mistral" and window and window < config.max_position_embeddings:
+        raise ValueError(
+            f"this model attends to {window} tokens at a time, and llama.cpp reads its family "
+            "with attention to all: export it as 'compressed-tensors'"
+        )
+
+
+def check_holds(family: Family, quant: WeightQuant) -> None:
     """Raises ValueError for a grid that no type of block holds, whatever the codes."""
     if quant.group_size and quant.group_size % _BLOCK:
         raise ValueError(
@@ -239,6 +239,12 @@ def check_holds(quant: WeightQuant) -> None:
             f"no type of GGUF's holds an asymmetric grid of {quant.bits} bits: "
             "choose a symmetric one, or at most 4 bits"
         )
+    for name, linear in family.linears(0).items():
+        if quant.group_size is None and linear.in_features % _BLOCK:
+            raise ValueError(
+                f"{name} reads {linear.in_features} inputs, and GGUF's blocks hold {_BLOCK}: "
+                "choose a group_size that they divide"
+            )
 
 
 def block_type(name: str, weight: QuantizedWeight) -> Type:

@@ -149,7 +149,8 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
     ids = (torch.arange(2 * length) * 7919 % model.config.vocab_size).view(2, length)
     how = {"trust_remote_code": False}
     if format == "gguf":
-        how |= {"gguf_file": NAME, "dtype": torch.float32}
+        # the whole path: transformers would take a file of this name in the working directory
+        how |= {"gguf_file": str(folder / NAME), "dtype": torch.float32}
         how |= {key: value for key in _UNTOLD if (value := getattr(model.config, key, None))}
     else:
         how |= {"dtype": dtype, "use_safetensors": True}
@@ -169,6 +170,11 @@ def _check_logits(model: PreTrainedModel, folder: Path, format: str, dtype: torc
         wanted = model(ids.to(model.device)).logits[:, :-1].cpu()
     wanted, found = wanted.double(), read.eval()(ids).logits[:, :-1].double()
     spread = wanted - wanted.mean(-1, keepdim=True)
+    if not (spread.norm() > 0 and torch.isfinite(spread).all()):
+        raise RuntimeError(
+            "this model's logits are all alike, or no numbers, so nothing was kept: its config is "
+            "of another model"
+        )
     error = ((found - wanted).norm() / spread.norm()).item()
     of_file = _GGUF if format == "gguf" else _OFF[dtype]
     if not error < max(of_file, _OFF[model.dtype]):

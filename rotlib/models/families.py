@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from hashlib import sha256
-from typing import ClassVar
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -125,7 +126,7 @@ class Family:
 
         Folding the final norm needs it.
         """
-        if self.lm_head.weight is self.embedding.weight:
+        if self.lm_head.weight.data_ptr() == self.embedding.weight.data_ptr():
             self.lm_head.weight = nn.Parameter(
                 self.embedding.weight.detach().clone(), requires_grad=False
             )
@@ -149,6 +150,11 @@ class Granite(Family):
     """
 
     model_types = ("granite",)
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        if not self.config.logits_scaling:
+            raise ValueError("the config's logits_scaling is 0, and logits are divided by it")
 
     @property
     def head_scale(self) -> float:
@@ -221,13 +227,13 @@ def _check_one_meaning(model: PreTrainedModel) -> None:
     Parts of it are shared, or of a class with a state of its own, or its config asks for online
     rotations that aren't at work.
     """
-    owner: dict[int, str] = {}
     ends = {"model.embed_tokens.weight", "lm_head.weight"}  # these may be one
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = owner.setdefault(parameter.data_ptr() or id(parameter), name)
-        if other != name and {name, other} != ends:
+    for one, other in pairwise(sorted(_places(model))):
+        same = one[:3] == other[:3] and {one.name, other.name} == ends
+        if one.storage == other.storage and other.begin < one.end and not same:
+            what = "are one weight" if one[:3] == other[:3] else "share memory"
             raise ValueError(
-                f"{other} and {name} are one weight, which would be rotated twice: "
+                f"{one.name} and {other.name} {what}, which would be rotated twice: "
                 "give each a copy of its own"
             )
     for mark in ("rotlib_rotated", "rotlib_quantized"):
@@ -239,6 +245,23 @@ def _check_one_meaning(model: PreTrainedModel) -> None:
             f"this model was saved with the online rotations {', '.join(online)} on: "
             "rl.load restores them"
         )
+
+
+class _Place(NamedTuple):
+    """Where a parameter's bytes lie."""
+
+    storage: int
+    begin: int
+    end: int
+    name: str
+
+
+def _places(model: PreTrainedModel) -> Iterator[_Place]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # an outline holds no numbers: there the parameter itself tells
+        storage = parameter.untyped_storage().data_ptr() or id(parameter)
+        begin = parameter.storage_offset() * parameter.itemsize
+        yield _Place(storage, begin, begin + parameter.nbytes, name)
 
 
 def online_of(model: PreTrainedModel) -> list[str]:
@@ -258,6 +281,11 @@ def _check_shapes(family: Family) -> None:
         raise ValueError(
             f"this model has {len(family.layers)} decoder layers, and its config says "
             f"{config.num_hidden_layers}: load it again"
+        )
+    if config.num_attention_heads % family.kv_heads:
+        raise ValueError(
+            f"the config has {config.num_attention_heads} heads of queries and {family.kv_heads} "
+            "of keys, which doesn't divide them: it is of another model"
         )
     heads, keys = (
         count * family.head_dim for count in (config.num_attention_heads, family.kv_heads)
@@ -351,10 +379,29 @@ def check_sound(model: PreTrainedModel) -> None:
     if any(module.training for module in model.modules()):
         raise ValueError("this model is in training mode, where it may drop out: call model.eval()")
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name} was made in torch.inference_mode, and can't be changed outside it: load "
+                "the model without"
+            )
+        if 0 in parameter.stride() and parameter.numel() > 1:
+            raise ValueError(f"the entries of {name} share memory: give it a copy of its own")
         if not torch.isfinite(parameter).all():
             raise ValueError(
                 f"{name} holds NaN or infinite weights: reload the model from a sound checkpoint"
             )
+
+
+def other_hooks(module: Module) -> bool:
+    """Whether somebody else's hooks or another `forward` change what a module computes.
+
+    A norm computed more exactly is the same norm, and transformers' own hooks only look.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    mine = ("transformers.", "rotlib.")
+    return "forward" in vars(module) or not all(
+        str(getattr(hook, "__module__", "")).startswith(mine) for hook in hooks
+    )
 
 
 def _check_surroundings() -> None:

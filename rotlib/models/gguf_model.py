@@ -7,6 +7,7 @@ than in llama.cpp.
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,7 +29,19 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# the architectures that are read, by llama.cpp's names, and the keys of theirs that are understood
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_NEEDED = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.layer_norm_rms_epsilon"),
+)
+_KNOWN = {
+    *_NEEDED,
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"),
+    *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "attention.causal"),
+}
 PLAIN, SPLIT, DIGITS = "ByteLevel, by its own rule", "ByteLevel", "Digits"
+_WHOLE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 # how a tokenizer cuts text before its merges, and llama.cpp's name for it
 CUTS = {
     (PLAIN,): "gpt-2",
@@ -44,11 +57,13 @@ def unpacked_gguf(file: Path) -> Path:
     Raises ValueError, naming the tensor or the key, for a file that is cut short, or of which
     transformers would leave something out.
     """
-    folder = cache_folder() / f"{file.stem}-{known_digest(file)[:12]}"
-    if not folder.is_dir():
+    folder = cache_folder() / f"{file.stem[:80]}-{known_digest(file)[:12]}"
+    if not all((folder / name).is_file() for name in _WHOLE):
+        shutil.rmtree(folder, ignore_errors=True)  # something of it was deleted
         reader = _read(file)
         cut = _check_keys(reader)
-        unpack(file, folder, f"{reader_size(reader) / 1e9:.1f} GB", reader, cut)
+        size = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
+        unpack(file, folder, f"{size / 1e9:.1f} GB", reader, cut)
     return folder
 
 
@@ -64,10 +79,17 @@ def unpack(
     With `cut` the tokenizer cuts text so; with a `reader` every tensor must find its place.
     """
     check_writable(folder.parent, f"let ROTLIB_CACHE name a folder with room for {room}")
-    source = {"gguf_file": file.name, "trust_remote_code": False}
-    quantized = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+    # the whole path: transformers would take a file of this name in the working directory
+    source = {"gguf_file": str(file.resolve()), "trust_remote_code": False}
+    quantized, loading = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
+        **source,
+    )
     if reader:
-        _check_all_read(reader, quantized)
+        _check_all_read(reader, quantized, loading)
     config = quantized.config.to_dict()
     for leftover in ("quantization_config", "_name_or_path"):
         config.pop(leftover, None)
@@ -79,7 +101,7 @@ def unpack(
     if cut:
         tokenizer = cutting(tokenizer, cut)
     with scratch_beside(folder, folder=True) as scratch:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, max_shard_size="1TB")
         tokenizer.save_pretrained(scratch)
         if cut and _cut_in(AutoTokenizer.from_pretrained(scratch)) != _cut_in(tokenizer):
             raise ValueError(
@@ -92,11 +114,6 @@ def unpack(
 
 def _cut_in(tokenizer: PreTrainedTokenizerBase) -> dict:
     return json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
-
-
-def reader_size(reader: gguf.GGUFReader) -> int:
-    """Bytes of a file's tensors in float32."""
-    return 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
 
 
 def _read(file: Path) -> gguf.GGUFReader:
@@ -125,18 +142,39 @@ def _read(file: Path) -> gguf.GGUFReader:
 def _check_keys(reader: gguf.GGUFReader) -> str:
     """llama.cpp's name of the tokenizer's cut.
 
-    Raises ValueError for keys that transformers would read otherwise than llama.cpp.
+    Raises ValueError for keys that are missing, or that transformers would read otherwise than
+    llama.cpp: all that isn't understood.
     """
     keys = {name: field.contents() for name, field in reader.fields.items()}
     architecture = keys.get("general.architecture")
-    if not isinstance(architecture, str):
-        raise ValueError("its key general.architecture is missing: download the file again")
-    scaling = keys.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none":
+    if architecture not in _ARCHITECTURES:
         raise ValueError(
-            f"its rotary embeddings are scaled by {scaling!r}, which transformers doesn't read "
-            "from GGUF: load the original model"
+            f"it is of the architecture {architecture!r}, and files of "
+            f"{', '.join(_ARCHITECTURES)} are read: load the original model"
         )
+    if keys.get("split.count", 1) > 1:
+        raise ValueError("it is one part of several: join them with llama-gguf-split --merge")
+    own = {
+        name.removeprefix(f"{architecture}."): value
+        for name, value in keys.items()
+        if name.startswith(f"{architecture}.")
+    }
+    for name in _NEEDED:
+        if isinstance(own.get(name), bool | str | list | None) or not own[name] > 0:
+            raise ValueError(f"its key {architecture}.{name} is missing, or no number above zero")
+    head = own.get("attention.key_length", own["embedding_length"] // own["attention.head_count"])
+    wanted = {
+        "rope.scaling.type": "none",
+        "rope.dimension_count": head,
+        "attention.value_length": head,
+        "attention.causal": True,
+    }
+    for name, value in own.items():
+        if name not in _KNOWN or value != wanted.get(name, value):
+            raise ValueError(
+                f"its key {architecture}.{name} is {value!r}, which transformers doesn't read "
+                "from GGUF: load the original model"
+            )
     kind, cut = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre", "gpt-2")
     cut = "gpt-2" if cut == "default" else cut
     if kind != "gpt2" or cut not in CUTS.values():
@@ -144,22 +182,41 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
             f"its tokenizer is of the kind {kind!r}, cut like {cut!r}, and only 'gpt2' with "
             f"{', '.join(sorted(CUTS.values()))} are known here: load the original model"
         )
+    for name in ("tokens", "merges", "token_type"):
+        if not keys.get(f"tokenizer.ggml.{name}"):
+            raise ValueError(f"its key tokenizer.ggml.{name} is missing: download the file again")
+    for name in ("bos", "eos", "padding", "unknown"):
+        number = keys.get(f"tokenizer.ggml.{name}_token_id", 0)
+        if not 0 <= number < len(keys["tokenizer.ggml.tokens"]):
+            raise ValueError(f"its key tokenizer.ggml.{name}_token_id is {number}, no token")
     return cut
 
 
-def _check_all_read(reader: gguf.GGUFReader, model: PreTrainedModel) -> None:
-    """Raises ValueError for a tensor of the file that the model has no place for."""
+def _check_all_read(reader: gguf.GGUFReader, model: PreTrainedModel, loading: dict) -> None:
+    """Raises ValueError for a tensor that only the file or only the model has, or of other shape.
+
+    transformers would leave the one out and draw the other.
+    """
     architecture = reader.get_field("general.architecture").contents()
     of_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(of_name[architecture], model.config.num_hidden_layers)
     suffixes = (".weight", ".bias")
-    known = {names.get_name(path, try_suffixes=suffixes) for path in model.state_dict()}
-    for tensor in reader.tensors:
-        if tensor.name not in known:
-            raise ValueError(
-                f"its tensor {tensor.name} has no place in {type(model).__name__} as transformers "
-                "reads this file: load the original model"
-            )
+    name_of = {path: names.get_name(path, try_suffixes=suffixes) for path in model.state_dict()}
+    held = {tensor.name for tensor in reader.tensors}
+    if wrong := sorted(loading["mismatched_keys"]):
+        path, found, wanted = wrong[0]
+        raise ValueError(
+            f"its tensor {name_of[path]} is of {tuple(found)}, and its keys ask for {tuple(wanted)}"
+        )
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    missing = {name for path, name in name_of.items() if path not in tied} - held
+    if missing:
+        raise ValueError(f"it has no tensor {min(missing)}: download the file again")
+    if unread := held - set(name_of.values()):
+        raise ValueError(
+            f"its tensor {min(unread)} has no place in {type(model).__name__} as transformers "
+            "reads this file: load the original model"
+        )
 
 
 def cutting(tokenizer: PreTrainedTokenizerBase, cut: str) -> PreTrainedTokenizerBase:

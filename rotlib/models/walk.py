@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rotlib.models.families import Family
+from rotlib.models.families import Family, other_hooks
 from rotlib.models.zoo import free_memory
 from rotlib.precision import model_products
 
@@ -178,7 +178,16 @@ def _wait(module: nn.Module, args: tuple) -> None:
 def final_hidden(
     family: Family, windows: Int[Tensor, "windows length"]
 ) -> list[Float[Tensor, "length-1 d"]]:
-    """What lm_head reads at every position of every window that has a next token."""
+    """What lm_head reads at every position of every window that has a next token.
+
+    Raises ValueError where hooks on the whole model would change that: its parts are run by hand.
+    """
+    for module in (family.model, family.decoder):
+        if other_hooks(module):
+            raise ValueError(
+                f"a hook, or another forward, on the {type(module).__name__} isn't called here, "
+                "where its layers run one by one: remove it, or put it on the layers"
+            )
     batches = layer_inputs(family, windows, at_a_time=1)
     for layer in range(len(family.layers)):
         batches = walk_layer(family, layer, batches)

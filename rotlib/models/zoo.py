@@ -131,6 +131,8 @@ def open_model(
                 "its files and its config.json don't belong together"
             )
     model = open_joined(model.requires_grad_(False).eval())
+    if gguf_of(name) is not None:
+        model.config.name_or_path = source_of(name)
     return _placed(model, device), tokenizer
 
 
@@ -138,6 +140,7 @@ def config_of(source: str) -> PreTrainedConfig:
     """A model's config, under which torch's own attention runs."""
     config = AutoConfig.from_pretrained(source, **_safely(source))
     config._attn_implementation = _ATTENTION
+    config.return_dict = True
     return config
 
 
@@ -185,7 +188,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; raises like `rl.load`."""
     source = resolve(name)
     with one_sentence(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source, **_safely(source))
+        tokenizer = AutoTokenizer.from_pretrained(source, **_safely(source))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and getattr(backend.model, "dropout", None):
+        raise ValueError(
+            f"the tokenizer of {name!r} leaves merges out at random: set its model's dropout to "
+            "null in tokenizer.json"
+        )
+    return tokenizer
 
 
 def _safely(source: str) -> dict:
@@ -248,15 +258,17 @@ def resolve(name: str) -> str:
         raise ValueError(f"a model's name has at most 500 characters, not {len(name)}")
     if name in PACKAGED:
         return str(_unpacked(name))
+    if name.startswith("~"):
+        raise ValueError(f"write {name!r} out: its ~ isn't expanded")
     if (file := gguf_of(name)) is not None:
         with one_sentence(name):
             return str(unpacked_gguf(file))
-    if name.startswith("~"):
-        raise ValueError(f"write the folder {name!r} out: its ~ isn't expanded")
     if os.path.isdir(name):  # False, too, of a name that no file system takes
         if not (Path(name) / "config.json").is_file():
+            files = sorted(file.name for file in Path(name).glob("*.gguf"))
+            hint = f": name its file, as {os.path.join(name, files[0])!r}" if files else ""
             raise ValueError(
-                f"the folder {name!r} holds no config.json, so it isn't a Hugging Face model"
+                f"the folder {name!r} holds no config.json, so it isn't a Hugging Face model{hint}"
             )
         return name
     known = (*PACKAGED, *FILES)
@@ -270,6 +282,12 @@ def resolve(name: str) -> str:
             f"*.safetensors, such as `hf download {name} --local-dir FOLDER` makes elsewhere"
         )
     return name
+
+
+def source_of(name: str) -> str:
+    """The folder that a model is read from, as far as it is one's own: not rotlib's cache."""
+    file = gguf_of(name)
+    return resolve(name) if file is None else str(file.resolve().parent)
 
 
 def on_hub(name: str, repo_type: str = "model") -> bool:
@@ -333,7 +351,7 @@ def gguf_of(name: str) -> Path | None:
     """
     if name in FILES:
         return _with_sum(name)
-    if not name.endswith(".gguf"):
+    if not name.lower().endswith(".gguf") or os.path.isdir(name):
         return None
     if os.path.isfile(name):
         return Path(name)
@@ -351,6 +369,8 @@ def _with_sum(name: str) -> Path:
     alias = FILES[name]
     folders = (folder_of("ROTLIB_MODELS", cache_folder()), cache_folder())
     for file in (file for folder in folders for file in sorted(folder.glob("*.gguf"))):
+        if not file.is_file():  # a link that leads nowhere
+            continue
         if file.stat().st_size == alias.size and known_digest(file) == alias.sha256:
             return file
     raise ValueError(

@@ -21,8 +21,8 @@ from rotlib.models.families import (
     is_quantized,
     is_rotated,
     mark,
+    other_hooks,
 )
-from rotlib.models.walk import exact_norm
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.online import attach, check_online
 from rotlib.rotations.rotation import Rotation, norm_gains, placed_weights, scale_shapes
@@ -61,10 +61,10 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     check_rotation(family, rotation)
     check_online(family, rotation.online)
     check_sound(model)
-    if hooked := [name for name, module in model.named_modules() if _has_hooks(module)]:
+    if hooked := [name for name, module in model.named_modules() if other_hooks(module)]:
         raise ValueError(
-            f"{hooked[0] or 'the model'} has a hook, which would see rotated states: remove it "
-            "first"
+            f"{hooked[0] or 'the model'} has a hook, or a forward of its own, which would see "
+            "rotated states: remove it first"
         )
     told = rotation.told()
     rotation = rotation.projected(family.device)
@@ -82,13 +82,6 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     family.final_norm.weight.fill_(1.0)
     attach(family, rotation.online)
     return model
-
-
-def _has_hooks(module: torch.nn.Module) -> bool:
-    """Of others': a norm computed more exactly is the same norm, and transformers only looks."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    others = (hook for hook in hooks if hook is not exact_norm)
-    return any(not hook.__module__.startswith("transformers.") for hook in others)
 
 
 def _check_range(family: Family, rotation: Rotation) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from rotlib.checkpoints.folder import check_room, checked_folder
-from rotlib.checkpoints.gguf_file import check_holds, cut_of
+from rotlib.checkpoints.gguf_file import check_family, check_holds, cut_of
 from rotlib.checkpoints.write import FORMATS, check_dtype, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.families import weights_sample
-from rotlib.models.zoo import load_tokenizer, resolve
+from rotlib.models.zoo import load_tokenizer, source_of
 from rotlib.study import memory
 from rotlib.study.card import model_card
 from rotlib.study.files import local_path, spec_hash
@@ -46,14 +46,16 @@ def export_recipe(
     one_of("format", format, FORMATS)
     yes_or_no("overwrite", overwrite)
     check_dtype(format, dtype)
-    folder = checked_folder(folder, overwrite, source=resolve(recipe.model))
+    folder = checked_folder(folder, overwrite, source=source_of(recipe.model))
     if recipe.online:
         raise ValueError(
             f"a plain checkpoint has no {' and '.join(recipe.online)}: "
             "leave the online rotations out of the recipe"
         )
     if format == "gguf":
-        check_holds(recipe.quant)
+        family, _ = memory.outline(recipe.model)
+        check_family(family)
+        check_holds(family, recipe.quant)
         cut_of(load_tokenizer(recipe.model))
     if (format == "fused") != (recipe.rounding == "none"):
         raise ValueError(

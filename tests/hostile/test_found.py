@@ -41,7 +41,9 @@ def test_a_hook_on_a_norm_is_seen_by_fuse(model, norm):
     gain = torch.rand(48) + 0.5
     module = model.model.get_submodule(norm)
     module.register_forward_hook(lambda module, args, output: output * gain)
-    with refused("has a hook, which would see rotated states: remove it first"):
+    with refused(
+        "has a hook, or a forward of its own, which would see rotated states: remove it first"
+    ):
         rl.fuse(model, rl.random_rotation(model))
 
 
@@ -517,3 +519,82 @@ def test_a_rotation_is_not_learned_of_weights_without_fourth_powers(model, size)
         layer.mlp.up_proj.weight *= size
     with refused("beyond what a rotation can be learned of: scale the model first"):
         rl.optrot(model, steps=2)
+
+
+def test_a_forward_of_ones_own_is_not_rotated_past(model):
+    layer = model.model.layers[0]
+    before = layer.forward
+    layer.forward = lambda x, *given, **named: before(2 * x, *given, **named)
+    with refused("model.layers.0 has a hook, or a forward of its own"):
+        rl.fuse(model, rl.random_rotation(model))
+
+
+@pytest.mark.parametrize("part", ["", "model"])
+def test_a_hook_on_the_whole_model_is_not_left_out_of_a_measure(model, tokens, part):
+    model.get_submodule(part).register_forward_hook(lambda module, args, output: output)
+    with refused("isn't called here, where its layers run one by one"):
+        rl.evaluate(model, tokens)
+
+
+def test_a_tied_weight_held_twice_is_rotated_once_each(tokens):
+    model = tiny_model("llama, tied", dtype=torch.float32)
+    model.load_state_dict(model.state_dict(), assign=True)
+    model.requires_grad_(False)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    before = model(tokens).logits
+    after = rl.fuse(model, rl.random_rotation(model))(tokens).logits
+    assert (after - before).norm() < 1e-4 * before.norm()
+
+
+def test_weights_that_overlap_are_refused(model):
+    both = torch.randn(97, 48)
+    model.model.embed_tokens.weight = torch.nn.Parameter(both[:96], requires_grad=False)
+    model.lm_head.weight = torch.nn.Parameter(both[1:], requires_grad=False)
+    with refused("share memory"):
+        rl.fuse(model, rl.random_rotation(model))
+
+
+def test_weights_that_cannot_be_changed_are_refused_before_any_is():
+    with torch.inference_mode():
+        made = tiny_model(dtype=torch.float32)
+    with refused("was made in torch.inference_mode"):
+        rl.fuse(made, rl.random_rotation(made))
+    model = tiny_model(dtype=torch.float32)
+    norm = model.model.layers[0].input_layernorm
+    norm.weight = torch.nn.Parameter(torch.ones(1).expand(48), requires_grad=False)
+    with refused("the entries of model.layers.0.input_layernorm.weight share memory"):
+        rl.fuse(model, rl.random_rotation(model))
+
+
+def test_a_tokenizer_that_draws_lots_is_refused(tmp_path):
+    save_tiny_model(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    held = json.loads(path.read_text())
+    held["model"]["dropout"] = 0.3
+    path.write_text(json.dumps(held))
+    with refused("leaves merges out at random"):
+        rl.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "says"),
+    [
+        ("granite, multipliers", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("llama", {"num_key_value_heads": 4}, "which doesn't divide them"),
+    ],
+)
+def test_a_config_that_divides_by_nothing_is_refused(name, config, says):
+    model = tiny_model(name, dtype=torch.float32)
+    model.config.update(config)
+    with refused(says):
+        rl.fuse(model, rl.random_rotation(tiny_model(dtype=torch.float32)))
+
+
+def test_a_gguf_export_that_cannot_be_is_refused_before_the_run(tmp_path, monkeypatch):
+    save_tiny_model(tmp_path / "granite", "granite, multipliers")
+    monkeypatch.setattr("rotlib.study.checkpoint.run", None)
+    with refused("GGUF files of granite models aren't written here"):
+        rl.export_recipe(rl.Recipe(model=str(tmp_path / "granite")), tmp_path / "out", "gguf")
+    save_tiny_model(tmp_path / "llama")
+    with refused("q reads 48 inputs, and GGUF's blocks hold 32"):
+        rl.export_recipe(rl.Recipe(model=str(tmp_path / "llama")), tmp_path / "out", "gguf")
