@@ -112,6 +112,9 @@ def example(name):
     if name == "ladder":
         step = [arm("none", 0.9), arm("optrot", 0.2, seeds=1)]
         return ({"first": step, "second": [arm("optrot", bits=3)]},)
+    if name == "tools":
+        line = {"tool": "rotlib, best", "seconds": 900.0, "kl": 0.08}
+        return ([line, line | {"tool": "another", "seconds": 90.0}],)
     if name == "budget_curves":
         return (
             {

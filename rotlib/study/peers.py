@@ -2,8 +2,9 @@
 
 ``python -m rotlib.study.peers --environments FOLDER --out results/peers.json`` installs every peer
 in an environment of its own, lets it quantize, and measures its checkpoint as rotlib's are: KL and
-perplexity on the test windows of the study. A peer that fails is a line that says why. It is no
-part of CI: it needs the package index and minutes a peer.
+perplexity on the test windows of the study. A peer that fails is a line that says why. Lines of
+the file that aren't asked for anew stay. It is no part of CI: it needs the package index and
+minutes a peer.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from rotlib.disk import write_json
+from rotlib.disk import ROOT, write_json
 from rotlib.measure.fidelity import evaluate
 from rotlib.models.reference import Reference
 from rotlib.models.zoo import load_tokenizer
@@ -36,8 +37,10 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "llm-compressor": Peer(("llmcompressor==0.14.0.1", "torch==2.13.0"), "peer_llm_compressor.py")
+    "llm-compressor": Peer(("llmcompressor==0.14.0.1", "torch==2.13.0"), "peer_llm_compressor.py"),
+    "TICO": Peer(("tico==0.3.0", "torch==2.13.0", "transformers==5.24.0"), "peer_tico.py"),
 }
+_OWN = "rotlib, "
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,22 +63,43 @@ def main(arguments: list[str] | None = None) -> None:
         calibration_tokens(recipe)  # is there such a model?
     except ValueError as error:
         parser.error(str(error))
-    found = {"recipe": recipe.spec(), "threads": torch.get_num_threads(), "lines": []}
-    found |= {"commit": store.commit(), "torch": str(torch.__version__)}
+    here = {"recipe": recipe.spec(), "threads": torch.get_num_threads()}
+    found = here | {"lines": _kept_lines(options.out, here, [*own, *options.peers])}
+    about = {"commit": store.commit(), "torch": str(torch.__version__)}
     for name, its_recipe in own.items():
         result = run(its_recipe, "cpu")
         seconds = sum(result.seconds.get(step, 0.0) for step in ("rotate", "quantize", "tune"))
-        line = {"tool": f"rotlib, {name}", "seconds": round(seconds, 1)}
+        line = {"tool": f"{_OWN}{name}", "seconds": round(seconds, 1)} | about
         line |= {"peak_memory_mb": result.peak_memory_mb, "device": result.provenance["device"]}
         line |= {"windows": its_recipe.calibration_windows + its_recipe.tuning}
         found["lines"].append(line | {key: result.metrics[key] for key in ("kl", "perplexity")})
         write_json(options.out, found)
     for name in tqdm(options.peers, desc="peers", unit="peer"):
         found["lines"].append(
-            {"tool": name} | _made_by(PEERS[name], recipe, options.environments.resolve())
+            {"tool": name} | about | _made_by(PEERS[name], recipe, options.environments.resolve())
         )
         write_json(options.out, found)
     print(json.dumps(found, indent=1))
+
+
+def known(recipe: Recipe) -> list[dict]:
+    """The lines of the committed bench of a recipe's model and grid, the nearest first."""
+    for path in sorted((ROOT / "results" / "peers").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["recipe"] == recipe.spec():
+            lines = [line for line in found["lines"] if "kl" in line]
+            return sorted(lines, key=lambda line: line["kl"])
+    return []
+
+
+def _kept_lines(out: Path, here: dict, anew: list[str]) -> list[dict]:
+    """An earlier call's lines of other tools, where it was for the same recipe and threads."""
+    if not out.is_file():
+        return []
+    before = json.loads(out.read_text(encoding="utf-8"))
+    same = all(before.get(name) == value for name, value in here.items())
+    names = {f"{_OWN}{name}" if name in QUALITIES else name for name in anew}
+    return [line for line in before["lines"] if same and line["tool"] not in names]
 
 
 def _made_by(peer: Peer, recipe: Recipe, environments: Path) -> dict:

@@ -184,6 +184,25 @@ def ladder(rows: dict[str, Sequence[Arm]]) -> Figure:
 
 
 @_figure
+def tools(lines: Sequence[dict]) -> Figure:
+    """KL divergence of each tool's checkpoint against the seconds that making it took."""
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.75, 2.8), layout="constrained")
+    for line in lines:
+        own = line["tool"].startswith("rotlib")
+        colour, marker = STYLE["optrot" if own else "none"]
+        axis.plot(line["seconds"], line["kl"], color=colour, marker=marker, ls="none")
+        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        axis.annotate(line["tool"], (line["seconds"], line["kl"]), color=colour, **beside)
+    axis.set_xscale("log")
+    _plain_log_ticks(axis.xaxis, (1, 2, 5))
+    axis.margins(x=0.3, y=0.15)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("seconds to make it, on the same threads")
+    axis.set_ylabel("KL divergence, nats per token")
+    return figure
+
+
+@_figure
 def arm_comparison(arms: Sequence[Arm]) -> Figure:
     """KL divergence of every arm, a line a rotation, a panel a grid and rounding.
 
