@@ -95,26 +95,23 @@ def assert_gone(workers):
     assert not alive
 
 
-def test_a_local_sweep_outlives_its_driver_a_worker_and_an_interruption(folder):
-    """Killed, it leaves no worker behind; a killed worker costs nothing but time; interrupted, it
-    ends in order. The same command then does the rest.
+def test_a_local_sweep_outlives_its_driver_an_interruption_and_a_worker(folder):
+    """Killed, it leaves no worker behind; interrupted, it ends in order. The same command goes on,
+    and a killed worker costs it nothing but time.
     """
+    done = 0
+    for how, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        run = start(folder, "local")
+        done = len(wait_for_results(folder, run, done + 1))
+        workers = workers_of(run, "spawn_main")
+        run.send_signal(how)
+        assert run.wait(timeout=60) == status
+        assert_gone(workers)
+        assert len(list(results_in(folder))) < 8
     run = start(folder, "local")
-    done = len(wait_for_results(folder, run))
-    workers = workers_of(run, "spawn_main")
-    run.kill()
-    assert run.wait(timeout=60) == -signal.SIGKILL
-    assert_gone(workers)
-    run = start(folder, "local")
-    done = len(wait_for_results(folder, run, done + 1))
+    wait_for_results(folder, run, done + 1)
     kill_a_worker(run, "spawn_main")
-    wait_for_results(folder, run, done + 1)  # by those that replace the killed one and its like
-    workers = workers_of(run, "spawn_main")
-    run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=60) == 130
-    assert_gone(workers)
-    assert len(list(results_in(folder))) < 8
-    assert start(folder, "local").wait(timeout=300) == 0
+    assert run.wait(timeout=300) == 0
     assert_as_undisturbed(folder)
 
 

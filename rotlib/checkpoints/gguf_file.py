@@ -22,13 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checkpoints.packed import bits_for, tied
 from rotlib.models.families import Family, adapt
-from rotlib.models.gguf_model import CUTS, DIGITS, PLAIN, SPLIT
+from rotlib.models.gguf_model import ARCHITECTURES, CUTS, DIGITS, PLAIN, SPLIT
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant, codes_of
 from rotlib.rotations.rotation import placed_weights
 
 NAME = "model.gguf"
 _BLOCK = 32
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _FILE_TYPES = {
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
@@ -76,7 +75,7 @@ class GgufFile:
     def write(self, folder: Path) -> None:
         """`NAME`, with the tokenizer inside."""
         config = self._family.config
-        writer = gguf.GGUFWriter(folder / NAME, _ARCHITECTURES[config.model_type])
+        writer = gguf.GGUFWriter(folder / NAME, ARCHITECTURES[config.model_type])
         writer.add_name(Path(str(config.name_or_path or "")).name or config.model_type)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
@@ -143,7 +142,7 @@ class GgufFile:
         The tensor and its codes have their rows in llama.cpp's order.
         """
         family = self._family
-        wanted = _ARCHITECTURES[family.config.model_type]
+        wanted = ARCHITECTURES[family.config.model_type]
         architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == wanted)
         names = gguf.get_tensor_name_map(architecture, len(family.layers))
         modules = dict(family.model.named_modules())
@@ -198,7 +197,7 @@ def _floats(tensor: Tensor) -> Tensor:
 def check_family(family: Family) -> None:
     """Raises ValueError for a model that llama.cpp would compute otherwise: no key says it."""
     config = family.config
-    if config.model_type not in _ARCHITECTURES:
+    if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"GGUF files of {config.model_type} models aren't written here: export it as "
             "'compressed-tensors', or as 'fused', for llama.cpp's own converter"

@@ -142,10 +142,9 @@ class Checkpoint:
 
 def _stored(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
     """The codes of every quantized weight by its name in the state dict; joined ones are one."""
-    path_of = {}
-    for path, module in model.named_modules():
-        parts = module.children() if isinstance(module, Joined) else (module,)
-        path_of = dict.fromkeys(parts, path) | path_of  # a joined one comes before its parts
+    path_of = {module: path for path, module in model.named_modules()}
+    for module in [module for module in path_of if isinstance(module, Joined)]:
+        path_of |= dict.fromkeys(module.children(), path_of[module])
     together: dict[str, list[QuantizedWeight]] = {}
     for placed in placed_weights(adapt(model), quantized_only=True):
         name = f"{path_of[placed.module]}.weight"

@@ -79,8 +79,7 @@ class GroupSampler:
     def _slope(
         self, sampler: RowSampler, across: bool, number: int, R1: Tensor, exactly: bool
     ) -> tuple[Tensor, Tensor]:
-        rows = sampler.batch(number)
-        rows = rows.to(R1.dtype) if exactly else rows
+        rows = sampler.batch(number, exactly)
         rotated = times(rows, R1.to(rows.dtype)).to(R1.dtype)
         value, slope = group_norms(rotated, self._group_size, across)
         return sampler.scale * value, sampler.scale * pull_back(rows, slope, R1)

@@ -98,18 +98,18 @@ class RowSampler:
             rows = self._units(self._matrices[which], rotation, index)
             self._rows[place[begin:end]] = rows.div_(norm.to(rows)).to(dtype)
 
-    def batch(self, number: int) -> Float[Tensor, "batch d"]:
-        """One step's rows of the current draw."""
-        return self._rows[number * self._size : (number + 1) * self._size].flatten(0, 1)
+    def batch(self, number: int, exactly: bool = False) -> Float[Tensor, "batch d"]:
+        """One step's rows of the current draw.
+
+        R1 is rounded as they are, which a Hadamard matrix's equal entries show in the objective's
+        value, unless they are asked for `exactly`.
+        """
+        rows = self._rows[number * self._size : (number + 1) * self._size].flatten(0, 1)
+        return rows.float() if exactly else rows
 
     def slope(self, number: int, R1: Tensor, exactly: bool = False) -> tuple[Tensor, Tensor]:
-        """(value, gradient) of one step's rows, to be scaled by `scale`.
-
-        R1 is rounded as the rows are, which a Hadamard matrix's equal entries show in the value,
-        unless it is to be taken `exactly`.
-        """
-        rows = self.batch(number)
-        return fourth_power(rows.to(R1.dtype) if exactly else rows, R1)
+        """(value, gradient) of one step's rows, to be scaled by `scale`."""
+        return fourth_power(self.batch(number, exactly), R1)
 
     def _units(
         self, matrix: Matrix, rotation: Rotation, index: Tensor | slice

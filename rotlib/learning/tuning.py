@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import keeper, positive, whole_number
 from rotlib.learning.network import check_learnable
-from rotlib.models.families import Family, adapt, check_not_rounding, check_sound, weights_sample
+from rotlib.models.families import Family, adapt, weights_sample
 from rotlib.models.reference import Reference, check_reference
+from rotlib.models.sound import check_not_rounding, check_sound
 from rotlib.models.text import fingerprint
 from rotlib.precision import coarse_products, model_products
 from rotlib.quantization.grids import QuantizedWeight, codes_of, set_weight

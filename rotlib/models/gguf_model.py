@@ -29,8 +29,9 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# the architectures that are read, by llama.cpp's names, and the keys of theirs that are understood
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# the model types that are read and written, with llama.cpp's names of their architectures
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# the keys of an architecture that must be there, and all that are understood
 _NEEDED = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length"),
     *("attention.head_count", "attention.layer_norm_rms_epsilon"),
@@ -40,8 +41,9 @@ _KNOWN = {
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"),
     *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "attention.causal"),
 }
-PLAIN, SPLIT, DIGITS = "ByteLevel, by its own rule", "ByteLevel", "Digits"
+# the files of an unpacked folder
 _WHOLE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+PLAIN, SPLIT, DIGITS = "ByteLevel, by its own rule", "ByteLevel", "Digits"
 # how a tokenizer cuts text before its merges, and llama.cpp's name for it
 CUTS = {
     (PLAIN,): "gpt-2",
@@ -60,25 +62,19 @@ def unpacked_gguf(file: Path) -> Path:
     folder = cache_folder() / f"{file.stem[:80]}-{known_digest(file)[:12]}"
     if not all((folder / name).is_file() for name in _WHOLE):
         shutil.rmtree(folder, ignore_errors=True)  # something of it was deleted
-        reader = _read(file)
-        cut = _check_keys(reader)
-        size = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
-        unpack(file, folder, f"{size / 1e9:.1f} GB", reader, cut)
+        reader = read(file)
+        unpack(file, folder, reader, _check_keys(reader))
     return folder
 
 
-def unpack(
-    file: Path,
-    folder: Path,
-    room: str,
-    reader: gguf.GGUFReader | None = None,
-    cut: str | None = None,
-) -> None:
+def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = None) -> None:
     """Dequantize a file into a folder, which is renamed into place when it is complete.
 
-    With `cut` the tokenizer cuts text so; with a `reader` every tensor must find its place.
+    Every tensor must find its place; with `cut` the tokenizer cuts text so.
     """
-    check_writable(folder.parent, f"let ROTLIB_CACHE name a folder with room for {room}")
+    size = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
+    room = f"let ROTLIB_CACHE name a folder with room for {size / 1e9:.1f} GB"
+    check_writable(folder.parent, room)
     # the whole path: transformers would take a file of this name in the working directory
     source = {"gguf_file": str(file.resolve()), "trust_remote_code": False}
     quantized, loading = AutoModelForCausalLM.from_pretrained(
@@ -88,8 +84,7 @@ def unpack(
         ignore_mismatched_sizes=True,  # refused below, by name
         **source,
     )
-    if reader:
-        _check_all_read(reader, quantized, loading)
+    _check_all_read(reader, quantized, loading)
     config = quantized.config.to_dict()
     for leftover in ("quantization_config", "_name_or_path"):
         config.pop(leftover, None)
@@ -116,7 +111,7 @@ def _cut_in(tokenizer: PreTrainedTokenizerBase) -> dict:
     return json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
 
 
-def _read(file: Path) -> gguf.GGUFReader:
+def read(file: Path) -> gguf.GGUFReader:
     """The file's keys and tensors; raises ValueError where one lies beyond the file's end."""
     try:
         reader = gguf.GGUFReader(file)
@@ -147,10 +142,10 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
     """
     keys = {name: field.contents() for name, field in reader.fields.items()}
     architecture = keys.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
+    if architecture not in ARCHITECTURES.values():
         raise ValueError(
             f"it is of the architecture {architecture!r}, and files of "
-            f"{', '.join(_ARCHITECTURES)} are read: load the original model"
+            f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))} are read: load the original model"
         )
     if keys.get("split.count", 1) > 1:
         raise ValueError("it is one part of several: join them with llama-gguf-split --merge")

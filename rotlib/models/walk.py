@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rotlib.models.families import Family, other_hooks
+from rotlib.models.families import Family
+from rotlib.models.sound import other_hooks
 from rotlib.models.zoo import free_memory
 from rotlib.precision import model_products
 

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rotlib.disk import cache_folder, folder_of, known_digest
-from rotlib.models.gguf_model import unpack, unpacked_gguf
+from rotlib.models.gguf_model import read, unpack, unpacked_gguf
 from rotlib.models.joined import open_joined
 
 
@@ -131,8 +131,7 @@ def open_model(
                 "its files and its config.json don't belong together"
             )
     model = open_joined(model.requires_grad_(False).eval())
-    if gguf_of(name) is not None:
-        model.config.name_or_path = source_of(name)
+    model.config.name_or_path = source_of(name)
     return _placed(model, device), tokenizer
 
 
@@ -339,7 +338,8 @@ def _unpacked(name: str) -> Path:
     packaged = PACKAGED[name]
     folder = cache_folder() / packaged.requirement.replace("==", "-")
     if not folder.is_dir():
-        unpack(package_folder(packaged) / packaged.file, folder, "600 MB")
+        file = package_folder(packaged) / packaged.file
+        unpack(file, folder, read(file))
     return folder
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number
-from rotlib.models.families import Family, adapt, check_not_rounding
+from rotlib.models.families import Family, adapt
+from rotlib.models.sound import check_not_rounding
 from rotlib.models.walk import hooks
 from rotlib.quantization.grids import WeightQuant, grid_at
 from rotlib.rotations.online import HeadStep, check_attention, head_steps

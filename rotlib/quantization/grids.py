@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, shown, whole_number, yes_or_no
-from rotlib.models.families import Family, adapt, check_sound, is_quantized, mark
+from rotlib.models.families import Family, adapt, is_quantized, mark
+from rotlib.models.sound import check_sound
 from rotlib.rotations.rotation import check_sizes, placed_weights
 
 CLIP_NORM = 2.4

@@ -13,16 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rotlib.checks import floats, shown
-from rotlib.models.families import (
-    Family,
-    adapt,
-    check_not_rounding,
-    check_sound,
-    is_quantized,
-    is_rotated,
-    mark,
-    other_hooks,
-)
+from rotlib.models.families import Family, adapt, is_quantized, is_rotated, mark
+from rotlib.models.sound import check_not_rounding, check_sound, other_hooks
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.online import attach, check_online
 from rotlib.rotations.rotation import Rotation, norm_gains, placed_weights, scale_shapes

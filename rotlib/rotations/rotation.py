@@ -172,11 +172,13 @@ class Rotation:
         >>> Rotation(R1=torch.eye(48), R2=None, R4=True).told()["at_runtime"]
         {'R4': 'Hadamard, on the inputs of down_proj'}
         """
-        R1 = "Hadamard" if isinstance(self.R1, BlockHadamard) else "matrix"
-        blocks = isinstance(self.R1, BlockHadamard) and self.R1.block < self.R1.n
-        if blocks or (isinstance(self.R1, Tensor) and self.R1.ndim == 3):
-            R1 += f", blocks of {self.R1.block if blocks else self.R1.shape[-1]}"
-        folded = {"R1": R1} if self.R1 is not None else {}
+        folded = {}
+        if isinstance(self.R1, BlockHadamard):
+            kind, whole, block = "Hadamard", self.R1.n == self.R1.block, self.R1.block
+        elif self.R1 is not None:
+            kind, whole, block = "matrix", self.R1.ndim == 2, self.R1.shape[-1]
+        if self.R1 is not None:
+            folded["R1"] = kind if whole else f"{kind}, blocks of {block}"
         if self.R2 is not None:
             folded["R2"] = f"matrix of {self.R2.shape[-1]}, one a layer and KV head"
         if self.scales:

@@ -169,18 +169,13 @@ def slopes(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
     one_of("the rotation of slopes", recipe.rotation, THROUGH_NETWORK)
     recipe = replace(recipe.of_rotation(), steps=None, lr=None, preset=Recipe.preset)
     picked = pick_device(device)
-    rounded = (
-        {"quant": recipe.quant}
-        if recipe.learned_on == "weights"
-        else {"activations": recipe.activations}
-    )
 
     def compute(record: Record) -> None:
         text = learning_tokens(recipe)
         model, _ = load(recipe.model, str(picked))
         with record.timed("slopes"):
             record.metrics["agreement"] = slope_agreement(
-                model, text, seed=recipe.seed, R4=recipe.R4, **rounded
+                model, text, seed=recipe.seed, R4=recipe.R4, **recipe.learned_grid
             )
         record.tokens["learning"] = fingerprint(text)
 

@@ -406,9 +406,6 @@ def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
         how |= {"form": recipe.form, "steps": recipe.steps}
         return optrot_plus(model, tokens, **how), tokens.numel()
     how |= {"preset": recipe.preset, "steps": recipe.steps, "lr": recipe.lr} | start
-    if recipe.learned_on == "weights":
-        how["quant"] = recipe.quant
-    else:
-        how["activations"] = recipe.activations
+    how |= recipe.learned_grid
     learn = {"spinquant": spinquant, "ostquant": ostquant}[recipe.rotation]
     return learn(model, tokens, **how), tokens.numel()

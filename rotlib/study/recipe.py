@@ -292,6 +292,12 @@ class Recipe:
         return _WEIGHT_GRID if self.learned_on == "weights" else (*_ACTIVATION_GRID, "R3")
 
     @property
+    def learned_grid(self) -> dict:
+        """What is rounded while a rotation is learned through the network, by its keyword there."""
+        on_weights = self.learned_on == "weights"
+        return {"quant": self.quant} if on_weights else {"activations": self.activations}
+
+    @property
     def online(self) -> list[str]:
         """The online rotations that are on."""
         return Rotation(None, None, self.R3, self.R4).online

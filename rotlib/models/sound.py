@@ -1,0 +1,69 @@
+"""Is a model fit to be worked on: evaluating, of one dtype, finite, with no hooks of others?"""
+
+import torch
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+
+def check_sound(model: PreTrainedModel) -> None:
+    """Raises ValueError where a model is training, or its parameters aren't finite numbers.
+
+    They are all of one dtype, too.
+    """
+    kinds = {str(parameter.dtype): name for name, parameter in model.named_parameters()}
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
+        raise ValueError(f"this model has parameters of several dtypes, {found}: give it one")
+    _check_surroundings()
+    if next(model.parameters()).is_meta:
+        raise ValueError("this model lies on the device 'meta', where weights have no values")
+    if any(module.training for module in model.modules()):
+        raise ValueError("this model is in training mode, where it may drop out: call model.eval()")
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name} was made in torch.inference_mode, and can't be changed outside it: load "
+                "the model without"
+            )
+        if 0 in parameter.stride() and parameter.numel() > 1:
+            raise ValueError(f"the entries of {name} share memory: give it a copy of its own")
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{name} holds NaN or infinite weights: reload the model from a sound checkpoint"
+            )
+
+
+def _check_surroundings() -> None:
+    """Raises ValueError for settings of torch under which numbers come out otherwise."""
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError(
+            f"torch's default dtype is {torch.get_default_dtype()}: set it back to torch.float32, "
+            "and load the model with the dtype that it shall have"
+        )
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise ValueError("torch.autocast is on, which rounds what is measured here: leave it first")
+    if torch.get_default_device().type == "meta":
+        raise ValueError("torch's default device is 'meta', where tensors have no values: unset it")
+
+
+def check_not_rounding(model: PreTrainedModel) -> None:
+    """Raises ValueError inside `quantized_activations`.
+
+    What follows would see rounded activations, or round them twice.
+    """
+    if getattr(model, "rotlib_rounding", False):
+        raise ValueError(
+            "this model's activations are being rounded: leave quantized_activations first"
+        )
+
+
+def other_hooks(module: Module) -> bool:
+    """Whether somebody else's hooks or another `forward` change what a module computes.
+
+    A norm computed more exactly is the same norm, and transformers' own hooks only look.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    mine = ("transformers.", "rotlib.")
+    return "forward" in vars(module) or not all(
+        str(getattr(hook, "__module__", "")).startswith(mine) for hook in hooks
+    )
