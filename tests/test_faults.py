@@ -102,12 +102,13 @@ def test_a_local_sweep_outlives_its_driver_an_interruption_and_a_worker(folder):
     done = 0
     for how, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         run = start(folder, "local")
-        done = len(wait_for_results(folder, run, done + 1))
+        wait_for_results(folder, run, done + 1)
         workers = workers_of(run, "spawn_main")
         run.send_signal(how)
         assert run.wait(timeout=60) == status
         assert_gone(workers)
-        assert len(list(results_in(folder))) < 8
+        done = len(list(results_in(folder)))  # workers may finish one after their driver's end
+        assert done < 8
     run = start(folder, "local")
     wait_for_results(folder, run, done + 1)
     kill_a_worker(run, "spawn_main")
