@@ -287,6 +287,9 @@ def _check_shapes(family: Family) -> None:
             f"the config has {config.num_attention_heads} heads of queries and {family.kv_heads} "
             "of keys, which doesn't divide them: it is of another model"
         )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 1:
+        raise ValueError(f"the config's sliding_window is {window}, in which no token is seen")
     heads, keys = (
         count * family.head_dim for count in (config.num_attention_heads, family.kv_heads)
     )

@@ -30,7 +30,8 @@ MANIFEST = "manifest.json"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rotlib.study.bundle", description=__doc__.splitlines()[0]
+        prog="python -m rotlib.study.bundle",
+        description="Pack what rotlib.study.gpu needs without a network, or unpack it.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="gather the files, and cut them into parts")

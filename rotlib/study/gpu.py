@@ -98,7 +98,8 @@ Line = dict[str, object]  # one finding, with its name
 def main(arguments: list[str] | None = None) -> bool:
     """Whether every phase asked for is complete."""
     parser = argparse.ArgumentParser(
-        prog="python -m rotlib.study.gpu", description=__doc__.splitlines()[0]
+        prog="python -m rotlib.study.gpu",
+        description="Measure what a machine with a GPU is asked for, in the order of worth.",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after that")
     parser.add_argument("--out", type=Path, required=True, help="the folder of what is found")

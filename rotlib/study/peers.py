@@ -45,7 +45,8 @@ _OWN = "rotlib, "
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rotlib.study.peers", description=__doc__.splitlines()[0]
+        prog="python -m rotlib.study.peers",
+        description="Measure what other tools make of the same model and text.",
     )
     parser.add_argument("--environments", type=Path, required=True, help="a folder for them")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file of what is found")

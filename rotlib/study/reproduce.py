@@ -34,7 +34,8 @@ _VOLATILE = ("papermill", "execution")
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rotlib.study.reproduce", description=__doc__.splitlines()[0]
+        prog="python -m rotlib.study.reproduce",
+        description="Run the notebooks in order at one scale.",
     )
     parser.add_argument("scale", help="smoke, laptop, or another file in configs/")
     parser.add_argument(
