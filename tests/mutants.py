@@ -19,6 +19,10 @@ MUTANTS = {
     "unclipped step": ("quantization.grids", '"half": 0.5', '"half": 0.25'),
     "zero point not rounded": ("quantization.grids", "scale, 1)).round()", "scale, 1))"),
     "range excludes zero": ("quantization.grids", ".clamp(max=0) * factor", " * factor"),
+    "E2M1's steps": ("quantization.grids", "(size >= 2) + (size >= 4)", "(size >= 2)"),
+    "MXFP4 rounds up from 6": ("quantization.grids", "(FP4_LARGEST / 7)", "(FP4_LARGEST / 6)"),
+    "NVFP4's room": ("quantization.grids", "torch.finfo(_E4M3).max / 2", "torch.finfo(_E4M3).max"),
+    "E4M3 forgotten": ("quantization.grids", ".to(_E4M3).to(scale.dtype)", ".to(scale.dtype)"),
     "default bits": ("quantization.grids", "bits: int = 4", "bits: int = 3"),
     "damping": ("quantization.hessian", "DAMPING = 0.01", "DAMPING = 0.02"),
     "damping ladder": ("quantization.hessian", "(1, 10, 100)", "(1, 2, 100)"),
@@ -30,7 +34,11 @@ MUTANTS = {
     "strip off by one": ("quantization.solver", "U[:j, j] @ E[:j]", "U[1:j, j] @ E[1:j]"),
     "GPTAQ within a strip": ("quantization.solver", "X[j] += P[:j, j]", "X[j] -= P[:j, j]"),
     "act-order ascending": ("quantization.solver", "descending=True", "descending=False"),
-    "stale groups": ("quantization.solver", "fit_grid(X[j : j + group].T", "fit_grid(X[:group].T"),
+    "stale groups": (
+        "quantization.solver",
+        "updated = X[j : j + group].T",
+        "updated = X[:group].T",
+    ),
     "GPTAQ's sign": ("quantization.solver", "else rounding - P.T", "else rounding + P.T"),
     "GPTAQ's triangle": ("quantization.solver", ".triu(1) @ U", ".triu(0) @ U"),
     "drift backwards": (

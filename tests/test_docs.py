@@ -1,5 +1,8 @@
-"""The Python of the README and of the pages runs as it stands there, on a tiny model."""
+"""The Python of the README and of the pages runs as it stands there, on a tiny model; numbers that
+a notebook quotes are among those that it shows.
+"""
 
+import json
 import re
 
 import pytest
@@ -42,3 +45,28 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
             "rl.fuse(model, rl.load_rotation",
         )
     exec(compile(code, page, "exec"), {})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_numbers_quoted_in_a_notebook_are_among_those_it_shows(path):
+    """Within rounding; those of a paragraph "Published, …" are a paper's."""
+    cells = json.loads(path.read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
+    published = [paragraph for paragraph in paragraphs if "Published, " in paragraph]
+    shown = " ".join([*map(_shown, cells), *published])
+    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", shown)]
+    for paragraph in paragraphs:
+        for quoted in re.findall(r"(?<![\w.\-/])\d+\.\d+(?![\w.])", paragraph):
+            half = 0.5 * 10 ** -len(quoted.split(".")[1]) + 1e-9
+            assert any(abs(number - float(quoted)) <= half for number in numbers), quoted
+
+
+def _shown(cell):
+    """What a cell of code says and prints."""
+    if cell["cell_type"] != "code":
+        return ""
+    data = [output.get("data", {}) for output in cell["outputs"]]
+    kinds = [one.get(kind, []) for one in data for kind in ("text/plain", "text/markdown")]
+    printed = [output.get("text", []) for output in cell["outputs"]]
+    return " ".join("".join(part) for part in (cell["source"], *kinds, *printed))

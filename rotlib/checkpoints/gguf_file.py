@@ -23,11 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rotlib.checkpoints.packed import bits_for, tied
 from rotlib.models.families import Family, adapt
 from rotlib.models.gguf_model import ARCHITECTURES, CUTS, DIGITS, PLAIN, SPLIT
-from rotlib.quantization.grids import QuantizedWeight, WeightQuant, codes_of
+from rotlib.quantization.grids import FP4, QuantizedWeight, WeightQuant, codes_of, grid_of
 from rotlib.rotations.rotation import placed_weights
 
 NAME = "model.gguf"
 _BLOCK = 32
+_NO_FP4 = "4-bit floats aren't written as GGUF: export them as 'compressed-tensors'"
 _FILE_TYPES = {
     Type.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Type.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
@@ -228,6 +229,8 @@ def check_family(family: Family) -> None:
 
 def check_holds(family: Family, quant: WeightQuant) -> None:
     """Raises ValueError for a grid that no type of block holds, whatever the codes."""
+    if quant.grid in FP4:
+        raise ValueError(_NO_FP4)
     if quant.group_size and quant.group_size % _BLOCK:
         raise ValueError(
             f"GGUF's blocks hold {_BLOCK} weights: "
@@ -251,6 +254,8 @@ def block_type(name: str, weight: QuantizedWeight) -> Type:
 
     Raises ValueError where none does.
     """
+    if grid_of(weight) in FP4:
+        raise ValueError(_NO_FP4)
     width = weight.codes.shape[1] // weight.scale.shape[1]
     if width % _BLOCK:
         raise ValueError(

@@ -13,20 +13,35 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.mx_utils import compress_mx_scale
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotlib.models.families import adapt
+from rotlib.models.families import READERS, adapt
 from rotlib.models.joined import Joined
-from rotlib.quantization.grids import QuantizedWeight, WeightQuant, codes_of
-from rotlib.rotations.rotation import placed_weights
+from rotlib.quantization.grids import (
+    FP4,
+    FP4_LARGEST,
+    QuantizedWeight,
+    WeightQuant,
+    codes_of,
+    grid_of,
+)
 
 SHARD = "5GB"
 _CONTAINERS = (4, 8)  # bits a code is stored in: what vLLM has kernels for
@@ -34,39 +49,46 @@ _OURS = ("rotlib_quantized", "rotlib_online")  # marks in a config that mean not
 
 
 class Checkpoint:
-    """What will be written of a model, `packed` or not, and its size in bytes.
+    """What will be written of a model, `packed` or not, its dtype, and its size in bytes.
 
-    Raises ValueError for weights without codes, or codes that compressed-tensors can't hold.
+    Raises ValueError for weights without codes, codes that compressed-tensors can't hold, or a
+    dtype in which it doesn't read them.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         packed: bool,
     ):
-        self._model, self._tokenizer, self._dtype = model, tokenizer, dtype
+        self._model, self._tokenizer = model, tokenizer
         self._packing = _packing(codes_of(model)) if packed else None
-        self._codes = _stored(model) if packed else {}
+        self._codes = _stored(model, self._packing) if packed else {}
+        of_floats = isinstance(self._packing, _Fp4Packing)
+        if of_floats and dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"compressed-tensors reads 4-bit floats as bfloat16: leave {dtype} out"
+            )
+        self.dtype = dtype or (torch.bfloat16 if of_floats else model.dtype)
         self._tied = ("lm_head.weight",) if tied(model) else ()
         self._parts = self._make_parts()
         shapes = {name: make("meta") for name, make in self._parts.items()}
         self._plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
         self.size = sum(shape.nbytes for shape in shapes.values())
-        if dtype.itemsize < 4:
+        if self.dtype.itemsize < 4:
             self._check_range()
 
     def _check_range(self) -> None:
         """Raises ValueError for what this dtype makes infinite of, or nothing."""
-        whole = {f"{name}_scale": weight.scale for name, weight in self._codes.items()}
+        whole = {f"{name}_scale": stored.weight.scale for name, stored in self._codes.items()}
         for name, tensor in (self._model.state_dict() | whole).items():
             if name in self._parts and tensor.is_floating_point():
                 tensor = tensor.double()
-                lost = (tensor.to(self._dtype).double() - tensor).norm() / tensor.norm()
+                lost = (tensor.to(self.dtype).double() - tensor).norm() / tensor.norm()
                 if tensor.any() and not lost < 0.01:
                     raise ValueError(
-                        f"{name} has values beyond {self._dtype}: pass dtype=torch.bfloat16, or "
+                        f"{name} has values beyond {self.dtype}: pass dtype=torch.bfloat16, or "
                         "torch.float32"
                     )
 
@@ -96,7 +118,7 @@ class Checkpoint:
 
         for name, tensor in self._model.state_dict().items():
             if name in self._parts:
-                same = torch.equal(read(name), tensor.to("cpu", self._dtype))
+                same = torch.equal(read(name), tensor.to("cpu", self.dtype))
             else:
                 same = name in self._tied or self._packing.same(
                     self._codes[name],
@@ -111,10 +133,10 @@ class Checkpoint:
         parts = {}
         for name, tensor in self._model.state_dict().items():
             if name in self._codes:
-                make = partial(self._packing.make, self._codes[name], self._dtype)
+                make = partial(self._packing.make, self._codes[name], self.dtype)
                 parts |= {f"{name}_{kind}": partial(make, kind) for kind in self._packing.kinds}
             elif name not in self._tied:
-                parts[name] = partial(tensor.to, dtype=self._dtype)
+                parts[name] = partial(tensor.to, dtype=self.dtype)
         return parts
 
     def _config(self):
@@ -124,11 +146,11 @@ class Checkpoint:
                 delattr(config, mark)
         config.tie_word_embeddings = bool(self._tied)
         config.architectures = [type(self._model).__name__]
-        config.dtype = self._dtype
+        config.dtype = self.dtype
         if self._packing is not None:
             groups = {"group_0": self._packing.scheme}
             status = {
-                "format": "pack-quantized",
+                "format": self._packing.format,
                 "quantization_status": "compressed",
                 "ignore": ["lm_head"],
             }
@@ -140,21 +162,33 @@ class Checkpoint:
         return config
 
 
-def _stored(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
-    """The codes of every quantized weight by its name in the state dict; joined ones are one."""
+class _Stored(NamedTuple):
+    """A weight of the state dict as it will be packed, with the unit of those that read its input.
+
+    Joined ones are one.
+    """
+
+    weight: QuantizedWeight
+    unit: float
+
+
+def _stored(model: PreTrainedModel, packing: "_Packing | _Fp4Packing") -> dict[str, _Stored]:
+    """Every quantized weight by its name in the state dict."""
     path_of = {module: path for path, module in model.named_modules()}
     for module in [module for module in path_of if isinstance(module, Joined)]:
         path_of |= dict.fromkeys(module.children(), path_of[module])
-    together: dict[str, list[QuantizedWeight]] = {}
-    for placed in placed_weights(adapt(model), quantized_only=True):
-        name = f"{path_of[placed.module]}.weight"
-        together.setdefault(name, []).append(placed.module.quantized)
-    return {
-        name: QuantizedWeight(*map(torch.cat, zip(*parts, strict=True)))
-        if len(parts) > 1
-        else parts[0]
-        for name, parts in together.items()
-    }
+    family, stored = adapt(model), {}
+    for layer in range(len(family.layers)):
+        linears = family.linears(layer)
+        for sites in READERS:
+            together: dict[str, list[QuantizedWeight]] = {}
+            for linear in (linears[site] for site in sites):
+                together.setdefault(f"{path_of[linear]}.weight", []).append(linear.quantized)
+            unit = packing.unit(torch.cat([linears[site].quantized.scale for site in sites]))
+            for name, parts in together.items():
+                one = QuantizedWeight(*map(torch.cat, zip(*parts, strict=True)))
+                stored[name] = _Stored(one if len(parts) > 1 else parts[0], unit)
+    return stored
 
 
 def tied(model: PreTrainedModel) -> bool:
@@ -179,6 +213,11 @@ class _Packing:
     bits: int
     symmetric: bool
     group_size: int | None
+    format = "pack-quantized"
+
+    def unit(self, scale: Tensor) -> float:
+        """Of integer grids there is none."""
+        return 1.0
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -196,11 +235,12 @@ class _Packing:
         )
         return QuantizationScheme(targets=["Linear"], weights=weights)
 
-    def make(self, weight: QuantizedWeight, dtype: torch.dtype, kind: str, device: str) -> Tensor:
+    def make(self, stored: _Stored, dtype: torch.dtype, kind: str, device: str) -> Tensor:
         """One of the tensors.
 
         Unsigned codes and their zero points move down together, to the range of a signed type.
         """
+        weight = stored.weight
         shift = 0 if self.symmetric else 2 ** (self.bits - 1)
         if kind == "packed":
             return self._packed(weight.codes.to(device, torch.int16) - shift, 1)
@@ -210,11 +250,12 @@ class _Packing:
             return weight.scale.to(device, dtype).contiguous()
         return torch.tensor(weight.codes.shape, device=device)
 
-    def same(self, weight: QuantizedWeight, read: dict[str, Tensor]) -> bool:
+    def same(self, stored: _Stored, read: dict[str, Tensor]) -> bool:
         """Whether these tensors unpack to exactly this weight's codes, scales and zero points.
 
         They are unpacked by compressed-tensors' own code.
         """
+        weight = stored.weight
         shift = 0 if self.symmetric else 2 ** (self.bits - 1)
         for kind, wanted, dim in (("packed", weight.codes, 1), ("zero_point", weight.zero, 0)):
             if kind in read:
@@ -231,8 +272,58 @@ class _Packing:
         return pack_to_int32(codes.to(torch.int8), self.bits, packed_dim=dim).contiguous()
 
 
-def _packing(weights: dict[str, QuantizedWeight]) -> _Packing:
+@dataclass(frozen=True)
+class _Fp4Packing:
+    """One of the grids of 4-bit floats; what isn't a float of its own lies in a power of two."""
+
+    grid: str
+    symmetric = True
+
+    def unit(self, scale: Tensor) -> float:
+        """The power of two that these scales are multiples of."""
+        return WeightQuant(grid=self.grid).unit(FP4_LARGEST * scale)
+
+    @property
+    def format(self) -> str:
+        return f"{self.grid}-pack-quantized"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The tensors that stand for a weight."""
+        return ("packed", "scale") + (("global_scale",) if self.grid == "nvfp4" else ())
+
+    @property
+    def scheme(self) -> QuantizationScheme:
+        """The same in compressed-tensors' words."""
+        return preset_name_to_scheme(f"{self.grid}A16".upper(), ["Linear"])
+
+    def make(self, stored: _Stored, dtype: torch.dtype, kind: str, device: str) -> Tensor:
+        """One of the tensors; compressed-tensors divides a scale by the global one."""
+        weight = stored.weight
+        if kind == "packed":
+            rows, columns = weight.codes.shape
+            if device == "meta":  # compressed-tensors' own function needs values
+                return torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+            return pack_fp4_to_uint8(weight.codes.to(device).float())
+        if kind == "global_scale":
+            return torch.tensor([1 / stored.unit], device=device)
+        scale = weight.scale.to(device) / stored.unit
+        if self.grid == "mxfp4":
+            return compress_mx_scale(scale, torch.uint8)
+        return scale.to(torch.float8_e4m3fn).contiguous()
+
+    def same(self, stored: _Stored, read: dict[str, Tensor]) -> bool:
+        """Whether compressed-tensors' own code unpacks these tensors to exactly this weight."""
+        compressor = BaseCompressor.get_value_from_registry(self.format)
+        parts = {f"weight_{kind}": tensor for kind, tensor in read.items()}
+        found = compressor.decompress(parts, self.scheme)["weight"]
+        return torch.equal(found.float(), stored.weight.dense().cpu().float())
+
+
+def _packing(weights: dict[str, QuantizedWeight]) -> _Packing | _Fp4Packing:
     """Raises ValueError where compressed-tensors can't hold these codes."""
+    if len(grids := {grid_of(weight) for weight in weights.values()}) == 1 and grids <= {*FP4}:
+        return _Fp4Packing(grids.pop())
     symmetric = {weight.codes.dtype == torch.int8 for weight in weights.values()}
     rows = {weight.codes.shape[1] for weight in weights.values() if weight.scale.shape[1] == 1}
     groups = {
@@ -241,7 +332,7 @@ def _packing(weights: dict[str, QuantizedWeight]) -> _Packing:
         if weight.scale.shape[1] > 1
     }
     # a row may be a single group
-    if len(symmetric) > 1 or len(groups) > 1 or (groups and not rows <= groups):
+    if len(grids) > 1 or len(symmetric) > 1 or len(groups) > 1 or (groups and not rows <= groups):
         raise ValueError(
             "these weights are on different grids, and compressed-tensors' format holds one: "
             "quantize all of them alike"

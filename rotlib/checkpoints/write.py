@@ -59,7 +59,8 @@ def export(
 
     What was written is compared with the model in memory, tensor by tensor and by its logits,
     before it gets its name. `overwrite` replaces an earlier export, and nothing else. `dtype` is of
-    all that isn't packed, scales included (None: the model's own; GGUF has its own types). Raises
+    all that isn't packed, scales included (None: the model's own; bfloat16 beside 4-bit floats,
+    which compressed-tensors reads as that; GGUF has its own types). Raises
     ValueError before writing anything for a folder that isn't empty (unless `overwrite`), too
     little room on the disk, a model that needs online rotations, or one that the format can't hold;
     RuntimeError, leaving nothing behind, where what was written reads back as something else.
@@ -98,7 +99,7 @@ def export(
     if format == "gguf":
         content = GgufFile(model, tokenizer)
     else:
-        content = Checkpoint(model, tokenizer, dtype or model.dtype, packed=format != "fused")
+        content = Checkpoint(model, tokenizer, dtype, packed=format != "fused")
     check_room(folder, content.size)
     with scratch_beside(folder, folder=True) as scratch:
         try:
@@ -114,7 +115,7 @@ def export(
                 f"{name} doesn't read back as it is in memory, so nothing was kept: its numbers "
                 f"are beyond what {format} holds, or the disk isn't sound"
             )
-        _check_logits(model, scratch, format, dtype or model.dtype)
+        _check_logits(model, scratch, format, getattr(content, "dtype", model.dtype))
         usual = (scratch / CARD).stat().st_mode  # safetensors lets nobody else read its files
         for name in entries_of(scratch):
             (scratch / name).chmod(usual)

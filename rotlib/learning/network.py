@@ -32,7 +32,7 @@ from rotlib.quantization.activations import (
     check_activations,
     quantized_activations,
 )
-from rotlib.quantization.grids import WeightQuant, check_quantizable, fit_grid, grid_at
+from rotlib.quantization.grids import FP4, WeightQuant, check_quantizable, fit_grid, grid_at
 from rotlib.rotations.online import attach
 from rotlib.rotations.rotation import Rotation, norm_gains, placed_in_layer, times
 
@@ -295,6 +295,8 @@ def prepare(
     check_activations(family, activations)
     if quant is not None:
         check_quantizable(family, quant)
+        if quant.grid in FP4:
+            raise ValueError(f"rotations are learned through integer grids, not {quant.grid}")
     elif not activations.rounds:
         raise ValueError(
             "nothing is rounded, so there is nothing to learn from: "

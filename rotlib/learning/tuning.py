@@ -33,7 +33,7 @@ from rotlib.models.reference import Reference, check_reference
 from rotlib.models.sound import check_not_rounding, check_sound
 from rotlib.models.text import fingerprint
 from rotlib.precision import coarse_products, model_products
-from rotlib.quantization.grids import QuantizedWeight, codes_of, set_weight
+from rotlib.quantization.grids import FP4, QuantizedWeight, codes_of, grid_of, set_weight
 from rotlib.rotations.rotation import placed_weights
 
 STEPS = 64
@@ -113,7 +113,12 @@ def tune(
             f"take it over {held_out + 1} or more"
         )
     keeper("kept", kept, Steps, "a state")
-    student = _Student(family, codes_of(model), reference)
+    codes = codes_of(model)
+    if grids := {*FP4} & {grid_of(weight) for weight in codes.values()}:
+        raise ValueError(
+            f"tuning moves scales freely, and {grids.pop()} hasn't all numbers for them"
+        )
+    student = _Student(family, codes, reference)
     tuning, best = Tuning(), student.state()
     looks = {steps * look // LOOKS for look in range(1, LOOKS + 1)}
     adam = torch.optim.Adam(student.leaves, betas=BETAS)

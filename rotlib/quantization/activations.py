@@ -21,7 +21,7 @@ from rotlib.checks import one_of, whole_number
 from rotlib.models.families import Family, adapt
 from rotlib.models.sound import check_not_rounding
 from rotlib.models.walk import hooks
-from rotlib.quantization.grids import WeightQuant, grid_at
+from rotlib.quantization.grids import FP4, GRIDS, WeightQuant, grid_at
 from rotlib.rotations.online import HeadStep, check_attention, head_steps
 
 FULL = 16  # bits of what is left alone
@@ -53,8 +53,9 @@ class ActivationQuant:
     """Bits of the linears' inputs and of keys and values, 2–8 or 16 for none, and the protocol.
 
     The first `sinks` tokens of every sequence, attention's sinks, keep unrounded inputs; that needs
-    whole sequences, not steps of a cached generation. Raises ValueError at construction for a value
-    outside the choices.
+    whole sequences, not steps of a cached generation. On the `grid` "nvfp4" or "mxfp4" inputs are
+    4-bit floats in groups of their own, by every protocol; keys and values stay integers. Raises
+    ValueError at construction for a value outside the choices.
 
     >>> ActivationQuant(bits=4, protocol="quarot").input_grid()[1]  # the clip ratio
     0.9
@@ -64,11 +65,15 @@ class ActivationQuant:
     kv_bits: int = FULL
     protocol: str = "rotlib"
     sinks: int = 0
+    grid: str = GRIDS[0]
 
     def __post_init__(self):
         for name, bits in (("activation_bits", self.bits), ("kv_bits", self.kv_bits)):
             _check_bits(name, bits)
         one_of("protocol", self.protocol, PROTOCOLS)
+        one_of("activation_grid", self.grid, GRIDS)
+        if self.grid in FP4 and self.bits != 4:
+            raise ValueError(f"the activation_grid {self.grid} has 4 bits, not {self.bits}")
         whole_number("sinks", self.sinks, 0)
 
     @property
@@ -78,6 +83,8 @@ class ActivationQuant:
 
     def input_grid(self) -> tuple[WeightQuant, float]:
         """The grid of a linear's input and its clip ratio."""
+        if self.grid in FP4:
+            return WeightQuant(grid=self.grid, clip_search=False), 1.0
         protocol = PROTOCOLS[self.protocol]
         clip = 1 - 2 ** (1 - self.bits) if protocol.clip is None else protocol.clip
         return WeightQuant(self.bits, None, protocol.symmetric, "full", clip_search=False), clip
@@ -105,7 +112,7 @@ def quantized_activations(
     """
     family = adapt(model)
     check_activations(family, quant)
-    o_per_head = PROTOCOLS[quant.protocol].o_per_head
+    o_per_head = PROTOCOLS[quant.protocol].o_per_head and quant.grid not in FP4
     with ExitStack() as stack:
         model.rotlib_rounding = True
         stack.callback(delattr, model, "rotlib_rounding")
@@ -115,7 +122,7 @@ def quantized_activations(
                 (linear, _rounded_input(grid, clip, per_head, quant.sinks))
                 for layer in range(len(family.layers))
                 for name, linear in family.linears(layer).items()
-                for per_head in [family.head_dim if name == "o" and o_per_head else None]
+                for per_head in [family.head_dim if o_per_head and name == "o" else grid.group_size]
             )
             stack.enter_context(hooks(rounded))
         if quant.kv_bits != FULL:
@@ -135,6 +142,9 @@ def check_activations(family: Family, quant: ActivationQuant) -> None:
     check_not_rounding(family.model)
     if quant.kv_bits != FULL:
         check_attention(family.model)
+    if quant.grid in FP4:
+        for name, linear in family.linears(0).items():
+            quant.input_grid()[0].check_width(linear.in_features, f"{name}_proj")
 
 
 def round_tokens(
@@ -146,7 +156,10 @@ def round_tokens(
     """
     rows = x.detach().reshape(-1, width or x.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    rounded = grid_at(rows, grid, clip).round(rows).view(x.shape).to(x.dtype)
+    if (unit := grid.unit(rows)) != 1:
+        rows = rows / unit
+    rounded = grid_at(rows, grid, clip).round(rows)
+    rounded = (rounded if unit == 1 else rounded * unit).view(x.shape).to(x.dtype)
     return x + (rounded - x.detach()) if x.requires_grad else rounded
 
 

@@ -24,7 +24,7 @@ class CoordinateDescent:
 
     def __init__(self, quant: WeightQuant, sweeps: int):
         self._quant, self._sweeps = quant, sweeps
-        self._strip = Replayed(partial(visit_strip, *quant.codes))
+        self._strip = Replayed(partial(visit_strip, quant))
 
     def __call__(
         self,
@@ -52,8 +52,7 @@ class CoordinateDescent:
 
 
 def visit_strip(
-    low: int,
-    high: int,
+    quant: WeightQuant,
     G: Float[Tensor, "k out"],
     codes: Float[Tensor, "k out"],
     scale: Float[Tensor, "k out"],
@@ -62,7 +61,7 @@ def visit_strip(
     """(codes of a few columns, visited one after the other; how that changed their weights)"""
     G, codes, change = G.clone(), codes.clone(), torch.empty_like(G)
     for j in range(len(G)):
-        best = (codes[j] - G[j] / (H[j, j] * scale[j])).round_().clamp_(low, high)
+        best = quant.nearest_(codes[j] - G[j] / (H[j, j] * scale[j]))
         change[j] = (best - codes[j]) * scale[j]
         codes[j] = best
         G[j + 1 :] += H[j + 1 :, j, None] * change[j]

@@ -28,7 +28,9 @@ from rotlib.quantization.grids import (
     check_on_grid,
     check_quantizable,
     fits,
+    set_together,
     set_weight,
+    tall,
 )
 from rotlib.quantization.hessian import DAMPING, Hessian
 from rotlib.quantization.solver import Solver
@@ -226,15 +228,14 @@ def _quantize_layer(
                     hessian.add(x)
                     if drift:
                         drift.add(x)
-                weights = {name: linears[name] for name in sites}
+                together = {f"layers.{index}.{site}": linears[site] for site in sites}
                 C = drift.take() if drift else None
                 with exact_products():
-                    _quantize_together(index, weights, hessian.take(), C, solve, report)
+                    _quantize_together(together, hessian.take(), C, solve, report)
         return passes.outputs()
 
 
 def _quantize_together(
-    index: int,
     linears: dict[str, nn.Linear],
     H: Float[Tensor, "in in"],
     C: Float[Tensor, "in in"] | None,
@@ -242,11 +243,9 @@ def _quantize_together(
     report: Report,
 ) -> None:
     """Quantize the weights that read one input as a single tall matrix."""
-    W = torch.cat([linear.weight.float() for linear in linears.values()])
-    Q, error, damping, fallback = solve(W, H, C)
-    sizes = [linear.out_features for linear in linears.values()]
-    parts = zip(*(part.split(sizes) for part in Q), strict=True)
-    for (site, linear), part, e in zip(linears.items(), parts, error.split(sizes), strict=True):
-        name = f"layers.{index}.{site}"
-        report.weights[name] = set_weight(linear, QuantizedWeight(*part))
+    Q, error, damping, fallback = solve(tall(linears, H.device), H, C)
+    stored = set_together(linears, Q)
+    report.weights |= stored
+    sizes = [len(weight.codes) for weight in stored.values()]
+    for name, e in zip(stored, error.split(sizes), strict=True):
         report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback))

@@ -1,24 +1,30 @@
-"""Integer grids for weights, the search for their scale, and round-to-nearest (RTN).
+"""Grids for weights, the search for their scale, and round-to-nearest (RTN).
 
-A weight row (or a group of `group_size` of its entries) is written as ``scale · (code − zero)``
-with b-bit codes. The unclipped step is absmax/(2^(b−1)−½) ("half": GPTQ, compressed-tensors),
-absmax/(2^(b−1)−1) ("full": QuaRot, SpinQuant) or, with the sign that puts the largest entry on the
-lowest code, ±absmax/2^(b−1) ("signed": llama.cpp's Q4_0); asymmetric grids span [min, max] with a
-rounded zero point. Clip search looks for the shrink factor among 1.00, 0.99 … 0.21 with the
-smallest Σ|w − q(w)|^2.4 (GPTQ's public code tries all 80; here 20 of them, coarse to fine).
+On an integer grid a weight row (or a group of `group_size` of its entries) is written as
+``scale · (code − zero)`` with b-bit codes. The unclipped step is absmax/(2^(b−1)−½) ("half": GPTQ,
+compressed-tensors), absmax/(2^(b−1)−1) ("full": QuaRot, SpinQuant) or, with the sign that puts the
+largest entry on the lowest code, ±absmax/2^(b−1) ("signed": llama.cpp's Q4_0); asymmetric grids
+span [min, max] with a rounded zero point. Clip search looks for the shrink factor among 1.00, 0.99
+… 0.21 with the smallest Σ|w − q(w)|^2.4 (GPTQ's public code tries all 80; here 20 of them, coarse
+to fine).
+
+"nvfp4" and "mxfp4" are grids of 4-bit floats (E2M1: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives),
+as today's hardware multiplies them: NVFP4 has an E4M3 scale for 16 weights and a float32 for a
+tensor, MXFP4 (OCP Microscaling v1.0) a power of two for 32. Their codes are the floats themselves.
 """
 
 from dataclasses import dataclass
+from math import frexp
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, shown, whole_number, yes_or_no
-from rotlib.models.families import Family, adapt, is_quantized, mark
+from rotlib.models.families import READERS, Family, adapt, is_quantized, mark
 from rotlib.models.sound import check_sound
 from rotlib.rotations.rotation import check_sizes, placed_weights
 
@@ -31,6 +37,13 @@ _CHUNK = {"cpu": 2**19, "cuda": 2**26}
 # how many steps short of the lowest code the largest weight lies
 SHORT_OF = {"half": 0.5, "full": 1.0, "signed": 0.0}
 CONVENTIONS = (*SHORT_OF,)
+# the 4-bit floats: weights that share a scale
+FP4 = {"nvfp4": 16, "mxfp4": 32}
+GRIDS = ("int", *FP4)
+FP4_LARGEST = 6.0
+_E4M3 = torch.float8_e4m3fn
+# a tensor's largest weight has a scale of at most half of what E4M3 holds: GPTQ's may grow
+E4M3_ROOM = torch.finfo(_E4M3).max / 2
 _SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,11 +51,14 @@ _SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class WeightQuant:
     """How weights are quantized: to `bits` 2–8, on a symmetric grid or not.
 
-    There is a scale an output channel, or one every `group_size` inputs. Raises ValueError at
-    construction for bits or a convention outside the choices.
+    There is a scale an output channel, or one every `group_size` inputs. The grids "nvfp4" and
+    "mxfp4" have groups of their own and leave of the rest only `clip_search` to choose. Raises
+    ValueError at construction for values outside the choices.
 
     >>> WeightQuant(bits=3, group_size=128, symmetric=False).codes
     (0, 7)
+    >>> WeightQuant(grid="nvfp4").group_size
+    16
     """
 
     bits: int = 4
@@ -50,8 +66,12 @@ class WeightQuant:
     symmetric: bool = True
     convention: str = "half"
     clip_search: bool = True
+    grid: str = GRIDS[0]
 
     def __post_init__(self):
+        one_of("grid", self.grid, GRIDS)
+        if self.grid in FP4:
+            self._check_fp4()
         whole_number("bits", self.bits, 2, 8)
         if self.group_size is not None:
             whole_number("group_size (unless it is None)", self.group_size, 1)
@@ -59,16 +79,54 @@ class WeightQuant:
         yes_or_no("symmetric", self.symmetric)
         yes_or_no("clip_search", self.clip_search)
 
+    def _check_fp4(self) -> None:
+        group = FP4[self.grid]
+        own = {"bits": 4, "group_size": group, "symmetric": True, "convention": CONVENTIONS[0]}
+        object.__setattr__(self, "group_size", self.group_size or group)
+        for name, value in own.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"the grid {self.grid} has {name} {value}, not {getattr(self, name)!r}"
+                )
+
     @property
     def codes(self) -> tuple[int, int]:
         """The smallest and the largest code."""
+        if self.grid in FP4:
+            return -int(FP4_LARGEST), int(FP4_LARGEST)
         half = 2 ** (self.bits - 1)
         return (-half, half - 1) if self.symmetric else (0, 2 * half - 1)
 
     @property
     def storage(self) -> torch.dtype:
-        """The integer type that holds the codes."""
+        """The type that holds the codes."""
+        if self.grid in FP4:
+            return _E4M3
         return torch.int8 if self.symmetric else torch.uint8
+
+    def nearest_(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The codes nearest to these numbers, in their place; halves go to the even code."""
+        if self.grid in FP4:
+            size = x.abs()
+            step = 0.5 + 0.5 * (size >= 2) + (size >= 4)
+            x.div_(step).round_().mul_(step)
+        else:
+            x.round_()
+        return x.clamp_(*self.codes)
+
+    def unit(self, W: Float[Tensor, "*n"]) -> float:
+        """The power of two that a tensor's scales are multiples of, where its grid has one."""
+        if self.grid != "nvfp4" or not (largest := W.abs().max().item()):
+            return 1.0
+        return 2.0 ** frexp(largest / (FP4_LARGEST * E4M3_ROOM))[1]
+
+    def held(self, scale: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The scales that a tensor of unit 1 can have, nearest to these."""
+        if self.grid == "nvfp4":
+            return scale.clamp(max=torch.finfo(_E4M3).max).to(_E4M3).to(scale.dtype)
+        if self.grid == "mxfp4":
+            return torch.ldexp(torch.ones_like(scale), _exponent_of_two(scale))
+        return scale
 
     def check_width(self, width: int, name: str) -> None:
         """Raises ValueError where the groups don't divide an input width."""
@@ -88,7 +146,7 @@ class QuantizedWeight(NamedTuple):
     tensor([[-0.5000,  1.0000]])
     """
 
-    codes: Int[Tensor, "out in"]  # int8, or uint8 on an asymmetric grid
+    codes: Shaped[Tensor, "out in"]  # int8; uint8 on an asymmetric grid; float8_e4m3fn of FP4
     scale: Float[Tensor, "out groups"]
     zero: Float[Tensor, "out groups"]
 
@@ -103,12 +161,11 @@ class Grid(NamedTuple):
 
     scale: Float[Tensor, "rows *one"]
     zero: Float[Tensor, "rows *one"]
-    low: int
-    high: int
+    quant: WeightQuant
 
     def codes(self, w: Float[Tensor, "rows *n"]) -> Float[Tensor, "rows *n"]:
         """The codes of the nearest points of the grid."""
-        return (w / self.scale).add_(self.zero).round_().clamp_(self.low, self.high)
+        return self.quant.nearest_((w / self.scale).add_(self.zero))
 
     def round(self, w: Float[Tensor, "rows *n"]) -> Float[Tensor, "rows *n"]:
         """The nearest points of the grid."""
@@ -116,7 +173,11 @@ class Grid(NamedTuple):
 
     def row(self) -> "Grid":
         """The same grid for a single column laid out as a vector of rows."""
-        return Grid(self.scale.squeeze(-1), self.zero.squeeze(-1), self.low, self.high)
+        return Grid(self.scale.squeeze(-1), self.zero.squeeze(-1), self.quant)
+
+    def widened(self, width: float) -> "Grid":
+        """The same grid with scales `width` times as large, as near as its format has them."""
+        return self if width == 1 else self._replace(scale=self.quant.held(width * self.scale))
 
 
 def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
@@ -130,10 +191,12 @@ def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
 
 def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> QuantizedWeight:
     """W on its grid, per output channel or per group."""
-    grouped = W.reshape(-1, quant.group_size or W.shape[1])
+    unit = quant.unit(W)
+    grouped = (W / unit).reshape(-1, quant.group_size or W.shape[1])
     grid = fit_grid(grouped, quant)
     scale, zero = (part.view(len(W), -1) for part in (grid.scale, grid.zero))
-    return QuantizedWeight(grid.codes(grouped).view_as(W).to(quant.storage), scale, zero)
+    codes = grid.codes(grouped).view_as(W).to(quant.storage)
+    return QuantizedWeight(codes, scale * unit, zero)
 
 
 def set_weight(linear: nn.Linear, weight: QuantizedWeight) -> QuantizedWeight:
@@ -158,11 +221,30 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
     # marked before it is: an interrupted model is neither the original nor quantized
     mark(model, "rotlib_quantized")
     weights = {}
-    every = list(placed_weights(family, quantized_only=True))
-    for placed in tqdm(every, desc="RTN", unit="weight"):
-        weight = placed.module.weight.to(family.device).float()
-        weights[placed.name] = set_weight(placed.module, round_to_nearest(weight, quant))
+    for layer in tqdm(range(len(family.layers)), desc="RTN", unit="layer"):
+        linears = family.linears(layer)
+        for sites in READERS:
+            together = {f"layers.{layer}.{site}": linears[site] for site in sites}
+            W = tall(together, family.device)
+            weights |= set_together(together, round_to_nearest(W, quant))
     return weights
+
+
+def tall(linears: dict[str, nn.Linear], device: torch.device) -> Float[Tensor, "out in"]:
+    """The weights that read one input as a single matrix, which has one unit."""
+    return torch.cat([linear.weight.to(device).float() for linear in linears.values()])
+
+
+def set_together(
+    linears: dict[str, nn.Linear], weight: QuantizedWeight
+) -> dict[str, QuantizedWeight]:
+    """Give each its rows of the matrix that `tall` made of them, by their names."""
+    sizes = [linear.out_features for linear in linears.values()]
+    parts = zip(*(part.split(sizes) for part in weight), strict=True)
+    return {
+        name: set_weight(linear, QuantizedWeight(*part))
+        for (name, linear), part in zip(linears.items(), parts, strict=True)
+    }
 
 
 @torch.no_grad()
@@ -261,23 +343,51 @@ def check_on_grid(
     whole = (
         (zero == zero.round()) & (zero >= 0) & (zero <= (255 if codes.dtype == torch.uint8 else 0))
     )
+    floats = codes.dtype == _E4M3
     # the farthest code that a type holds is 255 steps away
     largest = torch.finfo(dtype).max / 256
     usable = torch.isfinite(scale) & (scale != 0) & (scale.abs() < largest) & whole
-    if codes.dtype not in (torch.int8, torch.uint8) or not usable.all():
+    if codes.dtype not in (torch.int8, torch.uint8, _E4M3) or not usable.all():
         raise ValueError(
-            f"the quantized weight {name} is damaged: its codes must be int8 or uint8, its scales "
-            f"not zero and within {dtype}, its zero points whole (0 where codes have a sign)"
+            f"the quantized weight {name} is damaged: its codes must be int8, uint8 or 4-bit "
+            f"floats, its scales not zero and within {dtype}, its zero points whole (0 where codes "
+            "have a sign)"
+        )
+    values = codes.float() if floats else codes
+    if floats and not _all_fp4(values, scale):
+        raise ValueError(
+            f"the quantized weight {name} is damaged: its codes must be 4-bit floats (E2M1) in "
+            "groups of 16 or 32, its scales numbers that NVFP4 or MXFP4 has"
         )
     if quant is not None:
         low, high = quant.codes
-        inside = low <= codes.min() and codes.max() <= high
+        inside = low <= values.min() and values.max() <= high
         groups = codes.shape[1] // (quant.group_size or codes.shape[1])
         if codes.dtype != quant.storage or not inside or scale.shape[1] != groups:
             raise ValueError(
                 f"the quantized weight {name} has codes outside {low} … {high}, or other groups: "
                 "it is damaged, or of another grid"
             )
+
+
+def grid_of(weight: QuantizedWeight) -> str:
+    """Which of `GRIDS` a weight is on, by its codes' type and its groups."""
+    group = weight.codes.shape[1] // weight.scale.shape[1]
+    floats = weight.codes.dtype == _E4M3
+    return next((grid for grid, of in FP4.items() if floats and of == group), GRIDS[0])
+
+
+def _all_fp4(codes: Tensor, scale: Tensor) -> bool:
+    """Whether these are E2M1's floats, with scales of NVFP4 or MXFP4."""
+    group = codes.shape[1] // scale.shape[1]
+    grid = next((grid for grid, of in FP4.items() if of == group), None)
+    if grid is None or not (scale > 0).all():
+        return False
+    quant = WeightQuant(grid=grid)
+    scale = scale / quant.unit(FP4_LARGEST * scale)
+    return torch.equal(quant.nearest_(codes.clone()), codes) and torch.equal(
+        quant.held(scale), scale
+    )
 
 
 def fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
@@ -316,8 +426,10 @@ def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | flo
 
     A row of zeros gets step 1.
     """
-    low, high = quant.codes
-    if quant.symmetric:
+    if quant.grid in FP4:
+        scale = quant.held(W.abs().amax(dim=1, keepdim=True) * factor / FP4_LARGEST)
+        zero = torch.zeros_like(scale)
+    elif quant.symmetric:
         largest = W.abs().amax(dim=1, keepdim=True)
         steps = 2 ** (quant.bits - 1) - SHORT_OF[quant.convention]
         if quant.convention == "signed":  # a scale's sign puts the largest entry on the lowest code
@@ -327,9 +439,17 @@ def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | flo
     else:
         bottom = W.amin(dim=1, keepdim=True).clamp(max=0) * factor
         top = W.amax(dim=1, keepdim=True).clamp(min=0) * factor
-        scale = (top - bottom) / high
+        scale = (top - bottom) / quant.codes[1]
         zero = (-bottom / torch.where(scale > 0, scale, 1)).round()
-    return Grid(torch.where(scale != 0, scale, 1), zero, low, high)
+    return Grid(torch.where(scale != 0, scale, 1), zero, quant)
+
+
+def _exponent_of_two(scale: Tensor) -> Tensor:
+    """The exponent of MXFP4's scale where 6 of it should reach 6 of these.
+
+    What would round to 8 doubles the scale, as in compressed-tensors: from 7 on.
+    """
+    return torch.frexp(scale * (FP4_LARGEST / 7)).exponent
 
 
 def _in_reach(W: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Solver:
     descent: int = 0
 
     def __post_init__(self):
-        self._round_strip = Replayed(partial(round_strip, *self.quant.codes))
+        self._round_strip = Replayed(partial(round_strip, self.quant))
         self._descend = CoordinateDescent(self.quant, self.descent)
 
     def __call__(
@@ -54,7 +54,8 @@ class Solver:
 
         C is GPTAQ's α E[(x̃ − x) xᵀ].
         """
-        W = W.clone()
+        unit = self.quant.unit(W)
+        W = W / unit
         H = H.clone()
         dead = H.diagonal() == 0
         H.diagonal()[dead] = 1.0
@@ -77,9 +78,9 @@ class Solver:
                 sound = H + damping * H.diagonal().mean() * eye
                 Q = _best_rows(tried, W, sound, C) if self.scale_search else Q
                 Q = self._descend(Q, W, sound, C)
-        difference = Q.dense() - W
+        difference = (Q.dense() - W) * unit
         error = (difference @ H * difference).sum(dim=1)
-        return Q, error, damping, M is None
+        return Q._replace(scale=Q.scale * unit), error, damping, M is None
 
     def _solve(
         self, W: Tensor, order: Tensor, U: Tensor, P: Tensor | None, fixed: list[Grid], width: float
@@ -134,14 +135,11 @@ class Solver:
         """
         group = self.quant.group_size
 
-        def widened(grid: Grid) -> Grid:
-            return grid if width == 1 else grid._replace(scale=width * grid.scale)
-
         def shared(grid: Grid, strip: slice) -> tuple[Tensor, Tensor]:
             columns = strip.stop - strip.start
             return grid.scale.expand(columns, -1), grid.zero.expand(columns, -1)
 
-        grids = [widened(grid) for grid in fixed]
+        grids = [grid.widened(width) for grid in fixed]
         if group is None:
             return lambda X, strip: shared(grids[0], strip), grids
         if grids:
@@ -152,7 +150,8 @@ class Solver:
         def fresh(X: Tensor, strip: slice) -> tuple[Tensor, Tensor]:
             j = strip.start
             if j % group == 0:
-                grids.append(widened(fit_grid(X[j : j + group].T.contiguous(), self.quant).row()))
+                updated = X[j : j + group].T.contiguous()
+                grids.append(fit_grid(updated, self.quant).row().widened(width))
             return shared(grids[-1], strip)
 
         return fresh, grids
@@ -175,8 +174,7 @@ def _best_rows(
 
 
 def round_strip(
-    low: int,
-    high: int,
+    quant: WeightQuant,
     X: Float[Tensor, "k out"],
     scale: Float[Tensor, "k out"],
     zero: Float[Tensor, "k out"],
@@ -192,7 +190,7 @@ def round_strip(
         X[j] -= U[:j, j] @ E[:j]
         if P is not None:
             X[j] += P[:j, j] @ X[:j]
-        grid = Grid(scale[j], zero[j], low, high)
+        grid = Grid(scale[j], zero[j], quant)
         codes[j] = grid.codes(X[j])
         E[j] = (X[j] - (codes[j] - grid.zero).mul_(grid.scale)) / U[j, j]
     return X, codes, E

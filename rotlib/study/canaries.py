@@ -336,6 +336,33 @@ def _grids() -> dict:
     return numbers
 
 
+@canary(
+    "4-bit floats", grids=grids.FP4, largest=grids.FP4_LARGEST, room=grids.E4M3_ROOM, tolerance=5e-3
+)
+def _floats() -> dict:
+    W = noise(6, 96).pow(3)
+    W[5] = 0
+    numbers = {}
+    for grid in grids.FP4:
+        for clip_search in (True, False):
+            quant = grids.WeightQuant(grid=grid, clip_search=clip_search)
+            rounded = grids.round_to_nearest(W, quant)
+            name = f"{grid}{', clipped' if clip_search else ''}"
+            numbers[f"{name}, codes"] = profile(rounded.codes.double())
+            numbers[f"{name}, scale"] = rounded.scale
+            numbers[f"{name}, dense"] = profile(rounded.dense())
+        numbers[f"{grid}, nearest"] = quant.nearest_(torch.arange(-80, 80) / 10.0)
+        numbers[f"{grid}, held"] = quant.held(torch.logspace(-3, 2, 30))
+        numbers[f"{grid}, unit"] = quant.unit(1000 * W)
+        numbers[f"{grid}, inputs"] = activations.round_tokens(
+            1e-4 * noise(3, 96), *activations.ActivationQuant(4, grid=grid).input_grid(), 32
+        )
+        W_solved, H = noise(4, 160, seed=2), covariance(160, seed=3)
+        Q, error, _, _ = solver.Solver(quant, descent=1)(W_solved, H)
+        numbers |= {f"{grid}, solved": profile(Q.codes.double()), f"{grid}, error": error}
+    return numbers
+
+
 @canary("covariance", damping=hessian.DAMPING, ladder=hessian.LADDER, tolerance=1e-4)
 def _covariance() -> dict:
     seen = hessian.Hessian()

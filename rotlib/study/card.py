@@ -93,7 +93,7 @@ def _in_vllm(recipe: Recipe) -> bool:
     It lists symmetric grids or those of 4 bits, in whole rows or usual groups. Nobody has seen it
     read a scale with a sign.
     """
-    listed = recipe.symmetric or recipe.bits <= 4
+    listed = recipe.grid not in FP4 and (recipe.symmetric or recipe.bits <= 4)
     return listed and recipe.convention != "signed" and recipe.group_size in (None, 32, 64, 128)
 
 

@@ -17,6 +17,7 @@ from rotlib.checkpoints.write import FORMATS, check_dtype, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.families import weights_sample
 from rotlib.models.zoo import load_tokenizer, source_of
+from rotlib.quantization.grids import GRIDS
 from rotlib.study import memory
 from rotlib.study.card import model_card
 from rotlib.study.files import local_path, spec_hash
@@ -89,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--quality", default="best", choices=QUALITIES, help="default: best")
     parser.add_argument("--bits", type=int, default=4, help="of a weight; default: 4")
+    parser.add_argument("--grid", default=GRIDS[0], choices=GRIDS, help="of a weight's numbers")
     parser.add_argument("--group-size", type=int, help="weights that share a scale; default: a row")
     parser.add_argument(
         "--format", default="compressed-tensors", choices=("compressed-tensors", "gguf")

@@ -20,7 +20,7 @@ from rotlib.models.families import adapt
 from rotlib.models.text import fingerprint
 from rotlib.models.zoo import pick_device
 from rotlib.quantization.activations import quantized_activations
-from rotlib.quantization.grids import check_quantizable
+from rotlib.quantization.grids import FP4, check_quantizable
 from rotlib.rotations.fuse import fuse
 from rotlib.rotations.online import check_online, load
 from rotlib.rotations.rotation import Rotation, placed_weights
@@ -100,6 +100,8 @@ def bounds(recipe: Recipe, every: int = 1, device: str = "auto", run: bool = Tru
     check_recipe("bounds", recipe)
     grid = (field.name for field in fields(recipe.quant))
     recipe = recipe.of_rotation("text", "window", "calibration_windows", *grid)
+    if recipe.grid in FP4:
+        raise ValueError(f"the bounds are of integer grids, not of {recipe.grid}")
     picked = pick_device(device)
     whole_number("every", every, 1)
     spec = recipe.spec() | {"task": "bounds"} | ({"every": every} if every > 1 else {})

@@ -20,6 +20,7 @@ import torch
 
 from rotlib.models.text import CORPORA, text_content
 from rotlib.quantization.activations import ActivationQuant
+from rotlib.quantization.grids import FP4
 from rotlib.study import own
 from rotlib.study.files import PINNED, spec_hash
 from rotlib.study.recipe import OWN, SHIPPED, THROUGH_NETWORK, Recipe
@@ -79,6 +80,8 @@ def stages_of(spec: dict) -> list[str]:
         stages.add("activations")
     if learned_on == "weights":
         stages.add("grids")
+    if {setting("grid"), setting("activation_grid")} & {*FP4}:
+        stages.add("4-bit floats")
     if task in ("quantize", "zero-shot", "weights") and setting("rounding") != "none":
         stages |= {"grids"} | ({"tuning"} if setting("tuning") else set())
         if setting("rounding") == "gptq":

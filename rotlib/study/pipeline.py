@@ -393,7 +393,7 @@ def _learn(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation, int]:
     if recipe.start == "gsr":
         start["start"] = _drawn("gsr", recipe, model)
     if recipe.rotation == "optrot":
-        how["group_size"] = recipe.group_size if recipe.grouped else None
+        how["group_size"] = recipe.quant.group_size if recipe.grouped else None
         return optrot(model, steps=recipe.steps, **start, **how), 0
     if recipe.rotation == "kurtail":
         tokens = calibration_tokens(recipe)

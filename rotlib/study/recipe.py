@@ -13,7 +13,7 @@ from rotlib.learning.network import PRESETS
 from rotlib.learning.optrot_plus import FORMS
 from rotlib.models.text import check_text
 from rotlib.quantization.activations import FULL, PROTOCOLS, ActivationQuant
-from rotlib.quantization.grids import WeightQuant
+from rotlib.quantization.grids import FP4, GRIDS, WeightQuant
 from rotlib.rotations.drawn import DRAWN, R1_ORDERS
 from rotlib.rotations.rotation import Rotation
 
@@ -52,8 +52,11 @@ _LEARNERS_OWN = (
     *("grouped", "start", "local"),
 )
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
+_INT_GRID = tuple(name for name in _WEIGHT_GRID if name not in ("grid", "clip_search"))
 _GPTQ = ("act_order", "asymmetry", "static_groups", "scale_search", "descent")
-_ACTIVATION_GRID = ("activation_bits", "kv_bits", "protocol", "sinks")
+_ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol", "sinks")
+# what was kept before there were these settings keeps its name
+_LATER = ("lr", "activation_grid")
 
 SHIPPED = ("none", *DRAWN, "gsr", *LEARNED)  # the rotations that come with rotlib
 # rotations of one's own, by name: `own.register_rotation` fills it
@@ -79,7 +82,7 @@ class Recipe:
 
     The rotation "gsr" is `gsr_rotation` with `block`, `R1_order` and `signs`; one that is learned
     from the `start` "gsr" begins there, and where it is `local` stays in those blocks. `grouped`
-    learns OptRot's objective for groups of `group_size`. `activation_share` is λ of "mixed", `form`
+    learns OptRot's objective for the grid's groups. `activation_share` is λ of "mixed", `form`
     OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
     recipe's grid, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none" keeps
     16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search` and `descent` are
@@ -115,6 +118,7 @@ class Recipe:
     symmetric: bool = True
     convention: str = "half"
     clip_search: bool = True
+    grid: str = GRIDS[0]
     act_order: bool = False
     asymmetry: float = 0.0
     static_groups: bool = False
@@ -122,6 +126,7 @@ class Recipe:
     descent: int = 0
     tuning: int = 0
     activation_bits: int = FULL
+    activation_grid: str = GRIDS[0]
     kv_bits: int = FULL
     protocol: str = "rotlib"
     sinks: int = 0
@@ -145,6 +150,8 @@ class Recipe:
             "form": FORMS,
             "learned_on": LEARNED_ON,
             "preset": PRESETS,
+            "grid": GRIDS,
+            "activation_grid": GRIDS,
         }
         for name, allowed in choices.items():
             one_of(name, getattr(self, name), allowed)
@@ -177,16 +184,20 @@ class Recipe:
         ):
             yes_or_no(name, getattr(self, name))
         check_text(self.text)
-        self.quant, self.activations  # noqa: B018 - check bits, groups and convention
         given = self.spec()
         for name, reason in self._unread():
             if name in given:  # a setting without effect would name two arms for one computation
                 raise ValueError(f"{name} {reason}")
+        self.quant  # noqa: B018 - checks bits, groups and convention
         self._check_together()
 
     def _unread(self) -> Iterator[tuple[str, str]]:
         """(setting, what would have to be so) for every setting that this recipe doesn't read."""
         rounded = self.activations.rounds
+        if self.grid in FP4:
+            for name in _INT_GRID:
+                yield name, f"belongs to integer grids, and {self.grid} has its own"
+            yield "tuning", f"moves scales freely, and {self.grid} has not all numbers for them"
         if self.rounding == "none":
             for name in (*_WEIGHT_GRID, "tuning"):
                 yield name, "belongs to rounded weights, not to rounding 'none'"
@@ -196,7 +207,7 @@ class Recipe:
             yield "static_groups", "is about GPTQ's groups: it needs rounding 'gptq'"
             yield "scale_search", "goes by GPTQ's error: it needs rounding 'gptq'"
             yield "descent", "goes on from GPTQ's codes: it needs rounding 'gptq'"
-        if self.group_size is None or self.act_order:
+        if (self.group_size is None and self.grid not in FP4) or self.act_order:
             needs = "it needs a group_size, and act_order has them already"
             yield "static_groups", f"keeps groups the scales of the original weights: {needs}"
         if self.rounding != "gptq" or not rounded:
@@ -227,12 +238,16 @@ class Recipe:
             inner_share("activation_share", self.activation_share)
         if self.local and (self.start != "gsr" or self.block is None):
             raise ValueError("local keeps R1 in blocks: it needs the start 'gsr' and a block")
-        if self.grouped and self.group_size is None:
+        if self.grouped and self.quant.group_size is None:
             raise ValueError("grouped learns for groups of weights: it needs a group_size")
         if self.rotation in THROUGH_NETWORK:
             if self.learned_on == "activations" and not self.activations.rounds:
                 raise ValueError(
                     "learned_on 'activations' needs activation_bits or kv_bits below 16"
+                )
+            if self.learned_on == "weights" and self.grid in FP4:
+                raise ValueError(
+                    f"{self.rotation} learns on integer grids: choose learned_on 'activations'"
                 )
             if self.learned_on == "weights" and self.rounding == "none":
                 raise ValueError(
@@ -251,8 +266,10 @@ class Recipe:
         """
         one_of("quality", quality, QUALITIES)
         made_of = dict(QUALITIES[quality])
-        if not settings.get("symmetric", True):
+        if not settings.get("symmetric", True) or settings.get("grid", GRIDS[0]) in FP4:
             del made_of["convention"]
+        if settings.get("grid", GRIDS[0]) in FP4:
+            made_of.pop("tuning", None)
         return cls(**made_of | settings)
 
     @property
@@ -263,7 +280,9 @@ class Recipe:
     @property
     def activations(self) -> ActivationQuant:
         """The activation grids this recipe asks for."""
-        return ActivationQuant(self.activation_bits, self.kv_bits, self.protocol, self.sinks)
+        return ActivationQuant(
+            self.activation_bits, self.kv_bits, self.protocol, self.sinks, self.activation_grid
+        )
 
     @property
     def gptq_settings(self) -> dict:
@@ -274,10 +293,14 @@ class Recipe:
     def rotation_reads(self) -> dict:
         """The settings that this recipe's rotation depends on, R3 and R4 apart."""
         read = _HADAMARD_R1 if self.rotation == "gsr" else LEARNED.get(self.rotation, ())
-        names = ("model", "rotation", "seed", *read, *self.learned_through)
-        # only where it is given: what was kept before there was this setting keeps its name
-        given = {} if self.lr is None else {"lr": self.lr}
-        return {name: getattr(self, name) for name in names} | given
+        names = {*_LATER, "model", "rotation", "seed", *read, *self.learned_through}
+        given = self.spec()
+        found = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in names and (field.name not in _LATER or field.name in given)
+        }
+        return found | ({"group_size": self.quant.group_size} if self.grouped else {})
 
     def of_rotation(self, *others: str) -> "Recipe":
         """The recipe that has this one's rotation and R4, and of its other settings only these."""
@@ -289,7 +312,8 @@ class Recipe:
         """The fields that say which grid the rotation is learned for, or through."""
         if self.rotation not in THROUGH_NETWORK:
             return ("group_size",) if self.grouped else ()
-        return _WEIGHT_GRID if self.learned_on == "weights" else (*_ACTIVATION_GRID, "R3")
+        integer = (*_INT_GRID, "clip_search")
+        return integer if self.learned_on == "weights" else (*_ACTIVATION_GRID, "R3")
 
     @property
     def learned_grid(self) -> dict:
@@ -304,10 +328,11 @@ class Recipe:
 
     @property
     def precision(self) -> str:
-        """Such as W4A8 or W4A4KV4; 16 is unrounded."""
+        """Such as W4A8, W4A4KV4 or W4A16 NVFP4; 16 is unrounded."""
         weights = FULL if self.rounding == "none" else self.bits
         cache = f"KV{self.kv_bits}" if self.kv_bits != FULL else ""
-        return f"W{weights}A{self.activation_bits}{cache}"
+        floats = [grid.upper() for grid in (self.grid, self.activation_grid) if grid in FP4]
+        return " ".join([f"W{weights}A{self.activation_bits}{cache}", *dict.fromkeys(floats)])
 
     def sharing_weights(self) -> "Recipe":
         """The recipe that has this one's weights and nothing else of its own."""
