@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import rotlib as rl
 from rotlib.checkpoints.gguf_file import check_holds
+from rotlib.measure.slopes import slope_agreement
 from rotlib.models.families import adapt
 from rotlib.quantization.activations import round_tokens
 from rotlib.quantization.coordinate import CoordinateDescent
@@ -59,12 +61,12 @@ def test_unclipped_weights_are_those_of_compressed_tensors(grid):
     quant = rl.WeightQuant(grid=grid, clip_search=False)
     args = preset_name_to_scheme(f"{grid}A16".upper(), ["Linear"]).weights
     grouped = W.unflatten(1, (-1, FP4[grid]))
-    globally = torch.tensor([1 / quant.unit(W)]) if grid == "nvfp4" else None
+    globally = torch.tensor([1 / quant.in_units(W)[1]]) if grid == "nvfp4" else None
     scale, zero = calculate_qparams(grouped.amin(2), grouped.amax(2), args, globally)
     expected = fake_quantize(W, scale, zero, args, global_scale=globally)
     rounded = round_to_nearest(W, quant)
     assert torch.equal(rounded.dense(), expected)
-    assert torch.equal(rounded.scale, scale.float() * quant.unit(W))
+    assert torch.equal(rounded.scale, scale.float() * quant.in_units(W)[1])
 
 
 @BOTH
@@ -91,12 +93,20 @@ def test_weights_of_any_size_keep_their_direction(grid, size):
     assert not rounded.dense()[3].any()
 
 
+def test_the_largest_and_the_smallest_scale_of_nvfp4_stand_beside_each_other():
+    W = torch.zeros(1, 32)
+    W[0, :16], W[0, 16:] = 1338, 6 * 2**-9
+    rounded = round_to_nearest(W, rl.WeightQuant(grid="nvfp4", clip_search=False))
+    assert rounded.scale.tolist() == [[224, 2**-9]]
+    check_on_grid("W", rounded)
+
+
 @BOTH
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_blocked_solver_agrees_with_gptq_column_by_column(grid, act_order):
     W, H = problem()
     quant = rl.WeightQuant(grid=grid)
-    W /= quant.unit(W)  # the slow one knows no unit
+    W /= quant.in_units(W)[1]  # the slow one knows no unit
     Q, error, _, _ = Solver(quant, act_order)(W, H)
     slow = gptq_slowly(W, H, quant, act_order, 0.01)
     assert ((Q.dense() - slow).abs() < 1e-4).float().mean() > 0.97
@@ -110,7 +120,7 @@ def test_the_blocked_solver_agrees_with_gptq_column_by_column(grid, act_order):
 def test_coordinate_descent_visits_floats_as_well(grid):
     W, H = problem()
     quant = rl.WeightQuant(grid=grid)
-    W /= quant.unit(W)
+    W /= quant.in_units(W)[1]
     Q = round_to_nearest(W, quant)
     better = CoordinateDescent(quant, 2)(Q, W, H)
     check_on_grid("W", better, quant)
@@ -124,10 +134,8 @@ def test_coordinate_descent_visits_floats_as_well(grid):
 
 @BOTH
 def test_every_setting_of_gptq_stays_on_the_grid(grid):
-    for settings in (
-        {},
-        {"asymmetry": 0.25, "act_order": True, "scale_search": True, "descent": 2},
-    ):
+    every = {"asymmetry": 0.25, "act_order": True, "descent": 2, "scale_search": grid == "nvfp4"}
+    for settings in ({}, every):
         report = rl.gptq(fp4_model(), tokens(), rl.WeightQuant(grid=grid), **settings)
         for name, weight in report.weights.items():
             check_on_grid(name, weight, rl.WeightQuant(grid=grid))
@@ -163,7 +171,7 @@ def test_activations_round_to_the_floats_that_compressed_tensors_rounds_them_to(
     x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(2)) ** 3
     quant, clip = rl.ActivationQuant(bits=4, grid=grid).input_grid()
     args = preset_name_to_scheme(grid.upper(), ["Linear"]).input_activations
-    globally = torch.tensor([1 / quant.unit(x)]) if grid == "nvfp4" else None
+    globally = torch.tensor([1 / quant.in_units(x)[1]]) if grid == "nvfp4" else None
     scale, zero = compute_dynamic_scales_and_zp(x, args, None, globally)
     expected = fake_quantize(x, scale, zero, args, global_scale=globally)
     assert torch.equal(round_tokens(x, quant, clip, quant.group_size), expected)
@@ -214,6 +222,10 @@ def test_a_grid_of_floats_has_its_own_settings(settings, sentence):
         ({"rotation": "spinquant"}, "spinquant learns on integer grids"),
         ({"rounding": "none"}, "grid belongs to rounded weights"),
         ({"activation_grid": "nvfp4"}, "the activation_grid nvfp4 has 4 bits, not 16"),
+        (
+            {"activation_bits": 4, "activation_grid": "nvfp4", "protocol": "quarot"},
+            "protocol says how integers are rounded: inputs are nvfp4",
+        ),
     ],
 )
 def test_a_recipe_of_floats_refuses_what_goes_unread(settings, sentence):
@@ -226,6 +238,10 @@ def test_a_recipe_of_floats_is_named_by_them_and_learns_for_their_groups():
     assert recipe.precision == "W4A16 NVFP4"
     rounded = rl.Recipe(grid="mxfp4", activation_bits=4, activation_grid="mxfp4")
     assert rounded.precision == "W4A4 MXFP4"
+    assert replace(rounded, grid="int").precision == "W4A4 int/MXFP4"
+    assert replace(rounded, activation_grid="int").precision == "W4A4 MXFP4/int"
+    turned = replace(rounded, rotation="optrot")  # by the weights alone
+    assert turned.rotation_reads == rl.Recipe(rotation="optrot").rotation_reads
     assert recipe.rotation_reads["group_size"] == 16
     integers = rl.Recipe(rotation="optrot", group_size=16, grouped=True)
     assert recipe.rotation_reads == integers.rotation_reads  # one rotation is learned for both
@@ -236,6 +252,10 @@ def test_what_takes_no_floats_says_so(tmp_path):
     model = fp4_model()
     with pytest.raises(ValueError, match="learned through integer grids, not nvfp4"):
         rl.spinquant(model, tokens(), quant=rl.WeightQuant(grid="nvfp4"), steps=1)
+    with pytest.raises(ValueError, match="learned through integer grids, not nvfp4"):
+        slope_agreement(model, tokens(), quant=rl.WeightQuant(grid="nvfp4"))
+    with pytest.raises(ValueError, match="scale_search tries scales nearby"):
+        rl.gptq(model, tokens(), rl.WeightQuant(grid="mxfp4"), scale_search=True)
     reference = rl.Reference(model, tokens())
     rl.rtn(model, rl.WeightQuant(grid="mxfp4"))
     with pytest.raises(ValueError, match="tuning moves scales freely, and mxfp4"):

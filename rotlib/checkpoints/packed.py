@@ -34,14 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.models.families import READERS, adapt
 from rotlib.models.joined import Joined
-from rotlib.quantization.grids import (
-    FP4,
-    FP4_LARGEST,
-    QuantizedWeight,
-    WeightQuant,
-    codes_of,
-    grid_of,
-)
+from rotlib.quantization.grids import FP4, QuantizedWeight, WeightQuant, codes_of, grid_of
 
 SHARD = "5GB"
 _CONTAINERS = (4, 8)  # bits a code is stored in: what vLLM has kernels for
@@ -66,10 +59,8 @@ class Checkpoint:
         self._packing = _packing(codes_of(model)) if packed else None
         self._codes = _stored(model, self._packing) if packed else {}
         of_floats = isinstance(self._packing, _Fp4Packing)
-        if of_floats and dtype not in (None, torch.bfloat16):
-            raise ValueError(
-                f"compressed-tensors reads 4-bit floats as bfloat16: leave {dtype} out"
-            )
+        if of_floats:
+            check_fp4_dtype(dtype)
         self.dtype = dtype or (torch.bfloat16 if of_floats else model.dtype)
         self._tied = ("lm_head.weight",) if tied(model) else ()
         self._parts = self._make_parts()
@@ -160,6 +151,12 @@ class Checkpoint:
             if not self._packing.symmetric:
                 config.quantization_config["dequantize"] = True
         return config
+
+
+def check_fp4_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError for what 4-bit floats aren't read in."""
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"compressed-tensors reads 4-bit floats as bfloat16: leave {dtype} out")
 
 
 class _Stored(NamedTuple):
@@ -281,7 +278,7 @@ class _Fp4Packing:
 
     def unit(self, scale: Tensor) -> float:
         """The power of two that these scales are multiples of."""
-        return WeightQuant(grid=self.grid).unit(FP4_LARGEST * scale)
+        return WeightQuant(grid=self.grid).unit_of(scale)
 
     @property
     def format(self) -> str:

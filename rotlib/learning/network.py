@@ -89,6 +89,8 @@ class Student:
                 "it doesn't fit: take a bigger device, or a rotation learned without it, such as "
                 "rl.optrot(model)"
             )
+        if quant is not None and quant.grid in FP4:
+            raise ValueError(f"rotations are learned through integer grids, not {quant.grid}")
         self._original = family
         shared = [module.weight for module in (self._original.embedding, self._original.lm_head)]
         self.model = deepcopy(model, {id(weight): weight for weight in shared})
@@ -295,8 +297,6 @@ def prepare(
     check_activations(family, activations)
     if quant is not None:
         check_quantizable(family, quant)
-        if quant.grid in FP4:
-            raise ValueError(f"rotations are learned through integer grids, not {quant.grid}")
     elif not activations.rounds:
         raise ValueError(
             "nothing is rounded, so there is nothing to learn from: "

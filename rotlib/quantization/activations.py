@@ -119,10 +119,10 @@ def quantized_activations(
         if quant.bits != FULL:
             grid, clip = quant.input_grid()
             rounded = (
-                (linear, _rounded_input(grid, clip, per_head, quant.sinks))
+                (linear, _rounded_input(grid, clip, width, quant.sinks))
                 for layer in range(len(family.layers))
                 for name, linear in family.linears(layer).items()
-                for per_head in [family.head_dim if o_per_head and name == "o" else grid.group_size]
+                for width in [family.head_dim if o_per_head and name == "o" else grid.group_size]
             )
             stack.enter_context(hooks(rounded))
         if quant.kv_bits != FULL:
@@ -152,14 +152,12 @@ def round_tokens(
 ) -> Float[Tensor, "... n"]:
     """Every token of x, or every `width` of its coordinates, on a grid of its own.
 
-    In float32 at least; a gradient passes straight through.
+    In float32 at least; a gradient passes straight through. NVFP4's unit is one for all of x.
     """
     rows = x.detach().reshape(-1, width or x.shape[-1])
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    if (unit := grid.unit(rows)) != 1:
-        rows = rows / unit
-    rounded = grid_at(rows, grid, clip).round(rows)
-    rounded = (rounded if unit == 1 else rounded * unit).view(x.shape).to(x.dtype)
+    rows, unit = grid.in_units(rows)
+    rounded = grid_at(rows, grid, clip).round(rows).mul_(unit).view(x.shape).to(x.dtype)
     return x + (rounded - x.detach()) if x.requires_grad else rounded
 
 

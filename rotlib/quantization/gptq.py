@@ -117,6 +117,8 @@ def gptq(
     if static_groups and quant.group_size is None:
         raise ValueError("static_groups keeps the scales of groups: the grid needs a group_size")
     yes_or_no("scale_search", scale_search)
+    if scale_search and quant.grid == "mxfp4":
+        raise ValueError("scale_search tries scales nearby, and mxfp4's are powers of two")
     whole_number("descent", descent, 0)
     keeper("kept", kept, Layers, "layers")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent)

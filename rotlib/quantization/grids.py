@@ -82,7 +82,8 @@ class WeightQuant:
     def _check_fp4(self) -> None:
         group = FP4[self.grid]
         own = {"bits": 4, "group_size": group, "symmetric": True, "convention": CONVENTIONS[0]}
-        object.__setattr__(self, "group_size", self.group_size or group)
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", group)
         for name, value in own.items():
             if getattr(self, name) != value:
                 raise ValueError(
@@ -114,11 +115,18 @@ class WeightQuant:
             x.round_()
         return x.clamp_(*self.codes)
 
-    def unit(self, W: Float[Tensor, "*n"]) -> float:
-        """The power of two that a tensor's scales are multiples of, where its grid has one."""
+    def in_units(self, W: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"], float]:
+        """(a tensor over its unit, the power of two that all its scales are multiples of)"""
         if self.grid != "nvfp4" or not (largest := W.abs().max().item()):
+            return W, 1.0
+        unit = 2.0 ** frexp(largest / (FP4_LARGEST * E4M3_ROOM))[1]
+        return W / unit, unit
+
+    def unit_of(self, scale: Float[Tensor, "*n"]) -> float:
+        """The smallest unit that scales which have one can be stored with."""
+        if self.grid != "nvfp4":
             return 1.0
-        return 2.0 ** frexp(largest / (FP4_LARGEST * E4M3_ROOM))[1]
+        return 2.0 ** (1 - frexp(torch.finfo(_E4M3).max / scale.max().item())[1])
 
     def held(self, scale: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The scales that a tensor of unit 1 can have, nearest to these."""
@@ -191,8 +199,8 @@ def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
 
 def round_to_nearest(W: Float[Tensor, "out in"], quant: WeightQuant) -> QuantizedWeight:
     """W on its grid, per output channel or per group."""
-    unit = quant.unit(W)
-    grouped = (W / unit).reshape(-1, quant.group_size or W.shape[1])
+    in_units, unit = quant.in_units(W)
+    grouped = in_units.reshape(-1, quant.group_size or W.shape[1])
     grid = fit_grid(grouped, quant)
     scale, zero = (part.view(len(W), -1) for part in (grid.scale, grid.zero))
     codes = grid.codes(grouped).view_as(W).to(quant.storage)
@@ -354,7 +362,7 @@ def check_on_grid(
             "have a sign)"
         )
     values = codes.float() if floats else codes
-    if floats and not _all_fp4(values, scale):
+    if floats and not _all_fp4(weight):
         raise ValueError(
             f"the quantized weight {name} is damaged: its codes must be 4-bit floats (E2M1) in "
             "groups of 16 or 32, its scales numbers that NVFP4 or MXFP4 has"
@@ -377,17 +385,14 @@ def grid_of(weight: QuantizedWeight) -> str:
     return next((grid for grid, of in FP4.items() if floats and of == group), GRIDS[0])
 
 
-def _all_fp4(codes: Tensor, scale: Tensor) -> bool:
+def _all_fp4(weight: QuantizedWeight) -> bool:
     """Whether these are E2M1's floats, with scales of NVFP4 or MXFP4."""
-    group = codes.shape[1] // scale.shape[1]
-    grid = next((grid for grid, of in FP4.items() if of == group), None)
-    if grid is None or not (scale > 0).all():
+    if (grid := grid_of(weight)) not in FP4 or not (weight.scale > 0).all():
         return False
-    quant = WeightQuant(grid=grid)
-    scale = scale / quant.unit(FP4_LARGEST * scale)
-    return torch.equal(quant.nearest_(codes.clone()), codes) and torch.equal(
-        quant.held(scale), scale
-    )
+    quant, codes = WeightQuant(grid=grid), weight.codes.float()
+    scale = weight.scale / quant.unit_of(weight.scale)
+    nearest = quant.nearest_(codes.clone()), quant.held(scale)
+    return torch.equal(nearest[0], codes) and torch.equal(nearest[1], scale)
 
 
 def fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:

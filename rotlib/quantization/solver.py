@@ -54,8 +54,7 @@ class Solver:
 
         C is GPTAQ's α E[(x̃ − x) xᵀ].
         """
-        unit = self.quant.unit(W)
-        W = W / unit
+        W, unit = self.quant.in_units(W.clone())
         H = H.clone()
         dead = H.diagonal() == 0
         H.diagonal()[dead] = 1.0

@@ -353,9 +353,11 @@ def _floats() -> dict:
             numbers[f"{name}, dense"] = profile(rounded.dense())
         numbers[f"{grid}, nearest"] = quant.nearest_(torch.arange(-80, 80) / 10.0)
         numbers[f"{grid}, held"] = quant.held(torch.logspace(-3, 2, 30))
-        numbers[f"{grid}, unit"] = quant.unit(1000 * W)
+        numbers[f"{grid}, unit"] = quant.in_units(1000 * W)[1]
+        numbers[f"{grid}, unit of scales"] = quant.unit_of(rounded.scale)
+        inputs = activations.ActivationQuant(4, grid=grid).input_grid()
         numbers[f"{grid}, inputs"] = activations.round_tokens(
-            1e-4 * noise(3, 96), *activations.ActivationQuant(4, grid=grid).input_grid(), 32
+            1e-4 * noise(3, 96), *inputs, quant.group_size
         )
         W_solved, H = noise(4, 160, seed=2), covariance(160, seed=3)
         Q, error, _, _ = solver.Solver(quant, descent=1)(W_solved, H)

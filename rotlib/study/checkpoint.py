@@ -13,11 +13,12 @@ import torch
 
 from rotlib.checkpoints.folder import check_room, checked_folder
 from rotlib.checkpoints.gguf_file import check_family, check_holds, cut_of
+from rotlib.checkpoints.packed import check_fp4_dtype
 from rotlib.checkpoints.write import FORMATS, check_dtype, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.families import weights_sample
 from rotlib.models.zoo import load_tokenizer, source_of
-from rotlib.quantization.grids import GRIDS
+from rotlib.quantization.grids import FP4, GRIDS
 from rotlib.study import memory
 from rotlib.study.card import model_card
 from rotlib.study.files import local_path, spec_hash
@@ -47,6 +48,8 @@ def export_recipe(
     one_of("format", format, FORMATS)
     yes_or_no("overwrite", overwrite)
     check_dtype(format, dtype)
+    if recipe.grid in FP4:
+        check_fp4_dtype(dtype)
     folder = checked_folder(folder, overwrite, source=source_of(recipe.model))
     if recipe.online:
         raise ValueError(

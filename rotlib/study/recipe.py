@@ -52,7 +52,7 @@ _LEARNERS_OWN = (
     *("grouped", "start", "local"),
 )
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
-_INT_GRID = tuple(name for name in _WEIGHT_GRID if name not in ("grid", "clip_search"))
+_FIXED_BY_FP4 = ("bits", "group_size", "symmetric", "convention")
 _GPTQ = ("act_order", "asymmetry", "static_groups", "scale_search", "descent")
 _ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol", "sinks")
 # what was kept before there were these settings keeps its name
@@ -195,9 +195,11 @@ class Recipe:
         """(setting, what would have to be so) for every setting that this recipe doesn't read."""
         rounded = self.activations.rounds
         if self.grid in FP4:
-            for name in _INT_GRID:
+            for name in _FIXED_BY_FP4:
                 yield name, f"belongs to integer grids, and {self.grid} has its own"
-            yield "tuning", f"moves scales freely, and {self.grid} has not all numbers for them"
+            yield "tuning", f"moves scales freely, and {self.grid} hasn't all numbers for them"
+        if self.grid == "mxfp4":
+            yield "scale_search", "tries scales nearby, and mxfp4's are powers of two"
         if self.rounding == "none":
             for name in (*_WEIGHT_GRID, "tuning"):
                 yield name, "belongs to rounded weights, not to rounding 'none'"
@@ -221,6 +223,8 @@ class Recipe:
         if not rounded:
             needs = "it needs activation_bits or kv_bits below 16"
             yield "protocol", f"says how activations are rounded: {needs}"
+        if self.activation_grid in FP4 and self.kv_bits == FULL:
+            yield "protocol", f"says how integers are rounded: inputs are {self.activation_grid}"
         if self.rotation != "gsr" and self.start != "gsr":
             for name in _HADAMARD_R1:
                 needs = "it needs the rotation 'gsr' or the start 'gsr'"
@@ -270,6 +274,8 @@ class Recipe:
             del made_of["convention"]
         if settings.get("grid", GRIDS[0]) in FP4:
             made_of.pop("tuning", None)
+        if settings.get("grid") == "mxfp4":
+            made_of.pop("scale_search", None)
         return cls(**made_of | settings)
 
     @property
@@ -293,7 +299,7 @@ class Recipe:
     def rotation_reads(self) -> dict:
         """The settings that this recipe's rotation depends on, R3 and R4 apart."""
         read = _HADAMARD_R1 if self.rotation == "gsr" else LEARNED.get(self.rotation, ())
-        names = {*_LATER, "model", "rotation", "seed", *read, *self.learned_through}
+        names = {"lr", "model", "rotation", "seed", *read, *self.learned_through}
         given = self.spec()
         found = {
             field.name: getattr(self, field.name)
@@ -312,8 +318,9 @@ class Recipe:
         """The fields that say which grid the rotation is learned for, or through."""
         if self.rotation not in THROUGH_NETWORK:
             return ("group_size",) if self.grouped else ()
-        integer = (*_INT_GRID, "clip_search")
-        return integer if self.learned_on == "weights" else (*_ACTIVATION_GRID, "R3")
+        if self.learned_on == "weights":
+            return tuple(name for name in _WEIGHT_GRID if name != "grid")  # always integers
+        return (*_ACTIVATION_GRID, "R3")
 
     @property
     def learned_grid(self) -> dict:
@@ -328,11 +335,15 @@ class Recipe:
 
     @property
     def precision(self) -> str:
-        """Such as W4A8, W4A4KV4 or W4A16 NVFP4; 16 is unrounded."""
+        """Such as W4A8, W4A4KV4, W4A16 NVFP4 or W4A4 int/NVFP4; 16 is unrounded."""
         weights = FULL if self.rounding == "none" else self.bits
         cache = f"KV{self.kv_bits}" if self.kv_bits != FULL else ""
-        floats = [grid.upper() for grid in (self.grid, self.activation_grid) if grid in FP4]
-        return " ".join([f"W{weights}A{self.activation_bits}{cache}", *dict.fromkeys(floats)])
+        named = f"W{weights}A{self.activation_bits}{cache}"
+        of_inputs = self.grid if self.activation_bits == FULL else self.activation_grid
+        grids = dict.fromkeys([self.grid, of_inputs])
+        if not grids.keys() & {*FP4}:
+            return named
+        return f"{named} {'/'.join(grid.upper() if grid in FP4 else grid for grid in grids)}"
 
     def sharing_weights(self) -> "Recipe":
         """The recipe that has this one's weights and nothing else of its own."""

@@ -26,7 +26,8 @@ _HEADER = (
 # the settings that an arm's name and precision tell
 _NAMED = (
     *("rotation", "block", "R1_order", "signs", "start", "local", "grouped", "activation_share"),
-    *("R3", "R4", "rounding", "act_order", "bits", "grid", "activation_bits", "kv_bits", "seed"),
+    *("R3", "R4", "rounding", "act_order", "bits", "grid", "activation_bits", "activation_grid"),
+    *("kv_bits", "seed"),
 )
 _YARDSTICK = ("model", "text", "window", "test_windows")  # what two arms must share to be compared
 
