@@ -41,9 +41,9 @@ CONVENTIONS = (*SHORT_OF,)
 FP4 = {"nvfp4": 16, "mxfp4": 32}
 GRIDS = ("int", *FP4)
 FP4_LARGEST = 6.0
-_E4M3 = torch.float8_e4m3fn
+E4M3 = torch.float8_e4m3fn
 # a tensor's largest weight has a scale of at most half of what E4M3 holds: GPTQ's may grow
-E4M3_ROOM = torch.finfo(_E4M3).max / 2
+E4M3_ROOM = torch.finfo(E4M3).max / 2
 _SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -102,7 +102,7 @@ class WeightQuant:
     def storage(self) -> torch.dtype:
         """The type that holds the codes."""
         if self.grid in FP4:
-            return _E4M3
+            return E4M3
         return torch.int8 if self.symmetric else torch.uint8
 
     def nearest_(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -126,12 +126,12 @@ class WeightQuant:
         """The smallest unit that scales which have one can be stored with."""
         if self.grid != "nvfp4":
             return 1.0
-        return 2.0 ** (1 - frexp(torch.finfo(_E4M3).max / scale.max().item())[1])
+        return 2.0 ** (1 - frexp(torch.finfo(E4M3).max / scale.max().item())[1])
 
     def held(self, scale: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The scales that a tensor of unit 1 can have, nearest to these."""
         if self.grid == "nvfp4":
-            return scale.clamp(max=torch.finfo(_E4M3).max).to(_E4M3).to(scale.dtype)
+            return scale.clamp(max=torch.finfo(E4M3).max).to(E4M3).to(scale.dtype)
         if self.grid == "mxfp4":
             return torch.ldexp(torch.ones_like(scale), _exponent_of_two(scale))
         return scale
@@ -351,11 +351,11 @@ def check_on_grid(
     whole = (
         (zero == zero.round()) & (zero >= 0) & (zero <= (255 if codes.dtype == torch.uint8 else 0))
     )
-    floats = codes.dtype == _E4M3
+    floats = codes.dtype == E4M3
     # the farthest code that a type holds is 255 steps away
     largest = torch.finfo(dtype).max / 256
     usable = torch.isfinite(scale) & (scale != 0) & (scale.abs() < largest) & whole
-    if codes.dtype not in (torch.int8, torch.uint8, _E4M3) or not usable.all():
+    if codes.dtype not in (torch.int8, torch.uint8, E4M3) or not usable.all():
         raise ValueError(
             f"the quantized weight {name} is damaged: its codes must be int8, uint8 or 4-bit "
             f"floats, its scales not zero and within {dtype}, its zero points whole (0 where codes "
@@ -381,7 +381,7 @@ def check_on_grid(
 def grid_of(weight: QuantizedWeight) -> str:
     """Which of `GRIDS` a weight is on, by its codes' type and its groups."""
     group = weight.codes.shape[1] // weight.scale.shape[1]
-    floats = weight.codes.dtype == _E4M3
+    floats = weight.codes.dtype == E4M3
     return next((grid for grid, of in FP4.items() if floats and of == group), GRIDS[0])
 
 

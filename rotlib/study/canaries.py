@@ -337,7 +337,13 @@ def _grids() -> dict:
 
 
 @canary(
-    "4-bit floats", grids=grids.FP4, largest=grids.FP4_LARGEST, room=grids.E4M3_ROOM, tolerance=5e-3
+    "4-bit floats",
+    choices=grids.GRIDS[:3],
+    groups=grids.FP4,
+    largest=grids.FP4_LARGEST,
+    room=grids.E4M3_ROOM,
+    scales=str(grids.E4M3),
+    tolerance=5e-3,
 )
 def _floats() -> dict:
     W = noise(6, 96).pow(3)
