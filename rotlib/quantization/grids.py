@@ -32,6 +32,7 @@ CLIP_NORM = 2.4
 CLIP_FACTORS = 1.0 - torch.arange(80) / 100  # 1.00 … 0.21
 # coarse to fine: steps from the best so far
 SEARCH = (tuple(range(0, 80, 8)), (-6, -4, -2, 0, 2, 4, 6), (-1, 0, 1))
+HALVES = (1.0, 0.5, 0.25)
 # entries searched at a time: temporaries stay in a processor's cache, and fill a GPU
 _CHUNK = {"cpu": 2**19, "cuda": 2**26}
 # how many steps short of the lowest code the largest weight lies
@@ -469,10 +470,14 @@ def _in_reach(W: Tensor) -> Tensor:
 
 
 def _best_factor(W: Tensor, quant: WeightQuant) -> Float[Tensor, "rows 1"]:
-    """The best clip factor of each row, coarse to fine over `CLIP_FACTORS`."""
-    factors = CLIP_FACTORS.to(W)
+    """The best clip factor of each row, coarse to fine over `CLIP_FACTORS`.
+
+    MXFP4's scales are powers of two: there three factors stand for all.
+    """
+    halves = quant.grid == "mxfp4"
+    factors = W.new_tensor(HALVES) if halves else CLIP_FACTORS.to(W)
     best = torch.zeros(len(W), 1, dtype=torch.long, device=W.device)
-    for offsets in SEARCH:
+    for offsets in (tuple(range(len(HALVES))),) if halves else SEARCH:
         candidates = (best + torch.tensor(offsets, device=W.device)).clamp(0, len(factors) - 1)
         shrunk = (factors[index].unsqueeze(1) for index in candidates.unbind(1))
         errors = [_clip_error(W, quant, factor) for factor in shrunk]

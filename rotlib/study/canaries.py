@@ -340,6 +340,7 @@ def _grids() -> dict:
     "4-bit floats",
     choices=grids.GRIDS[:3],
     groups=grids.FP4,
+    halves=grids.HALVES,
     largest=grids.FP4_LARGEST,
     room=grids.E4M3_ROOM,
     scales=str(grids.E4M3),
