@@ -182,9 +182,11 @@ def _stored(model: PreTrainedModel, packing: "_Packing | _Fp4Packing") -> dict[s
             for linear in (linears[site] for site in sites):
                 together.setdefault(f"{path_of[linear]}.weight", []).append(linear.quantized)
             unit = packing.unit(torch.cat([linears[site].quantized.scale for site in sites]))
-            for name, parts in together.items():
-                one = QuantizedWeight(*map(torch.cat, zip(*parts, strict=True)))
-                stored[name] = _Stored(one if len(parts) > 1 else parts[0], unit)
+            for name, (weight, *others) in together.items():
+                if others:
+                    parts = zip(weight, *others, strict=True)
+                    weight = QuantizedWeight(*map(torch.cat, parts))
+                stored[name] = _Stored(weight, unit)
     return stored
 
 
