@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import rotlib as rl
 from rotlib.checkpoints import stock
 from rotlib.checkpoints.stock import read_by_transformers
-from rotlib.quantization.grids import codes_of
+from rotlib.quantization.quantized import codes_of
 
 exporting, checkpoint = (
     import_module("rotlib.checkpoints.write"),

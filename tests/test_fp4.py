@@ -24,7 +24,9 @@ from rotlib.measure.slopes import slope_agreement
 from rotlib.models.families import adapt
 from rotlib.quantization.activations import round_tokens
 from rotlib.quantization.coordinate import CoordinateDescent
-from rotlib.quantization.grids import FP4, check_on_grid, grid_of, round_to_nearest
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.grids import round_to_nearest
+from rotlib.quantization.quantized import check_on_grid, grid_of
 from rotlib.quantization.solver import Solver
 
 BOTH = pytest.mark.parametrize("grid", FP4)

@@ -9,7 +9,7 @@ from conftest import save_short_text, save_tiny_model, tiny_model
 
 import rotlib as rl
 from rotlib.learning import tuning
-from rotlib.quantization.grids import codes_of
+from rotlib.quantization.quantized import codes_of
 from rotlib.study import checkpoint, numerics, recipe
 
 

@@ -23,7 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rotlib.checkpoints.packed import bits_for, tied
 from rotlib.models.families import Family, adapt
 from rotlib.models.gguf_model import ARCHITECTURES, CUTS, DIGITS, PLAIN, SPLIT
-from rotlib.quantization.grids import FP4, QuantizedWeight, WeightQuant, codes_of, grid_of
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.grids import QuantizedWeight, WeightQuant
+from rotlib.quantization.quantized import codes_of, grid_of
 from rotlib.rotations.rotation import placed_weights
 
 NAME = "model.gguf"

@@ -34,7 +34,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.models.families import READERS, adapt
 from rotlib.models.joined import Joined
-from rotlib.quantization.grids import FP4, QuantizedWeight, WeightQuant, codes_of, grid_of
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.grids import QuantizedWeight, WeightQuant
+from rotlib.quantization.quantized import codes_of, grid_of
 
 SHARD = "5GB"
 _CONTAINERS = (4, 8)  # bits a code is stored in: what vLLM has kernels for

@@ -65,7 +65,8 @@ def export(
     little room on the disk, a model that needs online rotations, or one that the format can't hold;
     RuntimeError, leaving nothing behind, where what was written reads back as something else.
 
-    >>> from rotlib.quantization.grids import WeightQuant, rtn
+    >>> from rotlib.quantization.grids import WeightQuant
+    >>> from rotlib.quantization.quantized import rtn
     >>> weights = rtn(model, WeightQuant(bits=4))
     >>> sorted(file.suffix for file in export(model, folder / "W4").iterdir())
     ['.json', '.json', '.json', '.md', '.safetensors']

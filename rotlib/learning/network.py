@@ -32,7 +32,9 @@ from rotlib.quantization.activations import (
     check_activations,
     quantized_activations,
 )
-from rotlib.quantization.grids import FP4, WeightQuant, check_quantizable, fit_grid, grid_at
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.grids import WeightQuant, fit_grid, grid_at
+from rotlib.quantization.quantized import check_quantizable
 from rotlib.rotations.online import attach
 from rotlib.rotations.rotation import Rotation, norm_gains, placed_in_layer, times
 

@@ -33,7 +33,9 @@ from rotlib.models.reference import Reference, check_reference
 from rotlib.models.sound import check_not_rounding, check_sound
 from rotlib.models.text import fingerprint
 from rotlib.precision import coarse_products, model_products
-from rotlib.quantization.grids import FP4, QuantizedWeight, codes_of, grid_of, set_weight
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.grids import QuantizedWeight
+from rotlib.quantization.quantized import codes_of, grid_of, set_weight
 from rotlib.rotations.rotation import placed_weights
 
 STEPS = 64

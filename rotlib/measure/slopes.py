@@ -20,7 +20,8 @@ from rotlib.learning.network import Student, check_learnable
 from rotlib.learning.start import original, starting_point
 from rotlib.models.families import Family
 from rotlib.quantization.activations import ActivationQuant, quantized_activations
-from rotlib.quantization.grids import WeightQuant, check_quantizable
+from rotlib.quantization.grids import WeightQuant
+from rotlib.quantization.quantized import check_quantizable
 
 
 def slope_agreement(

@@ -21,7 +21,8 @@ from rotlib.checks import one_of, whole_number
 from rotlib.models.families import Family, adapt
 from rotlib.models.sound import check_not_rounding
 from rotlib.models.walk import hooks
-from rotlib.quantization.grids import FP4, GRIDS, WeightQuant, grid_at
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.grids import GRIDS, WeightQuant, grid_at
 from rotlib.rotations.online import HeadStep, check_attention, head_steps
 
 FULL = 16  # bits of what is left alone

@@ -22,9 +22,9 @@ from rotlib.checks import keeper, positive, share, token_ids, whole_number, yes_
 from rotlib.models.families import READERS, Family, adapt, mark
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
-from rotlib.quantization.grids import (
-    QuantizedWeight,
-    WeightQuant,
+from rotlib.quantization.grids import QuantizedWeight, WeightQuant
+from rotlib.quantization.hessian import DAMPING, Hessian
+from rotlib.quantization.quantized import (
     check_on_grid,
     check_quantizable,
     fits,
@@ -32,7 +32,6 @@ from rotlib.quantization.grids import (
     set_weight,
     tall,
 )
-from rotlib.quantization.hessian import DAMPING, Hessian
 from rotlib.quantization.solver import Solver
 
 

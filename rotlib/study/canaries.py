@@ -52,7 +52,7 @@ from rotlib.models import text, walk, zoo
 from rotlib.models.families import adapt
 from rotlib.models.reference import Reference
 from rotlib.precision import float32_everywhere
-from rotlib.quantization import activations, gptq, grids, hessian, solver
+from rotlib.quantization import activations, fp4, gptq, grids, hessian, quantized, solver
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
 from rotlib.rotations.rotation import Rotation, times
 from rotlib.study import recipe
@@ -326,12 +326,12 @@ def _grids() -> dict:
         numbers[f"{name}, scale"] = rounded.scale
         numbers[f"{name}, dense"] = profile(rounded.dense())
     model = tiny(torch.float32)
-    stored = grids.rtn(model, grids.WeightQuant(bits=8))
+    stored = quantized.rtn(model, grids.WeightQuant(bits=8))
     numbers["model"] = profile(torch.cat([weight.scale.flatten() for weight in stored.values()]))
-    put_back = grids.restore(tiny(torch.float32), stored)
+    put_back = quantized.restore(tiny(torch.float32), stored)
     numbers["put back"] = profile(adapt(put_back).linears(1)["down"].weight)
-    stored = grids.rtn(tiny(torch.float32), grids.WeightQuant(bits=8, convention="full"))
-    put_back = grids.restore(tiny(torch.float32), stored)
+    stored = quantized.rtn(tiny(torch.float32), grids.WeightQuant(bits=8, convention="full"))
+    put_back = quantized.restore(tiny(torch.float32), stored)
     numbers["full, put back"] = profile(adapt(put_back).linears(1)["down"].weight)
     return numbers
 
@@ -339,18 +339,18 @@ def _grids() -> dict:
 @canary(
     "4-bit floats",
     choices=grids.GRIDS[:3],
-    groups=grids.FP4,
-    halves=grids.HALVES,
-    largest=grids.FP4_LARGEST,
-    room=grids.E4M3_ROOM,
-    scales=str(grids.E4M3),
+    groups=fp4.FP4,
+    halves=fp4.HALVES,
+    largest=fp4.FP4_LARGEST,
+    room=fp4.E4M3_ROOM,
+    scales=str(fp4.E4M3),
     tolerance=5e-3,
 )
 def _floats() -> dict:
     W = noise(6, 96).pow(3)
     W[5] = 0
     numbers = {}
-    for grid in grids.FP4:
+    for grid in fp4.FP4:
         for clip_search in (True, False):
             quant = grids.WeightQuant(grid=grid, clip_search=clip_search)
             rounded = grids.round_to_nearest(W, quant)
@@ -481,7 +481,7 @@ def _tuning() -> dict:
         model = tiny(torch.float32)
         ids = token_windows(4, 24)
         seen = Reference(model, ids)
-        grids.rtn(model, grids.WeightQuant(bits=3, group_size=group_size, convention="full"))
+        quantized.rtn(model, grids.WeightQuant(bits=3, group_size=group_size, convention="full"))
         found = tuning.tune(model, seen, steps=3, held_out=2)
         numbers[f"{name}, kl"] = found.kl
         numbers[f"{name}, held out"] = [float(kl) for kl in found.held_out.values()]

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from rotlib.models.zoo import PACKAGED, gguf_of
 from rotlib.quantization.activations import FULL
-from rotlib.quantization.grids import FP4
+from rotlib.quantization.fp4 import FP4
 from rotlib.study.files import spec_hash
 from rotlib.study.recipe import Recipe
 from rotlib.study.store import Result

@@ -18,7 +18,8 @@ from rotlib.checkpoints.write import FORMATS, check_dtype, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.families import weights_sample
 from rotlib.models.zoo import load_tokenizer, source_of
-from rotlib.quantization.grids import FP4, GRIDS
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.grids import GRIDS
 from rotlib.study import memory
 from rotlib.study.card import model_card
 from rotlib.study.files import local_path, spec_hash

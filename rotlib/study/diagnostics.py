@@ -20,7 +20,8 @@ from rotlib.models.families import adapt
 from rotlib.models.text import fingerprint
 from rotlib.models.zoo import pick_device
 from rotlib.quantization.activations import quantized_activations
-from rotlib.quantization.grids import FP4, check_quantizable
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.quantized import check_quantizable
 from rotlib.rotations.fuse import fuse
 from rotlib.rotations.online import check_online, load
 from rotlib.rotations.rotation import Rotation, placed_weights

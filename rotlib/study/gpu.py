@@ -36,7 +36,8 @@ from rotlib.models.walk import norms_in_model_dtype
 from rotlib.models.zoo import pick_device
 from rotlib.precision import float32_everywhere
 from rotlib.quantization.gptq import gptq
-from rotlib.quantization.grids import WeightQuant, rtn
+from rotlib.quantization.grids import WeightQuant
+from rotlib.quantization.quantized import rtn
 from rotlib.quantization.solver import Solver
 from rotlib.rotations.drawn import hadamard_rotation
 from rotlib.rotations.fuse import fuse

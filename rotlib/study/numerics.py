@@ -20,7 +20,7 @@ import torch
 
 from rotlib.models.text import CORPORA, text_content
 from rotlib.quantization.activations import ActivationQuant
-from rotlib.quantization.grids import FP4
+from rotlib.quantization.fp4 import FP4
 from rotlib.study import own
 from rotlib.study.files import PINNED, spec_hash
 from rotlib.study.recipe import OWN, SHIPPED, THROUGH_NETWORK, Recipe

@@ -36,7 +36,7 @@ from rotlib.quantization.activations import (
     quantized_activations,
 )
 from rotlib.quantization.gptq import gptq
-from rotlib.quantization.grids import check_quantizable, restore, rtn
+from rotlib.quantization.quantized import check_quantizable, restore, rtn
 from rotlib.rotations.drawn import DRAWN, gsr_rotation
 from rotlib.rotations.fuse import fuse
 from rotlib.rotations.online import check_online, load

@@ -13,7 +13,8 @@ from rotlib.learning.network import PRESETS
 from rotlib.learning.optrot_plus import FORMS
 from rotlib.models.text import check_text
 from rotlib.quantization.activations import FULL, PROTOCOLS, ActivationQuant
-from rotlib.quantization.grids import FP4, GRIDS, WeightQuant
+from rotlib.quantization.fp4 import FP4
+from rotlib.quantization.grids import GRIDS, WeightQuant
 from rotlib.rotations.drawn import DRAWN, R1_ORDERS
 from rotlib.rotations.rotation import Rotation
 

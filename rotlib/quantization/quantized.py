@@ -1,0 +1,235 @@
+"""Quantized weights in a model: rounded to nearest (RTN), put back, and checked."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rotlib.checks import shown
+from rotlib.models.families import READERS, Family, adapt, is_quantized, mark
+from rotlib.models.sound import check_sound
+from rotlib.quantization.fp4 import E4M3, FP4
+from rotlib.quantization.grids import GRIDS, QuantizedWeight, WeightQuant, round_to_nearest
+from rotlib.rotations.rotation import check_sizes, placed_weights
+
+_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight]:
+    """Round every linear of every decoder layer to its nearest grid point, in place.
+
+    Returns what was stored, by names such as "layers.0.q". Raises like `check_quantizable`.
+
+    >>> weights = rtn(model, WeightQuant(bits=4))
+    >>> weights["layers.1.down"].codes.shape == model.model.layers[1].mlp.down_proj.weight.shape
+    True
+    """
+    family = adapt(model)
+    check_quantizable(family, quant)
+    # marked before it is: an interrupted model is neither the original nor quantized
+    mark(model, "rotlib_quantized")
+    weights = {}
+    for layer in tqdm(range(len(family.layers)), desc="RTN", unit="layer"):
+        linears = family.linears(layer)
+        for sites in READERS:
+            together = {f"layers.{layer}.{site}": linears[site] for site in sites}
+            W = tall(together, family.device)
+            weights |= set_together(together, round_to_nearest(W, quant))
+    return weights
+
+
+@torch.no_grad()
+def restore(
+    model: PreTrainedModel, weights: dict[str, QuantizedWeight], quant: WeightQuant | None = None
+) -> PreTrainedModel:
+    """Put quantized weights into a model prepared as theirs was, in place.
+
+    They are what `rtn` returned, or `gptq` in its report's `weights`. Raises ValueError before
+    touching anything where they don't fit, or aren't on the grid `quant` where it is given; where
+    scales or zero points aren't finite; where the model is quantized already.
+
+    >>> from copy import deepcopy
+    >>> original = deepcopy(model)
+    >>> weights = rtn(model, WeightQuant(bits=4))
+    >>> torch.equal(restore(original, weights)(tokens).logits, model(tokens).logits)
+    True
+    """
+    family = adapt(model)
+    if is_quantized(model):
+        raise ValueError(
+            "this model is already quantized: load the original again and prepare it as theirs was"
+        )
+    if not isinstance(weights, dict):
+        raise ValueError(
+            "quantized weights come as a dictionary, such as report.weights, "
+            f"not as a {type(weights).__name__}"
+        )
+    linears = {placed.name: placed.module for placed in placed_weights(family, quantized_only=True)}
+    for name in linears.keys() | weights.keys():
+        if name not in linears or not fits(weights.get(name), linears[name].weight):
+            raise ValueError(
+                f"these quantized weights belong to another model: {name} doesn't fit, or is no "
+                "rl.QuantizedWeight"
+            )
+    if quant is not None and not isinstance(quant, WeightQuant):
+        raise ValueError(f"quant must be a WeightQuant or None, not {shown(quant)}")
+    for name, weight in weights.items():
+        check_on_grid(name, weight, quant, model.dtype)
+    mark(model, "rotlib_quantized")
+    for name, weight in weights.items():
+        set_weight(linears[name], weight)
+    return model
+
+
+def codes_of(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
+    """The codes of every quantized weight, by names such as "layers.0.q".
+
+    Raises ValueError where one has none, or another weight by now than its codes stand for.
+    """
+    weights = {}
+    for placed in placed_weights(adapt(model), quantized_only=True):
+        weights[placed.name] = getattr(placed.module, "quantized", None)
+        if not isinstance(weights[placed.name], QuantizedWeight):
+            raise ValueError(
+                f"{placed.name} has no codes: quantize the model with rl.gptq or rl.rtn first, "
+                "or export it as 'fused'"
+            )
+        check_on_grid(placed.name, weights[placed.name])
+        if not _stands_for(weights[placed.name], placed.module.weight):
+            raise ValueError(
+                f"the weight of {placed.name} was changed since it was quantized, so its codes "
+                "aren't its own: load the original again and quantize it"
+            )
+    return weights
+
+
+def check_quantizable(family: Family, quant: WeightQuant) -> None:
+    """Raises ValueError where a model's weights can't be quantized so.
+
+    It is quantized already, the groups don't divide a width, or its weights aren't finite.
+    """
+    if not isinstance(quant, WeightQuant):
+        raise ValueError(
+            f"quant must be a WeightQuant such as WeightQuant(bits=4), not {shown(quant)}"
+        )
+    if is_quantized(family.model):
+        raise ValueError(
+            "this model is already quantized: load the original again and quantize it once"
+        )
+    for name, linear in family.linears(0).items():
+        quant.check_width(linear.in_features, f"{name}_proj")
+    check_sound(family.model)
+    check_sizes(family, 1e-30, 1e30, "grids are computed with (float32)")
+
+
+def check_on_grid(
+    name: str,
+    weight: QuantizedWeight,
+    quant: WeightQuant | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Raises ValueError for codes outside their grid, or a scale that no weight has.
+
+    Without `quant` every code that their type holds is allowed. The weight is for a model of
+    `dtype`.
+    """
+    codes, scale, zero = weight
+    if not all(part.layout == torch.strided and not part.is_meta for part in weight):
+        raise ValueError(f"the quantized weight {name} holds no values: it is meta or sparse")
+    if not all(part.dtype in _SCALES for part in (scale, zero)):
+        raise ValueError(
+            f"the quantized weight {name} has scales of {scale.dtype} and zero points of "
+            f"{zero.dtype}: both must be of a floating-point type"
+        )
+    whole = (
+        (zero == zero.round()) & (zero >= 0) & (zero <= (255 if codes.dtype == torch.uint8 else 0))
+    )
+    floats = codes.dtype == E4M3
+    # the farthest code that a type holds is 255 steps away
+    largest = torch.finfo(dtype).max / 256
+    usable = torch.isfinite(scale) & (scale != 0) & (scale.abs() < largest) & whole
+    if codes.dtype not in (torch.int8, torch.uint8, E4M3) or not usable.all():
+        raise ValueError(
+            f"the quantized weight {name} is damaged: its codes must be int8, uint8 or 4-bit "
+            f"floats, its scales not zero and within {dtype}, its zero points whole (0 where codes "
+            "have a sign)"
+        )
+    values = codes.float() if floats else codes
+    if floats and not _all_fp4(weight):
+        raise ValueError(
+            f"the quantized weight {name} is damaged: its codes must be 4-bit floats (E2M1) in "
+            "groups of 16 or 32, its scales numbers that NVFP4 or MXFP4 has"
+        )
+    if quant is not None:
+        low, high = quant.codes
+        inside = low <= values.min() and values.max() <= high
+        groups = codes.shape[1] // (quant.group_size or codes.shape[1])
+        if codes.dtype != quant.storage or not inside or scale.shape[1] != groups:
+            raise ValueError(
+                f"the quantized weight {name} has codes outside {low} … {high}, or other groups: "
+                "it is damaged, or of another grid"
+            )
+
+
+def fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
+    """Whether these are a quantized weight's parts, of the shapes that this weight asks for."""
+    if not isinstance(weight, QuantizedWeight):
+        return False
+    if not all(isinstance(part, Tensor) for part in weight) or weight.codes.shape != shape_of.shape:
+        return False
+    if weight.scale.ndim != 2 or weight.scale.shape != weight.zero.shape:
+        return False
+    rows, groups = weight.scale.shape
+    return rows == len(shape_of) and groups > 0 and shape_of.shape[1] % groups == 0
+
+
+def grid_of(weight: QuantizedWeight) -> str:
+    """Which of `GRIDS` a weight is on, by its codes' type and its groups."""
+    group = weight.codes.shape[1] // weight.scale.shape[1]
+    floats = weight.codes.dtype == E4M3
+    return next((grid for grid, of in FP4.items() if floats and of == group), GRIDS[0])
+
+
+def tall(linears: dict[str, nn.Linear], device: torch.device) -> Float[Tensor, "out in"]:
+    """The weights that read one input as a single matrix, which has one unit."""
+    return torch.cat([linear.weight.to(device).float() for linear in linears.values()])
+
+
+def set_together(
+    linears: dict[str, nn.Linear], weight: QuantizedWeight
+) -> dict[str, QuantizedWeight]:
+    """Give each its rows of the matrix that `tall` made of them, by their names."""
+    sizes = [linear.out_features for linear in linears.values()]
+    parts = zip(*(part.split(sizes) for part in weight), strict=True)
+    return {
+        name: set_weight(linear, QuantizedWeight(*part))
+        for (name, linear), part in zip(linears.items(), parts, strict=True)
+    }
+
+
+def set_weight(linear: nn.Linear, weight: QuantizedWeight) -> QuantizedWeight:
+    """Give a linear the weight that its codes stand for, and the codes, kept on the host."""
+    linear.weight.copy_(weight.dense())
+    linear.quantized = QuantizedWeight(*(part.cpu() for part in weight))
+    return linear.quantized
+
+
+def _stands_for(codes: QuantizedWeight, weight: Tensor) -> bool:
+    """Whether a weight is what its codes stand for, in its own dtype or rounded to 16 bits once."""
+    dense, weight = codes.dense(), weight.to(codes.codes.device)
+    return dense.shape == weight.shape and any(
+        torch.equal(dense.to(dtype).to(weight.dtype), weight)
+        for dtype in (weight.dtype, torch.bfloat16, torch.float16)
+    )
+
+
+def _all_fp4(weight: QuantizedWeight) -> bool:
+    """Whether these are E2M1's floats, with scales of NVFP4 or MXFP4."""
+    if (grid := grid_of(weight)) not in FP4 or not (weight.scale > 0).all():
+        return False
+    quant, codes = WeightQuant(grid=grid), weight.codes.float()
+    scale = weight.scale / quant.unit_of(weight.scale)
+    nearest = quant.nearest_(codes.clone()), quant.held(scale)
+    return torch.equal(nearest[0], codes) and torch.equal(nearest[1], scale)
