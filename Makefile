@@ -1,4 +1,4 @@
-# make reproduce · quick · figures · test · test-fast · test-lab · lab · gpu · gpu-bundle · setup · notebooks · numerics · lint · lock
+# make reproduce · quick · figures · test · test-fast · test-lab · site · test-site · lab · gpu · gpu-bundle · setup · notebooks · numerics · lint · lock
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c '' 2>/dev/null && command -v $$p && break; done)
 VENV := .venv
@@ -15,7 +15,7 @@ UV := uv==0.13.9
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: setup model reproduce quick figures test test-fast test-lab lab gpu gpu-bundle notebooks numerics lint lock
+.PHONY: setup model reproduce quick figures test test-fast test-lab site test-site lab gpu gpu-bundle notebooks numerics lint lock
 setup: $(READY)
 
 # The stamp is written last, so an interrupted set-up starts again. uv installs the lock in a tenth of
@@ -66,6 +66,19 @@ test-lab: model
 	$(PIP) playwright==1.65.2
 	$(BIN)/pytest tests/lab.py
 
+# the pages that a visitor sees, in build/site: nothing is run
+SITE_LOCK := docs/site/requirements.lock
+site: $(READY)
+	$(BIN)/uv pip install --no-config --quiet --python $(BIN)/python --require-hashes --no-deps \
+		-r $(SITE_LOCK) || $(PIP) --require-hashes --no-deps -r $(SITE_LOCK)
+	rm -rf build/site
+	$(BIN)/sphinx-build -q -W --keep-going -c docs/site . build/site
+
+# every page looked at in Chromium; outside CI, needs Debian's chromium
+test-site: site
+	$(PIP) playwright==1.65.2
+	$(BIN)/pytest tests/pages.py
+
 # what a machine with a GPU does first; a second call goes on
 gpu: model
 	$(BIN)/python -m rotlib.study.gpu --minutes 9 --out results/local/gpu
@@ -88,9 +101,13 @@ lint: $(READY)
 numerics: $(READY)
 	$(BIN)/python -m rotlib.study.renew --reason "$(REASON)"
 
-# the pins that pyproject.toml asks for beside those that are there; LOCK=-U resolves all anew
+# the pins that pyproject.toml and the site ask for beside those that are there; LOCK=-U resolves
+# all anew
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet $(UV)
 	.venv-lock/bin/uv pip compile pyproject.toml -o requirements.lock --quiet $(LOCK)
+	.venv-lock/bin/uv pip compile docs/site/requirements.in -o $(SITE_LOCK) --quiet $(LOCK) \
+		-c requirements.lock --no-config --universal --generate-hashes --python-version 3.11.5 \
+		--no-annotate --no-header
 	rm -rf .venv-lock

@@ -1,14 +1,20 @@
 """The Python of the README and of the pages runs as it stands there, on a tiny model; numbers that
-a notebook quotes are among those that it shows.
+a notebook quotes are among those that it shows; a claim's page says how to run it again.
 """
 
+import importlib.util
 import json
 import re
+import shlex
+from dataclasses import replace
 
 import pytest
 from conftest import save_tiny_model
 
 from rotlib.disk import ROOT
+from rotlib.study import sweep
+from rotlib.study.claims import claims
+from rotlib.study.sweep_file import read_sweep
 
 pytestmark = pytest.mark.slow
 # own_rotation.md's example is a file in test_own.py
@@ -70,3 +76,15 @@ def _shown(cell):
     kinds = [one.get(kind, []) for one in data for kind in ("text/plain", "text/markdown")]
     printed = [output.get("text", []) for output in cell["outputs"]]
     return " ".join("".join(part) for part in (cell["source"], *kinds, *printed))
+
+
+def test_the_command_on_a_claims_page_runs_its_recipe_with_the_studys_seeds_and_no_other():
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "site" / "pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    for claim in claims(pages.MODEL):
+        for recipe in (claim.better, claim.worse):
+            _, _, _, path, *filters = shlex.split(pages.command_for(recipe))
+            chosen = sweep._chosen(read_sweep(ROOT / path), filters[1::2])
+            assert {replace(one, seed=0) for one in chosen} == {recipe}
+            assert {one.seed for one in chosen} >= {0, 1, 2}
