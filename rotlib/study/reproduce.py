@@ -5,6 +5,10 @@ scale is configs/<scale>.yaml: for each notebook the parameters that differ from
 which are the smoke scale. Executed copies go to results/local/notebooks, figures to figures/, what
 they are drawn from to results/local/figures. Finished runs are read from the store, so the same
 command after an interruption goes on where it stopped.
+
+``--model A --model B --seeds 0 1 2`` does that for each of these models. Executed copies and
+figures go to results/local/notebooks/<scale>/<model>, and index.md beside them has every model's
+verdicts.
 """
 
 import argparse
@@ -16,11 +20,13 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 from traitlets.config import Config
 
-from rotlib.disk import ROOT, write_atomically
-from rotlib.study import store
+from rotlib.disk import ROOT, write_atomically, write_text
+from rotlib.models.zoo import resolve
+from rotlib.study import claims, store
 from rotlib.study.files import results_folder
 from rotlib.study.notebook import check_type
 from rotlib.study.tables import arms, markdown, provenance
@@ -44,14 +50,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--in-place", action="store_true", help="store the outputs in notebooks/, ready to commit"
     )
+    parser.add_argument("--model", action="append", default=[], help="of this; may be repeated")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of the models that --model names")
     options = parser.parse_args(arguments)
+    if options.in_place and options.model:
+        parser.error("--in-place is of the packaged model's notebooks: leave --model out")
+    if options.seeds and not options.model:
+        parser.error("--seeds are of the models that --model names")
     try:
         plan = make_plan(options.scale, options.only)
+        batch = [(model, plan_for(model, plan, options.seeds)) for model in options.model]
+        places = folders_for(options.model)
     except ValueError as error:
         parser.error(str(error))
     scale = options.scale + "-in-place" * options.in_place
     copies = results_folder() / "local" / "notebooks" / scale
     progress = {"desc": f"{options.scale} scale", "unit": "notebook", "disable": False}
+    if batch:
+        failures = _run_batch(batch, copies, places, progress)
+        print(f"verdicts, and links to every notebook: {copies / 'index.md'}")
+        sys.exit(1 if failures else 0)
     for path, parameters in tqdm(plan, **progress):
         execute(path, copies / path.name, parameters, options.in_place)
     if not options.in_place:
@@ -91,6 +109,73 @@ def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dic
         for name, path in notebooks.items()
         if not only or name in only
     ]
+
+
+def _run_batch(
+    batch: list[tuple[str, list]], copies: Path, places: dict[str, str], progress: dict
+) -> dict[tuple[str, Path], str]:
+    """Run every model's notebooks; returns which failed, and why."""
+    tasks = [(model, *task) for model, plan in batch for task in plan]
+    failures = {}
+    for model, path, parameters in tqdm(tasks, **progress):
+        place = copies / places[model]
+        os.environ["ROTLIB_FIGURES"] = str(place / "figures")
+        try:
+            execute(path, place / path.name, parameters, False)
+        except PapermillExecutionError as error:  # other notebooks needn't suffer for it
+            failures[model, path] = f"{error.ename}: {error.evalue}"
+        write_text(copies / "index.md", index(batch, places, failures))
+    return failures
+
+
+def plan_for(model: str, plan: list[tuple[Path, dict]], seeds: list[int] | None) -> list:
+    """The same notebooks of another model, and of these seeds where a notebook has some.
+
+    Raises ValueError for a model that there isn't, and for seeds that aren't any.
+    """
+    resolve(model)
+    its_own = {"model": model} | ({"seeds": seeds} if seeds else {})
+    for name, value in its_own.items():
+        check_type(name, value)
+    declared = {path: papermill.inspect_notebook(str(path)) for path, _ in plan}
+    return [
+        (path, given | {name: its_own[name] for name in its_own if name in declared[path]})
+        for path, given in plan
+    ]
+
+
+def folders_for(models: list[str]) -> dict[str, str]:
+    """A folder's name for each model.
+
+    Raises ValueError where two have the same.
+
+    >>> folders_for(["Qwen/Qwen3-0.6B", "/models/mine"])
+    {'Qwen/Qwen3-0.6B': 'Qwen-Qwen3-0.6B', '/models/mine': 'models-mine'}
+    """
+    named = {model: re.sub(r"[^\w.]+", "-", model).strip("-.") for model in models}
+    if len({*named.values()}) < len(models):
+        raise ValueError(f"--model names one model twice, or two alike: {' '.join(models)}")
+    return named
+
+
+def index(
+    batch: list[tuple[str, list]], places: dict[str, str], failures: dict[tuple[str, Path], str]
+) -> str:
+    """Every model's verdicts as Markdown, with links to its executed notebooks."""
+    text = "# Verdicts by model\n"
+    for model, plan in batch:
+        settings = {path.stem: given for path, given in plan}.get("90_report", {})
+        found, _ = claims.verdicts(model, settings.get("settings"))
+        counts = found.verdict.value_counts()
+        text += f"\n## {model}\n\n{', '.join(f'{n} {name}' for name, n in counts.items())}\n\n"
+        for path, _ in plan:
+            failed = failures.get((model, path))
+            text += f"- [{path.stem}]({places[model]}/{path.name})" + f": {failed}" * bool(failed)
+            text += "\n"
+        judged = found[found.verdict != "not run"].drop(columns=["model"])
+        if len(judged):
+            text += f"\n{judged.to_markdown(index=False, floatfmt='.3f')}\n"
+    return text
 
 
 def _read_scale(config: Path) -> dict[str, dict]:
