@@ -1,6 +1,8 @@
 """A GGUF file is a model: its weights, and its tokenizer as the file names its cut."""
 
+import struct
 from copy import deepcopy
+from math import inf
 
 import gguf
 import numpy as np
@@ -137,6 +139,10 @@ def test_a_file_that_would_be_misread_is_refused_in_one_sentence(file):
         ("qwen2.attention.head_count", 0),
         ("qwen2.block_count", 3),
         ("qwen2.attention.head_count_kv", 4),
+        ("qwen2.attention.head_count_kv", 0),
+        ("qwen2.attention.layer_norm_rms_epsilon", inf),
+        ("qwen2.rope.freq_base", inf),
+        ("qwen2.block_count", 1000),
         ("split.count", 2),
         ("tokenizer.ggml.bos_token_id", 5000),
     ],
@@ -145,6 +151,20 @@ def test_a_key_that_changes_what_is_computed_is_not_passed_over(file, name, valu
     path, *_ = file()
     with pytest.raises(ValueError, match=r"its key|has no tensor|its tensor|one part of"):
         rl.load(rewritten(path, {name: value}))
+
+
+def test_a_tensor_that_lies_in_another_ones_place_is_not_read(file):
+    path, *_ = file()
+    whole, name = path.read_bytes(), b"blk.0.ffn_up.weight"
+    info = whole.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    offset = info + 8 + 8 * struct.unpack("<I", whole[info : info + 4])[0]  # behind sizes and type
+    for elsewhere in (0, 1):
+        path.write_bytes(whole[:offset] + struct.pack("<Q", elsewhere) + whole[offset + 8 :])
+        with pytest.raises(ValueError, match="doesn't begin where the one before it ends"):
+            rl.load(str(path))
+    path.write_bytes(whole + bytes(64))
+    with pytest.raises(ValueError, match="goes on behind its last tensor"):
+        rl.load(str(path))
 
 
 def test_an_architecture_that_is_not_known_is_refused_by_its_name(file, monkeypatch):

@@ -32,7 +32,7 @@ NOT_NUMBERS = {
         "_ONE",
     ),
     *("_SENTENCE_END", "_SENTENCE", "_LAST_WORD", "_SIX", "_EIGHT", "FULL", "METHODS", "SITES"),
-    *("TOKENS_PER_INPUT", "_INDICES", "_SIGNS", "_SCALES", "_DAMAGE", "_R2"),
+    *("TOKENS_PER_INPUT", "_INDICES", "_SIGNS", "_SCALES", "_DAMAGE", "_R2", "UNIT_SPAN"),
 }
 
 

@@ -70,3 +70,13 @@ def test_a_mistyped_option_is_refused_at_once(command, options, message, capsys)
         peers.main([*command, *options])
     assert message in capsys.readouterr().err
     assert not Path(command[3]).exists()
+
+
+@pytest.mark.parametrize("held", ['{"recipe": {"bits": 3}, "threads": 64, "lines": []}', "[]", "é"])
+def test_a_file_of_something_else_is_not_replaced(command, held, capsys):
+    Path(command[3]).write_text(held, encoding="utf-16" if held == "é" else "utf-8")
+    before = Path(command[3]).read_bytes()
+    with pytest.raises(SystemExit):
+        peers.main([*command, "--peers"])
+    assert "holds something else than a bench of this recipe" in capsys.readouterr().err
+    assert Path(command[3]).read_bytes() == before

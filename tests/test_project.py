@@ -6,12 +6,15 @@ import ast
 import re
 import runpy
 import tomllib
+from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 import yaml
+from conftest import save_tiny_model
 from packaging.requirements import Requirement
+from papermill.exceptions import PapermillExecutionError
 
 from rotlib.disk import ROOT
 from rotlib.models.zoo import PACKAGED
@@ -163,6 +166,11 @@ def test_a_notebook_keeps_its_contract(path):
     [
         (["lapto"], "unknown scale 'lapto': choose one of laptop, paper, smoke, study"),
         (["laptop", "--only", "03_optrot"], "unknown notebook '03_optrot'"),
+        (["smoke", "--model", "no/where"], "no/where"),
+        (["smoke", "--seeds", "1"], "--seeds are of the models that --model names"),
+        (["smoke", "--model", "smollm2-135m", "--in-place"], "leave --model out"),
+        (["smoke", *["--model", "smollm2-135m"] * 2], "names one model twice"),
+        (["smoke", "--model", "smollm2-135m", "--seeds", "1", "1"], "names a seed twice"),
     ],
 )
 def test_a_mistyped_scale_or_notebook_is_refused_before_anything_runs(call, message, capsys):
@@ -170,6 +178,36 @@ def test_a_mistyped_scale_or_notebook_is_refused_before_anything_runs(call, mess
         reproduce.main(call)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_several_models_leave_a_folder_each_and_an_index_of_verdicts(tmp_path, monkeypatch):
+    """A notebook that fails for one model is said there, and the other's runs."""
+    models = {"plain": str(tmp_path / "plain"), "odd": str(tmp_path / "odd")}
+    for folder in models.values():
+        save_tiny_model(Path(folder))
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("ROTLIB_FIGURES", str(tmp_path / "figures"))
+    ran = []
+
+    def execute(path, target, parameters, in_place):
+        ran.append((path.stem, parameters))
+        if parameters["model"] == models["odd"]:
+            raise PapermillExecutionError(0, 1, "", "ValueError", "it can't be", [])
+
+    monkeypatch.setattr(reproduce, "execute", execute)
+    options = [part for model in models.values() for part in ("--model", model)]
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main(["laptop", "--only", "03_optrot_w4", "90_report", *options, "--seeds", "4"])
+    assert ended.value.code == 1
+    assert [name for name, _ in ran] == ["03_optrot_w4", "90_report"] * 2
+    assert ran[0][1] == {"seeds": [4], "model": models["plain"]}
+    assert ran[1][1] == {"model": models["plain"]}
+    (index,) = (tmp_path / "results").rglob("index.md")
+    text = index.read_text()
+    place = reproduce.folders_for([models["plain"]])[models["plain"]]
+    assert f"- [03_optrot_w4]({place}/03_optrot_w4.ipynb)\n" in text
+    assert text.count("ValueError: it can't be") == 2
+    assert text.count("27 not run") == 2
 
 
 def test_a_scale_cannot_name_a_parameter_that_a_notebook_lacks(tmp_path, monkeypatch):

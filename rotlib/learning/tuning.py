@@ -127,6 +127,9 @@ def tune(
     windows = _order(len(reference.windows) - held_out, steps)
     of = [weights_sample(model), fingerprint(reference.windows), steps, lr, held_out]
     before = None if kept is None else deepcopy(kept.get())
+    parts = {"of", "seconds", "best", "kl", "held_out", "leaves", "adam"}
+    if before and not (isinstance(before, dict) and parts <= before.keys()):
+        raise ValueError("kept.get must return None, or what kept.put was given")
     if before and before["of"] == of:
         tuning.kl, tuning.held_out = before["kl"], before["held_out"]
         tuning.seconds = before["seconds"]

@@ -209,6 +209,7 @@ def adapt(model: PreTrainedModel) -> Family:
                 raise ValueError(_refusal(model, stranger, reason))
             _check_one_meaning(model)
             _check_shapes(found := family(model))
+            _check_code(model)
             return found
     if norm := _POST_NORM.get(model_type):
         path = next(name for name, _ in model.named_modules() if name.endswith(f"layers.0.{norm}"))
@@ -221,12 +222,28 @@ def adapt(model: PreTrainedModel) -> Family:
     raise ValueError(_refusal(model, "model.layers.0.input_layernorm", reason))
 
 
+def _check_code(model: PreTrainedModel) -> None:
+    """Raises ValueError for a module whose class computes something that nobody here has read."""
+    for name, module in model.named_modules():
+        forward = type(module).forward
+        if not str(forward.__module__).startswith(("transformers.", "torch.", "rotlib.")):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__} with a forward of its own, "
+                f"{forward.__qualname__}, that isn't transformers': load the original model"
+            )
+
+
 def _check_one_meaning(model: PreTrainedModel) -> None:
     """Raises ValueError for a model that computes something else than its weights say.
 
     Parts of it are shared, or of a class with a state of its own, or its config asks for online
-    rotations that aren't at work.
+    rotations that aren't at work, or it was copied while its activations were being rounded.
     """
+    if getattr(model, "rotlib_rounding", id(model)) != id(model):
+        raise ValueError(
+            "this model was copied inside quantized_activations, so nothing stops its rounding: "
+            "copy it outside"
+        )
     ends = {"model.embed_tokens.weight", "lm_head.weight"}  # these may be one
     for one, other in pairwise(sorted(_places(model))):
         same = one[:3] == other[:3] and {one.name, other.name} == ends
@@ -258,6 +275,8 @@ class _Place(NamedTuple):
 
 def _places(model: PreTrainedModel) -> Iterator[_Place]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.layout != torch.strided:
+            raise ValueError(f"{name} is sparse: make it dense first (to_dense)")
         # an outline holds no numbers: there the parameter itself tells
         storage = parameter.untyped_storage().data_ptr() or id(parameter)
         begin = parameter.storage_offset() * parameter.itemsize
@@ -357,12 +376,21 @@ def is_quantized(model: PreTrainedModel) -> bool:
 
 
 def mark(model: PreTrainedModel, name: str) -> None:
-    """Mark a model in a config of its own: another model may share the object."""
+    """Mark a model that is about to be changed, in a config of its own: others may share that one.
+
+    Until `finished` is called it is neither the original nor changed, which `check_sound` refuses.
+    """
     shared, own = model.config, deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
     setattr(own, name, True)
+    model.rotlib_unfinished = True
+
+
+def finished(model: PreTrainedModel) -> None:
+    """What was begun when the model was marked is done."""
+    del model.rotlib_unfinished
 
 
 def weights_sample(model: PreTrainedModel) -> str:

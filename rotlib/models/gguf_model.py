@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 
 import gguf
@@ -36,11 +37,11 @@ _NEEDED = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length"),
     *("attention.head_count", "attention.layer_norm_rms_epsilon"),
 )
-_KNOWN = {
-    *_NEEDED,
+_NUMBERS = (
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"),
-    *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "attention.causal"),
-}
+    *("rope.dimension_count", "rope.freq_base"),
+)
+_KNOWN = {*_NEEDED, *_NUMBERS, "rope.scaling.type", "attention.causal"}
 # the files of an unpacked folder
 _WHOLE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 PLAIN, SPLIT, DIGITS = "ByteLevel, by its own rule", "ByteLevel", "Digits"
@@ -112,7 +113,11 @@ def _cut_in(tokenizer: PreTrainedTokenizerBase) -> dict:
 
 
 def read(file: Path) -> gguf.GGUFReader:
-    """The file's keys and tensors; raises ValueError where one lies beyond the file's end."""
+    """The file's keys and tensors.
+
+    Raises ValueError where a tensor lies elsewhere than behind the one before it, or beyond the
+    file's end.
+    """
     try:
         reader = gguf.GGUFReader(file)
     except Exception as error:  # whatever bytes make numpy or gguf raise
@@ -131,7 +136,22 @@ def read(file: Path) -> gguf.GGUFReader:
             ) from None
         except ValueError:
             pass  # a type of plain numbers takes no bytes
+    _check_places(reader, file.stat().st_size)
     return reader
+
+
+def _check_places(reader: gguf.GGUFReader, size: int) -> None:
+    """Raises ValueError unless the tensors fill the file, one behind the other."""
+    end = reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+        if tensor.data_offset != end:
+            raise ValueError(
+                f"the tensor {tensor.name} doesn't begin where the one before it ends: the file's "
+                "header is damaged; download it again"
+            )
+        end += -(-int(tensor.n_bytes) // reader.alignment) * reader.alignment
+    if size >= end + reader.alignment:
+        raise ValueError("the file goes on behind its last tensor: download it again")
 
 
 def _check_keys(reader: gguf.GGUFReader) -> str:
@@ -154,9 +174,16 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
         for name, value in keys.items()
         if name.startswith(f"{architecture}.")
     }
-    for name in _NEEDED:
-        if isinstance(own.get(name), bool | str | list | None) or not own[name] > 0:
+    for name in {*_NEEDED, *(own.keys() & {*_NUMBERS})}:
+        number = own.get(name)
+        if isinstance(number, bool | str | list | None) or not 0 < number < inf:
             raise ValueError(f"its key {architecture}.{name} is missing, or no number above zero")
+    blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name[:4] == "blk."}
+    if len(blocks) != own["block_count"]:
+        raise ValueError(
+            f"its key {architecture}.block_count is {own['block_count']}, and it has tensors of "
+            f"{len(blocks)} blocks: download the file again"
+        )
     head = own.get("attention.key_length", own["embedding_length"] // own["attention.head_count"])
     wanted = {
         "rope.scaling.type": "none",

@@ -176,6 +176,10 @@ def fingerprint(tokens: Int[Tensor, "..."]) -> str:
 def _wikipedia_mini(split: str) -> str:
     if packed := _packed():
         text = packed / f"{split}.txt"
+        if not text.is_file():
+            raise ValueError(
+                f"ROTLIB_DATA is set, and there is no file {text.name} in {packed.name}"
+            )
         with _one_sentence(text):
             return text.read_text(encoding="utf-8")
     return "\n\n".join(split_articles(_articles())[split])
@@ -246,7 +250,7 @@ def _c4(split: str) -> str:
 
 
 def _data() -> str | None:
-    return os.environ.get("ROTLIB_DATA")
+    return os.environ.get("ROTLIB_DATA", "").strip() or None
 
 
 def _local(corpus: str, file: str) -> Path | None:

@@ -115,7 +115,7 @@ def quantized_activations(
     check_activations(family, quant)
     o_per_head = PROTOCOLS[quant.protocol].o_per_head and quant.grid not in FP4
     with ExitStack() as stack:
-        model.rotlib_rounding = True
+        model.rotlib_rounding = id(model)  # a copy of the model is told by it
         stack.callback(delattr, model, "rotlib_rounding")
         if quant.bits != FULL:
             grid, clip = quant.input_grid()

@@ -5,7 +5,7 @@ A weight is one of E2M1's 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives. NVFP4 h
 for 32.
 """
 
-from math import frexp
+from math import frexp, isinf
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,9 @@ FP4_LARGEST = 6.0
 E4M3 = torch.float8_e4m3fn
 # a tensor's largest weight has a scale of at most half of what E4M3 holds: GPTQ's may grow
 E4M3_ROOM = torch.finfo(E4M3).max / 2
+# how many times smaller than its neighbour's a matrix's largest weight may be, with one unit for
+# both: its scales are then E4M3's smallest normal numbers
+UNIT_SPAN = 2**12
 # the clip factors that differ where scales are powers of two
 HALVES = (1.0, 0.5, 0.25)
 
@@ -37,6 +40,8 @@ def unit_for(largest: float) -> float:
     >>> unit_for(1.0)
     0.0009765625
     """
+    if isinf(largest):
+        return largest  # what is divided by it becomes NaN, and isn't made finite
     return 2.0 ** frexp(largest / (FP4_LARGEST * E4M3_ROOM))[1] if largest else 1.0
 
 
@@ -56,4 +61,5 @@ def held(grid: str, scale: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """
     if grid == "nvfp4":
         return scale.clamp(max=torch.finfo(E4M3).max).to(E4M3).to(scale.dtype)
-    return torch.ldexp(torch.ones_like(scale), torch.frexp(scale * (FP4_LARGEST / 7)).exponent)
+    powers = torch.ldexp(torch.ones_like(scale), torch.frexp(scale * (FP4_LARGEST / 7)).exponent)
+    return torch.where(torch.isfinite(scale), powers, torch.nan)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import keeper, positive, share, token_ids, whole_number, yes_or_no
-from rotlib.models.families import READERS, Family, adapt, mark
+from rotlib.models.families import READERS, Family, adapt, finished, mark
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
@@ -143,6 +143,7 @@ def gptq(
             if kept is not None:
                 kept.put(layer, done)
         report.add(done)
+    finished(model)
     return report
 
 

@@ -7,9 +7,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import shown
-from rotlib.models.families import READERS, Family, adapt, is_quantized, mark
+from rotlib.models.families import READERS, Family, adapt, finished, is_quantized, mark
 from rotlib.models.sound import check_sound
-from rotlib.quantization.fp4 import E4M3, FP4
+from rotlib.quantization.fp4 import E4M3, FP4, UNIT_SPAN
 from rotlib.quantization.grids import GRIDS, QuantizedWeight, WeightQuant, round_to_nearest
 from rotlib.rotations.rotation import check_sizes, placed_weights
 
@@ -37,6 +37,7 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
             together = {f"layers.{layer}.{site}": linears[site] for site in sites}
             W = tall(together, family.device)
             weights |= set_together(together, round_to_nearest(W, quant))
+    finished(model)
     return weights
 
 
@@ -80,6 +81,7 @@ def restore(
     mark(model, "rotlib_quantized")
     for name, weight in weights.items():
         set_weight(linears[name], weight)
+    finished(model)
     return model
 
 
@@ -92,10 +94,10 @@ def codes_of(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
     for placed in placed_weights(adapt(model), quantized_only=True):
         weights[placed.name] = getattr(placed.module, "quantized", None)
         if not isinstance(weights[placed.name], QuantizedWeight):
-            raise ValueError(
-                f"{placed.name} has no codes: quantize the model with rl.gptq or rl.rtn first, "
-                "or export it as 'fused'"
-            )
+            how = "quantize the model with rl.gptq or rl.rtn first, or export it as 'fused'"
+            if is_quantized(model):
+                how = "it was saved without them; load the original again and quantize it"
+            raise ValueError(f"{placed.name} has no codes: {how}")
         check_on_grid(placed.name, weights[placed.name])
         if not _stands_for(weights[placed.name], placed.module.weight):
             raise ValueError(
@@ -122,6 +124,22 @@ def check_quantizable(family: Family, quant: WeightQuant) -> None:
         quant.check_width(linear.in_features, f"{name}_proj")
     check_sound(family.model)
     check_sizes(family, 1e-30, 1e30, "grids are computed with (float32)")
+    if quant.grid == "nvfp4":
+        _check_units(family)
+
+
+def _check_units(family: Family) -> None:
+    """Raises ValueError where weights that share NVFP4's unit are too far apart for its scales."""
+    for layer in range(len(family.layers)):
+        linears = family.linears(layer)
+        for sites in READERS:
+            size = {site: linears[site].weight.abs().max().item() for site in sites}
+            small, large = (choose(size, key=size.get) for choose in (min, max))
+            if 0 < size[small] * UNIT_SPAN < size[large]:
+                raise ValueError(
+                    f"the weights of layers.{layer}.{small} are more than {UNIT_SPAN} times "
+                    f"smaller than those of {large}, and nvfp4 has one unit for both: take mxfp4"
+                )
 
 
 def check_on_grid(

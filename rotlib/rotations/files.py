@@ -5,15 +5,16 @@ the width of the residual stream, and one of a head's width for all heads of the
 (github.com/facebookresearch/SpinQuant). They are applied as here: readers become W R, writers Rᵀ W.
 """
 
-import pickle
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from rotlib.disk import write_atomically
+from rotlib.checks import floats, shown
+from rotlib.disk import check_writable, write_atomically
 from rotlib.models.families import adapt
-from rotlib.rotations.fuse import check_rotation
+from rotlib.rotations.fuse import ORTHOGONALITY_TOLERANCE, check_rotation
+from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.rotation import Rotation, as_matrix
 
 _R2 = "model.layers.{}.self_attn.R2"
@@ -36,6 +37,8 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
         raise ValueError(
             f"SpinQuant's file holds R1 and R2, and this rotation has {beside} as well"
         )
+    _check_path(file)
+    _check_parts(rotation)
     held = {}
     if rotation.R1 is not None:
         held["R1"] = as_matrix(rotation.R1).double().cpu()
@@ -48,6 +51,34 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
         held[_R2.format(layer)] = heads[0].clone()
     write_atomically(Path(file), lambda scratch: torch.save(held, scratch))
     return Path(file)
+
+
+def _check_path(file: object) -> None:
+    if not isinstance(file, str | Path) or not Path(file).name:
+        raise ValueError(f"a rotation is kept in a file with a name, not in {shown(file)}")
+    if Path(file).is_dir():
+        raise ValueError(f"{file} is a folder: name a file in it")
+    check_writable(Path(file).parent, "name another file")
+
+
+def _check_parts(rotation: Rotation) -> None:
+    """Raises ValueError unless R1 and R2 are orthogonal matrices, of a layer and a head the latter.
+
+    Of which model they are isn't known here.
+    """
+    for name, R, shape in (
+        ("R1", rotation.R1, "n x n"),
+        ("R2", rotation.R2, "layers x heads x n x n"),
+    ):
+        if R is None or isinstance(R, BlockHadamard):
+            continue
+        dims = (2, 3) if name == "R1" else (4,)
+        if not isinstance(R, torch.Tensor) or R.ndim not in dims or R.shape[-1] != R.shape[-2]:
+            raise ValueError(f"{name} must be a tensor of {shape}, or None")
+        floats(name, R)
+    error = rotation.orthogonality_error()
+    if not error < ORTHOGONALITY_TOLERANCE:
+        raise ValueError(f"the rotation isn't orthogonal: max|R Rᵀ − I| is {error:.1e}")
 
 
 def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:
@@ -64,15 +95,21 @@ def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:
     layers = len(family.layers)
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:150]
+    except OSError as error:
+        reason = error.strerror or "it is damaged"
         raise ValueError(f"{file} isn't a file of tensors: {reason}") from error
+    except Exception as error:  # whatever bytes make torch raise
+        raise ValueError(f"{file} isn't a file of tensors as torch.save writes them") from error
     known = {"R1", *map(_R2.format, range(layers))}
     if not isinstance(held, dict) or not held or not held.keys() <= known:
         raise ValueError(
             f"{file} must hold R1 and {_R2.format(0)} to {layers - 1}, as SpinQuant's code "
             "writes them"
         )
+    if any(
+        R is None or getattr(R, "layout", torch.strided) != torch.strided for R in held.values()
+    ):
+        raise ValueError(f"{file} must hold dense tensors")
     R2 = [held[name] for name in map(_R2.format, range(layers)) if name in held]
     if len(R2) not in (0, layers):
         raise ValueError(f"{file} holds R2 of {len(R2)} layers, and this model has {layers}")

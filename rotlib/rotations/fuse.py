@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rotlib.checks import floats, shown
-from rotlib.models.families import Family, adapt, is_quantized, is_rotated, mark
+from rotlib.models.families import Family, adapt, finished, is_quantized, is_rotated, mark
 from rotlib.models.sound import check_not_rounding, check_sound, other_hooks
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.online import attach, check_online
@@ -73,6 +73,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
             norm.weight.copy_(gain)
     family.final_norm.weight.fill_(1.0)
     attach(family, rotation.online)
+    finished(model)
     return model
 
 
@@ -115,6 +116,10 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
             found = tuple(blocks * size for size in square)
         if found != shape:
             raise ValueError(f"{name} has shape {found}, but this model needs {shape}")
+    if not isinstance(rotation.history, list | tuple) or not all(
+        isinstance(value, int | float) for value in rotation.history
+    ):
+        raise ValueError(f"history must list objectives as numbers, not {shown(rotation.history)}")
     allowed = scale_shapes(family)
     if not isinstance(rotation.scales, dict):
         raise ValueError(f"scales must be a dictionary of tensors, not {shown(rotation.scales)}")

@@ -8,6 +8,7 @@ that dies is replaced, and one whose driver is gone ends.
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -147,6 +148,7 @@ def ray(
     import ray as cluster  # an engine of its own, and only needed here
 
     address = address or os.environ.get("RAY_ADDRESS")
+    _check_answers(address)
     if not cluster.is_initialized():  # workers elsewhere must find the same folders
         named = (name for name, value in os.environ.items() if name.startswith("ROTLIB_") and value)
         places = {name: str(folder_of(name, "")) for name in named}
@@ -193,6 +195,18 @@ def ray(
     finally:
         for task in running:
             cluster.cancel(task, force=True)
+
+
+def _check_answers(address: str | None) -> None:
+    """Raises NoCluster where nobody listens at host:port, which Ray would take minutes to say."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        with socket.create_connection((host, int(port)), timeout=10):
+            pass
+    except (OSError, OverflowError) as error:
+        raise NoCluster(f"nobody answers at {address}: {error}") from error
 
 
 def _unfinished(task: list[Recipe], failure: str) -> list[str | None]:

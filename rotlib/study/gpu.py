@@ -124,6 +124,8 @@ def main(arguments: list[str] | None = None) -> bool:
         device = _picked(options.device)
         out = options.out.resolve()
         out.mkdir(parents=True, exist_ok=True)
+        for phase in options.phases or PHASES:
+            _check_ours(out / f"{phase}.json")
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
@@ -138,6 +140,16 @@ def main(arguments: list[str] | None = None) -> bool:
     job = Job(device, shape, out, lambda: time.monotonic() > end)
     os.environ["ROTLIB_RESULTS"] = str(out / "results")
     return all(_done(phase, job) for phase in options.phases or PHASES)
+
+
+def _check_ours(path: Path) -> None:
+    """Raises ValueError for a file in a phase's place that no phase has written."""
+    if path.exists():
+        with suppress(OSError, ValueError):
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            if isinstance(found, dict) and {"machine", "lines", "complete"} <= found.keys():
+                return
+        raise ValueError(f"{path} holds something else than a phase's lines: name another folder")
 
 
 def _picked(name: str) -> torch.device:

@@ -29,7 +29,9 @@ class Kept:
         self._maker = [noted, str(torch.__version__), device.type, made_for, self.path.name]
 
     def read(self) -> dict | None:
-        with suppress(Exception):  # no file, or a damaged one: compute anew
+        if not self.path.is_file():  # a pipe would be waited for
+            return None
+        with suppress(Exception):  # a damaged one: compute anew
             contents = torch.load(self.path, map_location="cpu", weights_only=True)
             if contents.pop("sum") == _sum(contents) and contents["maker"] == self._maker:
                 return contents

@@ -13,13 +13,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from rotlib.disk import ROOT, write_json
+from rotlib.disk import ROOT, check_writable, write_json
 from rotlib.measure.fidelity import evaluate
 from rotlib.models.reference import Reference
 from rotlib.models.zoo import load_tokenizer
@@ -59,13 +60,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     grid = {name: getattr(options, name) for name in ("model", "window", "bits", "group_size")}
     try:
+        if options.out.is_dir():
+            raise ValueError(f"--out must name a file, and {options.out} is a folder")
+        check_writable(options.out.parent, "name another file with --out")
         recipe = Recipe(**grid)
         own = {name: Recipe.of_quality(name, **grid) for name in options.qualities}
+        here = {"recipe": recipe.spec(), "threads": torch.get_num_threads()}
+        found = here | {"lines": _kept_lines(options.out, here, [*own, *options.peers])}
         calibration_tokens(recipe)  # is there such a model?
     except ValueError as error:
         parser.error(str(error))
-    here = {"recipe": recipe.spec(), "threads": torch.get_num_threads()}
-    found = here | {"lines": _kept_lines(options.out, here, [*own, *options.peers])}
     about = {"commit": store.commit(), "torch": str(torch.__version__)}
     for name, its_recipe in own.items():
         result = run(its_recipe, "cpu")
@@ -94,12 +98,20 @@ def known(recipe: Recipe) -> list[dict]:
 
 
 def _kept_lines(out: Path, here: dict, anew: list[str]) -> list[dict]:
-    """An earlier call's lines of other tools, where it was for the same recipe and threads."""
+    """An earlier call's lines of other tools.
+
+    Raises ValueError for a file of anything else, also of another recipe or number of threads.
+    """
     if not out.is_file():
         return []
-    before = json.loads(out.read_text(encoding="utf-8"))
-    if any(before.get(name) != value for name, value in here.items()):
-        return []
+    before = None
+    with suppress(ValueError):
+        before = json.loads(out.read_text(encoding="utf-8"))
+    if not isinstance(before, dict) or before != before | here or before.keys() != {*here, "lines"}:
+        raise ValueError(
+            f"{out} holds something else than a bench of this recipe on {here['threads']} threads: "
+            "name another file with --out"
+        )
     names = {f"{_OWN}{name}" if name in QUALITIES else name for name in anew}
     return [line for line in before["lines"] if line["tool"] not in names]
 

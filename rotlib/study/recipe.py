@@ -270,6 +270,7 @@ class Recipe:
         32
         """
         one_of("quality", quality, QUALITIES)
+        one_of("grid", settings.get("grid", GRIDS[0]), GRIDS)
         made_of = dict(QUALITIES[quality])
         if not settings.get("symmetric", True) or settings.get("grid", GRIDS[0]) in FP4:
             del made_of["convention"]

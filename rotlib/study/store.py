@@ -179,6 +179,8 @@ def read(path: Path) -> Result | None:
 
     Raises ValueError, naming it, for a file that holds anything else.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file: delete it and run again")
     try:
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
         noted, file = dict(result.provenance["stages"]), result.file
@@ -215,7 +217,8 @@ def _missing(result: Result) -> list[str]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         # a broken model's may be NaN
         below = name in numbers and not value > -1e-3 and numbers["perplexity"] < inf
-        if not number or below:
+        beyond = name in others and number and (value < 0 or value == inf)
+        if not number or below or beyond:
             missing.append(f"number as its {name}")
     return missing
 

@@ -124,7 +124,7 @@ def estimate(recipe: Recipe, finished: list[store.Result], device: str = "auto")
         for result in finished
         if result.spec["task"] == "quantize"
         and settings_of(result)["model"] == recipe.model
-        and result.provenance["device"].startswith("cpu") != on_gpu
+        and str(result.provenance.get("device")).startswith("cpu") != on_gpu
         and ("tune" in result.seconds) == bool(recipe.tuning)
     ]
     if not comparable:
@@ -223,6 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         for recipe, state in todo.items():
             print(f"{state.name:9} {recipe.spec()}")
+        return 0
+    if not todo:
         return 0
     tasks = tasks_of(list(todo))
     memory_gb = [_most_memory(estimates[recipe] for recipe in task) for task in tasks]

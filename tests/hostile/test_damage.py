@@ -208,6 +208,8 @@ DAMAGE = {
         text, provenance=json.loads(text)["provenance"] | {"stages": []}
     ),
     "times that are text": lambda text: edited(text, seconds={"load": "x"}),
+    "times below zero": lambda text: edited(text, seconds={"load": -5}),
+    "times without end": lambda text: edited(text, seconds={"load": float("inf")}),
     "endless brackets": lambda text: "[" * 100_000,
     "one field more": lambda text: edited(text, comment="mine"),
 }

@@ -13,15 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 from transformers import LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import rotlib as rl
 from rotlib.checkpoints.folder import MARKER, _aside
 from rotlib.disk import folder_of
 from rotlib.models.text import text_content
 from rotlib.models.zoo import load_tokenizer
+from rotlib.quantization.activations import round_tokens
 from rotlib.quantization.gptq import Report
-from rotlib.study import numerics, sweep, tables
+from rotlib.study import gpu, numerics, store, sweep, tables
 from rotlib.study.canaries import WORDS
+from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.own import read_rotations, source_digest
 from rotlib.study.pipeline import run
 from rotlib.study.recipe import OWN, Recipe
@@ -598,3 +601,158 @@ def test_a_gguf_export_that_cannot_be_is_refused_before_the_run(tmp_path, monkey
     save_tiny_model(tmp_path / "llama")
     with refused("q reads 48 inputs, and GGUF's blocks hold 32"):
         rl.export_recipe(rl.Recipe(model=str(tmp_path / "llama")), tmp_path / "out", "gguf")
+
+
+class Doubled(LlamaForCausalLM):
+    def forward(self, *args, **settings):
+        out = super().forward(*args, **settings)
+        out.logits = 2 * out.logits
+        return out
+
+
+class Bent(LlamaMLP):
+    def forward(self, x):
+        return super().forward(x) + x.relu()
+
+
+def test_a_class_with_a_forward_of_its_own_is_neither_measured_nor_rotated(model, tokens):
+    model.__class__ = Doubled
+    with refused("the model is a Doubled with a forward of its own"):
+        rl.perplexity(model, tokens.flatten(), 32)
+    model = tiny_model(dtype=torch.float32)
+    model.model.layers[1].mlp.__class__ = Bent
+    with refused(r"model\.layers\.1\.mlp is a Bent with a forward of its own"):
+        rl.fuse(model, rl.random_rotation(tiny_model(dtype=torch.float32)))
+
+
+def test_a_copy_made_while_activations_are_rounded_is_refused(model, tokens):
+    with rl.quantized_activations(model, rl.ActivationQuant(bits=4)):
+        copy = deepcopy(model)
+    for call in (
+        lambda: rl.perplexity(copy, tokens.flatten(), 32),
+        lambda: rl.rtn(copy, rl.WeightQuant()),
+    ):
+        with refused("was copied inside quantized_activations"):
+            call()
+
+
+@pytest.mark.parametrize("change", ["rtn", "gptq", "fuse"])
+def test_a_model_left_half_changed_is_not_measured(model, tokens, change, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    changes = {
+        "rtn": lambda: rl.rtn(model, rl.WeightQuant()),
+        "gptq": lambda: rl.gptq(model, tokens, rl.WeightQuant()),
+        "fuse": lambda: rl.fuse(model, rl.random_rotation(model)),
+    }
+    where = {"rtn": "quantized.set_together", "gptq": "gptq.set_together"}
+    if change == "fuse":
+        monkeypatch.setattr("rotlib.rotations.fuse.norm_gains", interrupted)
+    else:
+        monkeypatch.setattr(f"rotlib.quantization.{where[change]}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        changes[change]()
+    with refused("was interrupted, so it is neither the original nor done"):
+        rl.perplexity(model, tokens.flatten(), 32)
+
+
+def test_weights_that_would_vanish_beside_their_neighbours_unit_are_told(model, tokens):
+    model.model.layers[1].mlp.up_proj.weight.mul_(1e-6)
+    quant = rl.WeightQuant(grid="nvfp4")
+    for call in (lambda: rl.rtn(model, quant), lambda: rl.gptq(model, tokens, quant)):
+        with refused(
+            r"the weights of layers\.1\.up are more than 4096 times smaller than those of"
+        ):
+            call()
+    rl.rtn(model, rl.WeightQuant(group_size=16))
+
+
+@pytest.mark.parametrize("grid", ["nvfp4", "mxfp4"])
+def test_infinite_activations_are_not_made_finite(grid):
+    x = torch.ones(2, 64)
+    x[1, 3] = torch.inf
+    quant, clip = rl.ActivationQuant(bits=4, grid=grid).input_grid()
+    assert not torch.isfinite(round_tokens(x, quant, clip, quant.group_size)).all()
+
+
+def test_a_model_with_a_sparse_or_a_meta_weight_is_told_by_its_name(tokens):
+    for there, says in (
+        (torch.Tensor.to_sparse, "is sparse"),
+        (to_meta, "lies on the device 'meta'"),
+    ):
+        model = tiny_model(dtype=torch.float32)
+        up = model.model.layers[1].mlp.up_proj
+        up.weight = torch.nn.Parameter(there(up.weight), requires_grad=False)
+        for call in (
+            lambda m=model: rl.perplexity(m, tokens.flatten(), 32),
+            lambda m=model: rl.rtn(m, rl.WeightQuant()),
+        ):
+            with refused(rf"model\.layers\.1\.mlp\.up_proj\.weight {says}"):
+                call()
+
+
+def to_meta(weight):
+    return weight.to("meta")
+
+
+def test_a_quantized_model_that_was_saved_without_its_codes_is_told_what_to_do(model, tmp_path):
+    rl.rtn(model, rl.WeightQuant())
+    model.save_pretrained(tmp_path / "saved")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved").requires_grad_(False)
+    with refused("was saved without them; load the original again"):
+        rl.export(again, tmp_path / "out")
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path))
+    (tmp_path / "local").mkdir()
+    os.mkfifo(tmp_path / "local" / "quantize-000000000000.json")
+    with refused("is no file"):
+        store.load_results()
+    monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
+    (tmp_path / "wikipedia-mini").mkdir()
+    (tmp_path / "wikipedia-mini" / "calibration.txt").write_text("words")
+    os.mkfifo(tmp_path / "wikipedia-mini" / "test.txt")
+    with refused(r"there is no file test\.txt"):
+        text_content("wikipedia-mini")
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once():
+    with pytest.raises(NoCluster, match="nobody answers at localhost:1"):
+        next(ENGINES["ray"]([[Recipe()]], 1, address="localhost:1"))
+
+
+def test_nothing_of_somebody_elses_is_replaced_by_a_phase(tmp_path, capsys):
+    notes = tmp_path / "stages.json"
+    notes.write_text("my notes")
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--device", "cpu", "--minutes", "1"])
+    assert "holds something else than a phase's lines" in capsys.readouterr().err
+    assert notes.read_text() == "my notes"
+
+
+@pytest.mark.parametrize(
+    ("rotation", "says"),
+    [
+        (rl.Rotation(torch.full((4, 4), torch.nan), None), "isn't orthogonal"),
+        (rl.Rotation("x", None), "R1 must be a tensor of n x n"),
+        (rl.Rotation(None, [torch.eye(4)]), "R2 must be a tensor of layers x heads x n x n"),
+        (rl.Rotation(None, torch.eye(4)), "R2 must be a tensor of layers x heads x n x n"),
+    ],
+)
+def test_what_is_no_rotation_is_not_kept_as_one(rotation, says, tmp_path):
+    with refused(says):
+        rl.save_rotation(rotation, tmp_path / "R.bin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rotation_is_kept_in_a_file(tmp_path):
+    for place in (tmp_path, "", None):
+        with refused(r"is a folder|a file with a name"):
+            rl.save_rotation(rl.Rotation(torch.eye(4), None), place)
+
+
+def test_a_history_that_is_none_is_refused(model):
+    with refused("history must list objectives as numbers"):
+        rl.fuse(model, rl.Rotation(torch.eye(48), None, history="abc"))
