@@ -122,6 +122,8 @@ def example(name):
                 "optrot": [arm("optrot")],
             },
         )
+    if name == "time_by_step":
+        return ({"said before": {"rotate": 30.0, "quantize": 90}, "taken": {"rotate": 29.5}},)
     if name == "checkpoint_sizes":
         return (
             {

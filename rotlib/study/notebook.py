@@ -8,13 +8,13 @@ import ast
 import inspect
 from difflib import get_close_matches
 
-from rotlib.checks import inner_share, whole_number
+from rotlib.checks import inner_share, one_of, whole_number
 from rotlib.disk import check_writable
 from rotlib.models.zoo import resolve
 from rotlib.study.claims import claims
 from rotlib.study.figures import figures_folder
 from rotlib.study.files import check_results_folder
-from rotlib.study.recipe import Recipe
+from rotlib.study.recipe import QUALITIES, Recipe
 
 PARAMETERS = {
     "model": str,
@@ -32,6 +32,7 @@ PARAMETERS = {
     "group_size": int | None,
     "compare": bool,
     "settings": dict,
+    "quality": str,
     "folder": str | None,
     "window": int,
     "calibration_windows": int,
@@ -41,7 +42,7 @@ PARAMETERS = {
 # of the rotations learned on data alone: the notebook gives them to those
 _LEARNING = ("steps", "learning_windows")
 _COUNTS = ("every", "block", "items")  # what a notebook hands on itself: not every recipe reads it
-_OTHERS = ("compare", "folder", "settings")  # no recipe reads them
+_OTHERS = ("compare", "folder", "quality", "settings")  # no recipe reads them
 # what one entry of a list is; the other lists hold seeds
 _ENTRY = {"shares": "share", "budgets": "budget"}
 
@@ -70,6 +71,8 @@ def check_parameters() -> Recipe:
     read = [name for name in given if PARAMETERS[name] is not list and name not in apart]
     settings = {name: given[name] for name in read}
     recipe = Recipe(**settings, seed=[*given.get("seeds", []), 0][0])
+    if "quality" in given:
+        one_of("quality", given["quality"], QUALITIES)
     if "settings" in given:
         claims(recipe.model, given["settings"])  # refuses what no claim can be judged under
     if "text" in given:

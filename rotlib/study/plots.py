@@ -465,6 +465,17 @@ def checkpoint_sizes(predicted: dict[str, dict[str, float]], on_disk: dict[str, 
 
 
 @_figure
+def time_by_step(seconds: dict[str, dict[str, float]]) -> Figure:
+    """Minutes by the steps that take them, a bar a row."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.8), layout="constrained")
+    steps = pandas.DataFrame(seconds).T[::-1] / 60
+    steps.plot.barh(stacked=True, colormap="viridis", width=0.6, ax=axis, legend=False)
+    axis.set_xlabel("minutes")
+    figure.legend(loc="outside upper center", ncols=len(steps.columns))
+    return figure
+
+
+@_figure
 def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
     """KL against the seconds that the rotation was learned for.
 
