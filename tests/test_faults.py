@@ -125,7 +125,7 @@ def test_a_ray_cluster_outlives_a_worker_and_its_driver_and_the_slurm_script_doe
     path.write_text("rotations: [mine.py]\n" + path.read_text().replace("hadamard", "mine"))
     run = start(folder, "ray")
     torn = wait_for_results(folder, run)[0]
-    workers = kill_a_worker(run, "ray::work")
+    workers = kill_a_worker(run, "ray::_work_there")
     wait_for_results(folder, run, 3)
     cluster = psutil.Process(run.pid).children(recursive=True)
     run.kill()

@@ -149,15 +149,11 @@ def ray(
 
     address = address or os.environ.get("RAY_ADDRESS")
     _check_answers(address)
-    if not cluster.is_initialized():  # workers elsewhere must find the same folders
-        named = (name for name, value in os.environ.items() if name.startswith("ROTLIB_") and value)
-        places = {name: str(folder_of(name, "")) for name in named}
+    if not cluster.is_initialized():
         options = {"log_to_driver": False, "include_dashboard": False}
         cpus = None if address else max(workers, _cores())
         try:
-            cluster.init(
-                address or "local", num_cpus=cpus, runtime_env={"env_vars": places}, **options
-            )
+            cluster.init(address or "local", num_cpus=cpus, **options)
         except (ConnectionError, ValueError) as error:
             raise NoCluster(
                 f"there is no Ray cluster at {address or 'this machine'}: "
@@ -176,13 +172,15 @@ def ray(
 
     cores = min(map(cores_of, fitting))
     each = {"num_cpus": max(1, int(cores)), "num_gpus": int(gpus)}
-    remote = cluster.remote(max_retries=_ATTEMPTS - 1, **each)(work)
+    remote = cluster.remote(max_retries=_ATTEMPTS - 1, **each)(_work_there)
+    named = (name for name, value in os.environ.items() if name.startswith("ROTLIB_") and value)
+    places = {name: str(folder_of(name, "")) for name in named}
     biggest = max(node.get("memory", 0) for node in fitting)
     running = {}
     for number, task in enumerate(tasks):
         # Ray would wait for ever for a machine it hasn't: the biggest one's worker refuses then
         needed = min(biggest, memory_gb[number] * GB if memory_gb else 0)
-        running[remote.options(memory=int(needed)).remote(*_parcel(task))] = number
+        running[remote.options(memory=int(needed)).remote(places, *_parcel(task))] = number
     try:
         while running:
             (ready, *_), _ = cluster.wait(list(running))
@@ -195,6 +193,12 @@ def ray(
     finally:
         for task in running:
             cluster.cancel(task, force=True)
+
+
+def _work_there(places: dict[str, str], recipes: list[dict], own_rotations: bytes) -> list:
+    """`work` with the driver's folders. (Ray's own way, runtime_env, starts every worker anew.)"""
+    os.environ.update(places)
+    return work(recipes, own_rotations)
 
 
 def _check_answers(address: str | None) -> None:
