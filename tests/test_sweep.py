@@ -205,3 +205,12 @@ def test_a_recipe_that_fails_is_told_and_the_others_run(folder, here, capsys):
     assert sweep.main([str(path)]) == 1
     assert "group_size 7 doesn't divide the 48 inputs of q_proj" in capsys.readouterr().err
     assert [sweep.state_of(recipe).name for recipe in read_sweep(path)] == ["missing", "complete"]
+
+
+def test_a_dry_run_says_what_would_be_refused(tmp_path, capsys):
+    path = write(tmp_path, "base: {model: no/where}\narms: [{}, {bits: 3}]")
+    sweep.main([str(path), "--dry-run"])
+    said = capsys.readouterr().out
+    assert "2 refused" in said
+    assert "refused are 2 by" in said
+    assert "no/where" in said

@@ -124,7 +124,8 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
     if not isinstance(rotation.scales, dict):
         raise ValueError(f"scales must be a dictionary of tensors, not {shown(rotation.scales)}")
     for name, scale in rotation.scales.items():
-        if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
+        dense = isinstance(scale, torch.Tensor) and scale.layout == torch.strided
+        if not dense or not scale.is_floating_point():
             raise ValueError(f"the scale {name!r} must be a floating-point tensor")
         if name not in allowed:
             raise ValueError(f"unknown scale {name!r}: a rotation may carry {', '.join(allowed)}")

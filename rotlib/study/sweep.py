@@ -50,10 +50,11 @@ class Estimate(NamedTuple):
 
 
 class State(NamedTuple):
-    """How a recipe stands, and for "stale" why.
+    """How a recipe stands, and for "stale" and "refused" why.
 
     "complete" here or "committed" in results/study, "stale" (a stage it read has changed since),
-    "damaged" (its file can't be read), "partial" (weights are kept) or "missing".
+    "damaged" (its file can't be read), "partial" (weights are kept), "missing", or "refused": its
+    run would end in that sentence, as things are.
     """
 
     name: str
@@ -65,8 +66,8 @@ def state_of(recipe: Recipe) -> State:
     spec = recipe.spec()
     try:
         path = local_path(spec)
-    except (ImportError, ValueError):  # no such model here: its run will tell
-        return State("missing")
+    except (ImportError, ValueError) as error:  # no such model here, or another text
+        return State("refused", (str(error),))
     try:
         if result := store.read(path):
             return _fresh_or_stale(result, "complete")
@@ -145,7 +146,9 @@ def estimate(recipe: Recipe, finished: list[store.Result], device: str = "auto")
 
 def plan(states: dict[Recipe, State], rerun_stale: bool) -> dict[Recipe, State]:
     """What has to run, and how it stands."""
-    wanted = {"missing", "partial", "damaged", "committed"} | ({"stale"} if rerun_stale else set())
+    wanted = {"missing", "partial", "damaged", "committed", "refused"} | (
+        {"stale"} if rerun_stale else set()
+    )
     return {recipe: state for recipe, state in states.items() if state.name in wanted}
 
 
@@ -216,8 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
     done = counts["complete"] + counts["committed"]
     print(f"{done} of {len(recipes)} recipes have a result that today's code stands behind")
     print(f"{len(recipes)} recipes: {found}; {forecast(estimates, options.workers)}")
-    for why, count in Counter(why for state in states.values() for why in state.why).items():
-        print(f"stale are {count} by {why}")
+    reasons = Counter((state.name, why) for state in states.values() for why in state.why)
+    for (name, why), count in reasons.items():
+        print(f"{name} are {count} by {why}")
     if counts["committed"]:
         print("committed are of other machines: copied to results/local they count as complete")
     if options.dry_run:
