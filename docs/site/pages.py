@@ -4,6 +4,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
+from functools import cache
+from pathlib import Path
 
 import pandas
 import yaml
@@ -20,7 +22,7 @@ CLAIMS = DOCS / "claims"  # neither is committed
 API = DOCS / "api.md"
 LINE = "\n"
 CHAPTERS = {
-    "Notebooks": "notebooks/*.ipynb",
+    "Notebooks": ("notebooks/*",),
     "What it found": ("results/study/README", "docs/claims/index"),
     "Using it": (
         *("docs/your_model", "docs/export", "docs/library", "docs/own_rotation", "docs/sweeps"),
@@ -70,8 +72,6 @@ def contents() -> str:
     """What the landing page gets for the menu at the side."""
     text = ""
     for caption, names in CHAPTERS.items():
-        if isinstance(names, str):
-            names = [names.removesuffix(".ipynb")]
         glob = ":glob:\n" if any("*" in name for name in names) else ""
         listed = "\n".join(f"/{name}" for name in names)
         text += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n{glob}\n{listed}\n```\n"
@@ -122,18 +122,15 @@ def _runs(arm: tables.Arm) -> str:
 
 def _changed(recipe: Recipe) -> dict:
     """What a recipe says beside the defaults."""
-    said = asdict(recipe)
-    named = {"model", "rotation", "bits"}
-    return {
-        f.name: said[f.name] for f in fields(recipe) if f.name in named or said[f.name] != f.default
-    }
+    told = {"model", "rotation", "bits", *recipe.spec()}
+    return {name: value for name, value in asdict(recipe).items() if name in told}
 
 
 def command_for(recipe: Recipe) -> str | None:
     """The sweep that holds this recipe, with the filters that leave its seeds alone."""
     for name in ("main", "gsr"):  # the study's
         path = ROOT / "configs" / "sweeps" / f"{name}.yaml"
-        chosen = read_sweep(path)
+        chosen = _recipes(path)
         if recipe in (replace(other, seed=recipe.seed) for other in chosen):
             filters = []
             for field in fields(recipe):
@@ -144,6 +141,11 @@ def command_for(recipe: Recipe) -> str | None:
             only = " ".join(f"--only {text}" for text in filters)
             return f".venv/bin/python -m rotlib.study.sweep {path.relative_to(ROOT)} {only}".strip()
     return None
+
+
+@cache
+def _recipes(path: Path) -> list[Recipe]:
+    return read_sweep(path)
 
 
 def _api() -> Iterator[str]:

@@ -174,7 +174,7 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
         for name, value in keys.items()
         if name.startswith(f"{architecture}.")
     }
-    for name in {*_NEEDED, *(own.keys() & {*_NUMBERS})}:
+    for name in (*_NEEDED, *(name for name in _NUMBERS if name in own)):
         number = own.get(name)
         if isinstance(number, bool | str | list | None) or not 0 < number < inf:
             raise ValueError(f"its key {architecture}.{name} is missing, or no number above zero")

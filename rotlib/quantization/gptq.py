@@ -122,7 +122,6 @@ def gptq(
     keeper("kept", kept, Layers, "layers")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent)
     batches = layer_inputs(family, calibration)
-    # marked before it is: an interrupted model is neither the original nor quantized
     mark(model, "rotlib_quantized")
     waiting = batches_that_wait(family, batches, streams=2 if asymmetry else 1)
     unrounded = _Unrounded(family, batches, asymmetry, waiting) if asymmetry else None

@@ -28,7 +28,6 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
     """
     family = adapt(model)
     check_quantizable(family, quant)
-    # marked before it is: an interrupted model is neither the original nor quantized
     mark(model, "rotlib_quantized")
     weights = {}
     for layer in tqdm(range(len(family.layers)), desc="RTN", unit="layer"):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rotlib.checks import floats, shown
 from rotlib.disk import check_writable, write_atomically
 from rotlib.models.families import adapt
-from rotlib.rotations.fuse import ORTHOGONALITY_TOLERANCE, check_rotation
+from rotlib.rotations.fuse import check_orthogonal, check_rotation
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.rotation import Rotation, as_matrix
 
@@ -76,9 +76,7 @@ def _check_parts(rotation: Rotation) -> None:
         if not isinstance(R, torch.Tensor) or R.ndim not in dims or R.shape[-1] != R.shape[-2]:
             raise ValueError(f"{name} must be a tensor of {shape}, or None")
         floats(name, R)
-    error = rotation.orthogonality_error()
-    if not error < ORTHOGONALITY_TOLERANCE:
-        raise ValueError(f"the rotation isn't orthogonal: max|R Rᵀ − I| is {error:.1e}")
+    check_orthogonal(rotation)
 
 
 def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:

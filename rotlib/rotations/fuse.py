@@ -61,7 +61,6 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     told = rotation.told()
     rotation = rotation.projected(family.device)
     _check_range(family, rotation)
-    # marked before it is: an interrupted model is neither the original nor rotated
     mark(model, "rotlib_rotated")
     family.config.rotation = told
     family.untie()
@@ -136,6 +135,11 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
             )
         if not ((scale > 1e-6) & (scale < 1e6)).all():
             raise ValueError(f"the scale {name!r} must lie between 1e-6 and 1e6 everywhere")
+    check_orthogonal(rotation)
+
+
+def check_orthogonal(rotation: Rotation) -> None:
+    """Raises ValueError for matrices that aren't orthogonal."""
     error = rotation.orthogonality_error()
     if not error < ORTHOGONALITY_TOLERANCE:
         raise ValueError(

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> bool:
         out = options.out.resolve()
         out.mkdir(parents=True, exist_ok=True)
         for phase in options.phases or PHASES:
-            _check_ours(out / f"{phase}.json")
+            _written(out / f"{phase}.json")
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
@@ -142,14 +142,18 @@ def main(arguments: list[str] | None = None) -> bool:
     return all(_done(phase, job) for phase in options.phases or PHASES)
 
 
-def _check_ours(path: Path) -> None:
-    """Raises ValueError for a file in a phase's place that no phase has written."""
-    if path.exists():
-        with suppress(OSError, ValueError):
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-            if isinstance(found, dict) and {"machine", "lines", "complete"} <= found.keys():
-                return
-        raise ValueError(f"{path} holds something else than a phase's lines: name another folder")
+def _written(path: Path) -> dict | None:
+    """What a phase has written so far.
+
+    Raises ValueError for a file in its place that no phase has written.
+    """
+    if not path.exists():
+        return None
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if isinstance(found, dict) and {"machine", "lines", "complete"} <= found.keys():
+            return found
+    raise ValueError(f"{path} holds something else than a phase's lines: name another folder")
 
 
 def _picked(name: str) -> torch.device:
@@ -170,11 +174,10 @@ def _picked(name: str) -> torch.device:
 def _done(phase: str, job: Job) -> bool:
     """Run a phase, writing after each of its lines; False where time was up before its end."""
     path, machine = job.out / f"{phase}.json", _machine(job.device)
-    with suppress(OSError, ValueError):  # none yet, or one that isn't whole: the phase runs
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before == before | {"machine": machine, "complete": True}:
-            print(f"{phase}: complete")
-            return True
+    before = _written(path)
+    if before and before == before | {"machine": machine, "complete": True}:
+        print(f"{phase}: complete")
+        return True
     if job.time_is_up():
         print(f"{phase}: not begun, the time is up")
         return False
