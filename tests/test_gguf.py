@@ -15,6 +15,7 @@ from rotlib.checkpoints.gguf_file import NAME, GgufFile, block_type, blocks, cut
 from rotlib.checkpoints.stock import has_llama_cpp, read_by_llama_cpp, read_by_transformers
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.grids import QuantizedWeight, round_to_nearest
+from rotlib.study import memory
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_stock")]
 SHAPE = {
@@ -257,6 +258,18 @@ def test_the_file_carries_the_tokenizer(tokens, tmp_path):
     )
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
     assert len(fields["tokenizer.ggml.merges"].contents()) > 40_000
+
+
+def test_the_file_is_as_large_as_its_bits_predict(tokens, tokenizer, tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    for bits, symmetric in ((3, True), (4, False), (8, True)):
+        recipe = rl.Recipe(model=str(tmp_path), bits=bits, symmetric=symmetric, group_size=32)
+        folder = tmp_path / f"{bits} {symmetric}"
+        model = quantized("llama", recipe.quant, tokens)
+        rl.export(model, folder, format="gguf", tokenizer=tokenizer)
+        tensors = gguf.GGUFReader(folder / NAME).tensors
+        predicted = sum(memory.on_disk(recipe, "gguf").values())
+        assert predicted == pytest.approx(sum(int(tensor.n_bytes) for tensor in tensors), rel=0.01)
 
 
 def test_what_llama_cpp_cannot_hold_is_refused_by_name(tokens, tokenizer, tmp_path):

@@ -9,9 +9,10 @@ import psutil
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 import rotlib as rl
+from rotlib.checkpoints.packed import Checkpoint
 from rotlib.disk import ROOT
 from rotlib.learning.network import Student
 from rotlib.models import zoo
@@ -20,6 +21,14 @@ from rotlib.quantization.hessian import hessians
 from rotlib.study import memory
 from rotlib.study.recipe import Recipe
 from rotlib.study.sweep_file import read_sweep
+
+WIDE = {
+    "vocab_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def size(module: torch.nn.Module) -> int:
@@ -68,6 +77,34 @@ def test_a_streamed_run_holds_a_layer_at_a_time_and_gives_the_same_numbers(token
     assert numbers(model) == expected
     family = adapt(model)
     assert max(size(family.layers[0]), 2 * size(family.lm_head)) >= peak > 0
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rotation": "none"},
+        {"bits": 3, "group_size": 16},
+        {"bits": 8, "symmetric": False, "group_size": 32},
+        {"grid": "nvfp4"},
+        {"grid": "mxfp4"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_is_as_large_as_its_bits_predict(settings, tie, tmp_path):
+    config = LlamaConfig(**WIDE, tie_word_embeddings=tie)
+    config.save_pretrained(tmp_path)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    told = {"model": str(tmp_path), "rotation": settings.get("rotation", "hadamard")}
+    recipe, whole = Recipe(**told | settings), Recipe(**told, rounding="none")
+    if recipe.rotation != "none":
+        rl.fuse(model, rl.hadamard_rotation(model))
+    predicted = sum(memory.on_disk(whole, "fused").values())
+    assert predicted == Checkpoint(model, None, None, packed=False).size
+    rl.rtn(model, recipe.quant)
+    predicted = sum(memory.on_disk(recipe).values())
+    assert predicted == pytest.approx(Checkpoint(model, None, None, packed=True).size, rel=0.01)
 
 
 def test_every_walk_through_the_layers_sends_them_to_the_device(tokens, monkeypatch):

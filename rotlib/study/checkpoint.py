@@ -66,7 +66,7 @@ def export_recipe(
         raise ValueError(
             "'fused' goes with the rounding 'none', the packed formats with 'rtn' and 'gptq'"
         )
-    check_room(folder, memory.least_on_disk(recipe, dtype or torch.float32))
+    check_room(folder, sum(memory.on_disk(recipe, format, dtype).values()))
     result = run(recipe, device)
     model, tokenizer = build(recipe, device)
     if result.provenance.get("weights") != weights_sample(model):
@@ -108,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
     target = {name: options.pop(name) for name in ("folder", "format", "overwrite", "device")}
     try:
         recipe = Recipe.of_quality(options.pop("quality"), **options)
-        about = f"{memory.estimate(recipe).host / memory.GB:.1f} GB in all"
+        room = sum(memory.on_disk(recipe, target["format"]).values()) / memory.GB
+        about = f"{memory.estimate(recipe).host / memory.GB:.1f} GB in all, {room:.1f} GB on disk"
         if seconds := estimates_of([recipe], target["device"])[recipe].seconds:
             about += f", {max(1, sum(seconds.values()) / 60):.0f} minutes where nothing is kept yet"
         print(f"{recipe.model}, {recipe.precision}: about {about}", flush=True)

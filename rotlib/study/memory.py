@@ -1,4 +1,4 @@
-"""How much memory a recipe takes, from its model's config alone.
+"""How much memory a recipe takes, and its checkpoint on disk, from its model's config alone.
 
 It is what `--dry-run` says, and what a run is refused by. A run holds the model in float32, and the
 reference's hidden states with a copy of its head; each stage adds what it works on, and what it
@@ -28,6 +28,7 @@ from rotlib.models.families import Family, adapt
 from rotlib.models.joined import open_joined
 from rotlib.models.walk import BATCH_TOKENS
 from rotlib.models.zoo import config_of, free_memory, one_sentence, resolve
+from rotlib.quantization.fp4 import FP4
 from rotlib.study.files import PINNED
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
 
@@ -157,7 +158,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         return _FLOAT * _LOGITS[of] * tokens * head / d
 
     found = {
-        "load": Stage(host=(linears + head) * _on_disk(dtype)),
+        "load": Stage(host=(linears + head) * _paged(dtype)),
         "evaluate": Stage(
             layer_run(recipe.window) + logits(min(CHUNK, recipe.window), "evaluate"),
             beside=2 * states(recipe.test_windows),
@@ -222,15 +223,39 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
     return found
 
 
-def least_on_disk(recipe: Recipe, dtype: torch.dtype) -> int:
-    """Bytes that a checkpoint of the recipe takes at least, in whatever format."""
+def on_disk(
+    recipe: Recipe, format: str = "compressed-tensors", dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """Bytes of a checkpoint's tensors by kind, tokenizer and config apart; raises like `estimate`.
+
+    `dtype` is of what isn't packed, as in `rl.export`.
+
+    >>> sizes = on_disk(Recipe(model=tiny, group_size=16))
+    >>> {kind: round(size) for kind, size in sizes.items()}
+    {'embedding, head, norms': 18875328, 'codes': 17664, 'scales': 8832}
+    """
     family, _ = outline(recipe.model)
-    bits = 8 * dtype.itemsize if recipe.rounding == "none" else recipe.bits
-    ends = 2 * family.lm_head.weight.numel() * min(2, dtype.itemsize)
-    return len(family.layers) * _of_a_layer(family) * bits // 8 + ends
+    head, model = family.lm_head.weight, family.model
+    codes = len(family.layers) * _of_a_layer(family)
+    others = sum(parameter.numel() for parameter in model.parameters()) - codes
+    if recipe.rotation != "none" and head is model.model.embed_tokens.weight:
+        others += head.numel()  # a rotation unties them
+    floats = recipe.grid in FP4
+    itemsize = 2 if format == "gguf" else (dtype or (torch.bfloat16 if floats else torch.float32)).itemsize
+    sizes = {"embedding, head, norms": others * itemsize}
+    if format == "fused":
+        return sizes | {"weights": codes * itemsize}
+    bits = 4 if recipe.bits <= 4 else 8
+    rows = sum(linear.out_features for linear in family.linears(0).values()) * len(family.layers)
+    group = 32 if format == "gguf" else FP4.get(recipe.grid, recipe.group_size)
+    scales = codes / group if group else rows
+    of_scale = 1 if floats else itemsize
+    if not recipe.symmetric:  # zero points are codes; GGUF's blocks have a minimum
+        of_scale += itemsize if format == "gguf" else bits / 8
+    return sizes | {"codes": codes * bits / 8, "scales": scales * of_scale}
 
 
-def _on_disk(dtype: torch.dtype) -> int:
+def _paged(dtype: torch.dtype) -> int:
     """Bytes a weight in the checkpoint, whose pages are resident until its weights are float32.
 
     Those of float32 are the weights.
