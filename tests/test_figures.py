@@ -42,10 +42,10 @@ def stored(spec, metrics):
     return result
 
 
-def arm(rotation, kl=0.3, seeds=3, **settings):
+def arm(rotation, kl=0.3, seeds=3, perplexity=20.0, **settings):
     """An arm of made-up seeds."""
     specs = [Recipe(rotation=rotation, seed=seed, **settings).spec() for seed in range(seeds)]
-    metrics = {"perplexity": 20, "reference_perplexity": 19.0}
+    metrics = {"perplexity": perplexity, "reference_perplexity": 19.0}
     metrics |= {"objective": 5.5, "objective_history": [8.25, 7, 1 / 3 * 20, 6]}
     return tables.arms(
         stored(spec, metrics | {"kl": kl + seed / 70}) for seed, spec in enumerate(specs)
@@ -193,6 +193,11 @@ def test_a_figure_redrawn_from_its_saved_data_has_the_bytes_it_was_saved_and_dra
         figure.savefig(figures.figures_folder() / f"figure.{kind}", metadata=metadata, dpi=200)
     plt.close(figure)
     assert digests() == saved
+
+
+def test_a_model_whose_arms_have_all_diverged_gets_a_figure_that_says_so():
+    figure = plots.arm_comparison([arm("none", perplexity=1e6), arm("hadamard", perplexity=1e7)])
+    assert "every arm has diverged" in figure.axes[0].texts[0].get_text()
 
 
 def test_what_is_kept_of_a_figure_names_its_results_and_copies_none_of_them():

@@ -209,6 +209,11 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
     Shown are mean and standard error, with the seeds behind. Diverged arms are left out.
     """
     arms = [arm for arm in arms if not arm.diverged]
+    if not arms:
+        figure, axis = plt.subplots(figsize=(WIDTH, 0.8), layout="constrained")
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "every arm has diverged: there is nothing to compare", ha="center")
+        return figure
     panels: dict[tuple[str, str], list[Arm]] = {}
     for arm in arms:
         panels.setdefault((arm.grid, arm.rounding), []).append(arm)
