@@ -49,8 +49,8 @@ from rotlib.learning import (
 )
 from rotlib.measure import bounds, fidelity, offline_tasks, outliers, slopes, weights, zeroshot
 from rotlib.models import text, walk, zoo
-from rotlib.models.families import adapt
 from rotlib.models.reference import Reference
+from rotlib.models.supported import adapt
 from rotlib.precision import float32_everywhere
 from rotlib.quantization import activations, fp4, gptq, grids, hessian, quantized, solver
 from rotlib.rotations import drawn, fuse, hadamard, online, rotation
