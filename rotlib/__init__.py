@@ -18,7 +18,7 @@ _PUBLIC = {
     "measure.slopes": ("slope_agreement",),
     "measure.weights": ("group_spread", "incoherence", "kurtosis"),
     "measure.zeroshot": ("TASK_LISTS", "ZeroShot", "zero_shot"),
-    "models.families": ("is_rotated",),
+    "models.marks": ("is_rotated",),
     "models.reference": ("Reference",),
     "models.text": ("load_tokens", "windows"),
     "quantization.activations": ("PROTOCOLS", "ActivationQuant", "quantized_activations"),

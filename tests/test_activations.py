@@ -3,7 +3,7 @@ import torch
 from conftest import exact_logits, tiny_model
 
 import rotlib as rl
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.quantization.activations import PROTOCOLS, round_tokens
 from rotlib.quantization.grids import WeightQuant
 from rotlib.rotations import online

@@ -5,7 +5,8 @@ from test_fuse import random_scales
 
 import rotlib as rl
 from rotlib.measure.bounds import stage_bounds
-from rotlib.models.families import READERS, adapt
+from rotlib.models.families import READERS
+from rotlib.models.supported import adapt
 from rotlib.quantization.hessian import (
     DAMPING,
     damped,

@@ -12,8 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import rotlib as rl
 from rotlib.disk import ROOT
-from rotlib.models.families import FAMILIES, adapt
+from rotlib.models.families import FAMILIES
 from rotlib.models.joined import open_joined
+from rotlib.models.supported import adapt
 from rotlib.models.zoo import load_tokenizer
 
 KNOWN = [name for family in FAMILIES for name in family.model_types]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import rotlib as rl
 from rotlib.checkpoints.gguf_file import check_holds
 from rotlib.measure.slopes import slope_agreement
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.quantization.activations import round_tokens
 from rotlib.quantization.coordinate import CoordinateDescent
 from rotlib.quantization.fp4 import FP4

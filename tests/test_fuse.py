@@ -10,7 +10,7 @@ from transformers import (
 )
 
 import rotlib as rl
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.rotations.fuse import ORTHOGONALITY_TOLERANCE
 from rotlib.rotations.rotation import (
     SITES,

@@ -11,7 +11,7 @@ from conftest import tiny_model
 import rotlib as rl
 from rotlib import precision
 from rotlib.learning import network
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.quantization.replayed import Replayed
 from rotlib.rotations.rotation import newton_schulz, polar
 from rotlib.study import bundle, gpu

@@ -9,7 +9,7 @@ from rotlib.learning.grouped import GroupR2Rows, GroupSampler, group_norms, sum_
 from rotlib.learning.objectives import sum_of_fourth_powers, weight_matrices
 from rotlib.learning.sampling import STEPS_A_DRAW
 from rotlib.learning.start import starting_point
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.rotations.fuse import ORTHOGONALITY_TOLERANCE
 from rotlib.rotations.hadamard import block_sizes, sequency, walsh_order
 from rotlib.rotations.rotation import as_blocks, as_matrix

@@ -16,7 +16,8 @@ from rotlib.checkpoints.packed import Checkpoint
 from rotlib.disk import ROOT
 from rotlib.learning.network import Student
 from rotlib.models import zoo
-from rotlib.models.families import Family, adapt
+from rotlib.models.families import Family
+from rotlib.models.supported import adapt
 from rotlib.quantization.hessian import hessians
 from rotlib.study import memory
 from rotlib.study.recipe import Recipe

@@ -107,7 +107,8 @@ def test_every_annotation_holds_wherever_a_canary_goes():
 def test_every_constant_of_the_numeric_code_is_declared_beside_a_canary():
     declared = {
         node.attr
-        for node in ast.walk(ast.parse((FOLDER / "study" / "canaries.py").read_text()))
+        for path in (FOLDER / "study" / "canaries").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
     }
     for package in NUMERIC:

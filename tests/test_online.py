@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import rotlib as rl
-from rotlib.models.families import READERS, adapt
+from rotlib.models.families import READERS
+from rotlib.models.supported import adapt
 from rotlib.models.walk import norms_in_model_dtype
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.hessian import Hessian

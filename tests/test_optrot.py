@@ -13,7 +13,7 @@ from rotlib.learning.objectives import (
 from rotlib.learning.optrot import METHODS
 from rotlib.learning.sampling import R2Rows, fourth_power
 from rotlib.learning.start import starting_point
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.rotations.rotation import Rotation, placed_weights
 
 

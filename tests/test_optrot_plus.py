@@ -7,7 +7,7 @@ from rotlib.learning.objectives import weight_matrices
 from rotlib.learning.optrot_plus import FORMS, _Bound, _collect
 from rotlib.learning.sampling import R2Rows, fourth_power
 from rotlib.learning.start import starting_point
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.quantization.hessian import pivots
 from rotlib.rotations.rotation import Rotation, times
 

@@ -16,7 +16,8 @@ from conftest import save_short_text, save_tiny_model
 
 import rotlib as rl
 from rotlib import disk
-from rotlib.models.families import Family, weights_sample
+from rotlib.models.content import weights_sample
+from rotlib.models.families import Family
 from rotlib.study import diagnostics, files, numerics, store, tables
 from rotlib.study.recipe import rotations
 

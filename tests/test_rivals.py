@@ -10,7 +10,7 @@ from rotlib.learning.ostquant import eigenvectors, kl_top_loss
 from rotlib.learning.start import starting_point
 from rotlib.measure.fidelity import evaluate
 from rotlib.measure.slopes import slopes
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.models.walk import norms_in_model_dtype
 from rotlib.quantization.activations import quantized_activations, round_tokens
 from rotlib.quantization.hessian import hessians

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checkpoints.packed import bits_for, tied
-from rotlib.models.families import Family, adapt
+from rotlib.models.families import Family
 from rotlib.models.gguf_model import ARCHITECTURES, CUTS, DIGITS, PLAIN, SPLIT
+from rotlib.models.supported import adapt
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.quantized import codes_of, grid_of

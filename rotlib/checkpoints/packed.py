@@ -32,8 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotlib.models.families import READERS, adapt
+from rotlib.models.families import READERS
 from rotlib.models.joined import Joined
+from rotlib.models.supported import adapt
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.quantized import codes_of, grid_of

@@ -29,8 +29,9 @@ from rotlib.checkpoints.gguf_file import NAME, GgufFile
 from rotlib.checkpoints.packed import Checkpoint
 from rotlib.checks import one_of, yes_or_no
 from rotlib.disk import scratch_beside
-from rotlib.models.families import adapt, is_quantized
+from rotlib.models.marks import is_quantized
 from rotlib.models.sound import check_not_rounding, check_sound
+from rotlib.models.supported import adapt
 from rotlib.models.walk import final_hidden
 from rotlib.models.zoo import bars_for_downloads_only
 from rotlib.precision import float32_everywhere

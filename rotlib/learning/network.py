@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, positive, token_ids, whole_number
 from rotlib.learning.start import finished, original, starting_point
-from rotlib.models.families import Family, adapt
+from rotlib.models.families import Family
+from rotlib.models.supported import adapt
 from rotlib.models.walk import hooks
 from rotlib.precision import coarse_products
 from rotlib.quantization.activations import (

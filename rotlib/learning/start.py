@@ -4,8 +4,10 @@ import torch
 from transformers import PreTrainedModel
 
 from rotlib.checks import whole_number, yes_or_no
-from rotlib.models.families import Family, adapt, is_quantized, is_rotated
+from rotlib.models.families import Family
+from rotlib.models.marks import is_quantized, is_rotated
 from rotlib.models.sound import check_not_rounding, check_sound
+from rotlib.models.supported import adapt
 from rotlib.rotations.drawn import random_hadamard, random_orthogonal, sampled, signed_hadamard
 from rotlib.rotations.fuse import check_rotation
 from rotlib.rotations.online import check_online

@@ -28,9 +28,11 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import keeper, positive, whole_number
 from rotlib.learning.network import check_learnable
-from rotlib.models.families import Family, adapt, weights_sample
+from rotlib.models.content import weights_sample
+from rotlib.models.families import Family
 from rotlib.models.reference import Reference, check_reference
 from rotlib.models.sound import check_not_rounding, check_sound
+from rotlib.models.supported import adapt
 from rotlib.models.text import fingerprint
 from rotlib.precision import coarse_products, model_products
 from rotlib.quantization.fp4 import FP4

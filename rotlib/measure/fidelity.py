@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids, whole_number
-from rotlib.models.families import adapt, is_quantized
+from rotlib.models.marks import is_quantized
 from rotlib.models.reference import Reference, check_finite, check_reference
 from rotlib.models.sound import check_sound
+from rotlib.models.supported import adapt
 from rotlib.models.text import windows as cut
 from rotlib.models.walk import final_hidden
 from rotlib.precision import model_products

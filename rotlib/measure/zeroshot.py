@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checks import whole_number
 from rotlib.measure.offline_tasks import METRIC, offline_items
-from rotlib.models.families import adapt
 from rotlib.models.sound import check_sound
+from rotlib.models.supported import adapt
 from rotlib.models.text import check_text, check_tokenizer
 from rotlib.models.zoo import on_hub
 

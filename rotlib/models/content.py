@@ -9,6 +9,9 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedModel
+
 from rotlib.disk import known_digest
 from rotlib.models.zoo import gguf_of, hub_commit, resolve
 
@@ -34,3 +37,19 @@ def model_content(name: str) -> str:
     files = sorted({path for pattern in _FILES for path in source.glob(pattern) if path.is_file()})
     digests = {str(path.relative_to(source)): known_digest(path) for path in files}
     return f"sha256 {sha256(json.dumps(digests).encode()).hexdigest()}"
+
+
+def weights_sample(model: PreTrainedModel) -> str:
+    """A digest of every parameter, by a thousand entries and the sum of all bits.
+
+    What is learned of a model is its own.
+    """
+    digest = sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+        bits = values.view(kind).sum(dtype=torch.int64).item()  # the same in whatever order
+        values = values[:: max(1, len(values) // 1000)].cpu().float()
+        digest.update(f"{name} {tuple(parameter.shape)} {bits}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids
-from rotlib.models.families import adapt
 from rotlib.models.sound import check_not_rounding, check_sound
+from rotlib.models.supported import adapt
 from rotlib.models.walk import NOT_FINITE, final_hidden
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number
-from rotlib.models.families import Family, adapt
+from rotlib.models.families import Family
 from rotlib.models.sound import check_not_rounding
+from rotlib.models.supported import adapt
 from rotlib.models.walk import hooks
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import GRIDS, WeightQuant, grid_at

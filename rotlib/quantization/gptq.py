@@ -19,7 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import keeper, positive, share, token_ids, whole_number, yes_or_no
-from rotlib.models.families import READERS, Family, adapt, finished, mark
+from rotlib.models.families import READERS, Family
+from rotlib.models.marks import changing
+from rotlib.models.supported import adapt
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
@@ -122,27 +124,28 @@ def gptq(
     keeper("kept", kept, Layers, "layers")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent)
     batches = layer_inputs(family, calibration)
-    mark(model, "rotlib_quantized")
-    waiting = batches_that_wait(family, batches, streams=2 if asymmetry else 1)
-    unrounded = _Unrounded(family, batches, asymmetry, waiting) if asymmetry else None
-    report = Report()
-    for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
-        start = time.perf_counter()
-        if done := _kept(kept, layer, family, quant):
-            if unrounded:
-                unrounded.walk(layer)
-            for site, linear in family.linears(layer).items():
-                set_weight(linear, done.weights[f"layers.{layer}.{site}"])
-            batches = walk_layer(family, layer, batches)
-        else:
-            done = Report()
-            with family.on_device(family.layers[layer], changed=True):
-                batches = _quantize_layer(family, layer, batches, waiting, solve, done, unrounded)
-            done.seconds = time.perf_counter() - start
-            if kept is not None:
-                kept.put(layer, done)
-        report.add(done)
-    finished(model)
+    with changing(model, "rotlib_quantized"):
+        waiting = batches_that_wait(family, batches, streams=2 if asymmetry else 1)
+        unrounded = _Unrounded(family, batches, asymmetry, waiting) if asymmetry else None
+        report = Report()
+        for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
+            start = time.perf_counter()
+            if done := _kept(kept, layer, family, quant):
+                if unrounded:
+                    unrounded.walk(layer)
+                for site, linear in family.linears(layer).items():
+                    set_weight(linear, done.weights[f"layers.{layer}.{site}"])
+                batches = walk_layer(family, layer, batches)
+            else:
+                done = Report()
+                with family.on_device(family.layers[layer], changed=True):
+                    batches = _quantize_layer(
+                        family, layer, batches, waiting, solve, done, unrounded
+                    )
+                done.seconds = time.perf_counter() - start
+                if kept is not None:
+                    kept.put(layer, done)
+            report.add(done)
     return report
 
 

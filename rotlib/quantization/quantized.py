@@ -7,8 +7,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import shown
-from rotlib.models.families import READERS, Family, adapt, finished, is_quantized, mark
+from rotlib.models.families import READERS, Family
+from rotlib.models.marks import changing, is_quantized
 from rotlib.models.sound import check_sound
+from rotlib.models.supported import adapt
 from rotlib.quantization.fp4 import E4M3, FP4, UNIT_SPAN
 from rotlib.quantization.grids import GRIDS, QuantizedWeight, WeightQuant, round_to_nearest
 from rotlib.rotations.rotation import check_sizes, placed_weights
@@ -28,15 +30,14 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
     """
     family = adapt(model)
     check_quantizable(family, quant)
-    mark(model, "rotlib_quantized")
-    weights = {}
-    for layer in tqdm(range(len(family.layers)), desc="RTN", unit="layer"):
-        linears = family.linears(layer)
-        for sites in READERS:
-            together = {f"layers.{layer}.{site}": linears[site] for site in sites}
-            W = tall(together, family.device)
-            weights |= set_together(together, round_to_nearest(W, quant))
-    finished(model)
+    with changing(model, "rotlib_quantized"):
+        weights = {}
+        for layer in tqdm(range(len(family.layers)), desc="RTN", unit="layer"):
+            linears = family.linears(layer)
+            for sites in READERS:
+                together = {f"layers.{layer}.{site}": linears[site] for site in sites}
+                W = tall(together, family.device)
+                weights |= set_together(together, round_to_nearest(W, quant))
     return weights
 
 
@@ -77,10 +78,9 @@ def restore(
         raise ValueError(f"quant must be a WeightQuant or None, not {shown(quant)}")
     for name, weight in weights.items():
         check_on_grid(name, weight, quant, model.dtype)
-    mark(model, "rotlib_quantized")
-    for name, weight in weights.items():
-        set_weight(linears[name], weight)
-    finished(model)
+    with changing(model, "rotlib_quantized"):
+        for name, weight in weights.items():
+            set_weight(linears[name], weight)
     return model
 
 

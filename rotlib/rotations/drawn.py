@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number, yes_or_no
-from rotlib.models.families import Family, adapt
+from rotlib.models.families import Family
+from rotlib.models.supported import adapt
 from rotlib.rotations.hadamard import BlockHadamard, block_sizes, walsh_order
 from rotlib.rotations.rotation import Rotation
 

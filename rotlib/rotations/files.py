@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import floats, shown
 from rotlib.disk import check_writable, write_atomically
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.rotations.fuse import check_orthogonal, check_rotation
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.rotation import Rotation, as_matrix

@@ -13,8 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from rotlib.checks import floats, shown
-from rotlib.models.families import Family, adapt, finished, is_quantized, is_rotated, mark
+from rotlib.models.families import Family
+from rotlib.models.marks import changing, is_quantized, is_rotated
 from rotlib.models.sound import check_not_rounding, check_sound, other_hooks
+from rotlib.models.supported import adapt
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.online import attach, check_online
 from rotlib.rotations.rotation import Rotation, norm_gains, placed_weights, scale_shapes
@@ -61,18 +63,17 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     told = rotation.told()
     rotation = rotation.projected(family.device)
     _check_range(family, rotation)
-    mark(model, "rotlib_rotated")
-    family.config.rotation = told
-    family.untie()
-    for placed in placed_weights(family):
-        for name, value in placed.rotated(rotation, family.device):
-            getattr(placed.module, name).copy_(value)
-    for layer in range(len(family.layers)):
-        for norm, gain in norm_gains(family, rotation, layer):
-            norm.weight.copy_(gain)
-    family.final_norm.weight.fill_(1.0)
-    attach(family, rotation.online)
-    finished(model)
+    with changing(model, "rotlib_rotated"):
+        family.config.rotation = told
+        family.untie()
+        for placed in placed_weights(family):
+            for name, value in placed.rotated(rotation, family.device):
+                getattr(placed.module, name).copy_(value)
+        for layer in range(len(family.layers)):
+            for norm, gain in norm_gains(family, rotation, layer):
+                norm.weight.copy_(gain)
+        family.final_norm.weight.fill_(1.0)
+        attach(family, rotation.online)
     return model
 
 

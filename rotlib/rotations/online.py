@@ -25,7 +25,9 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rotlib.models.families import Family, adapt, is_rotated, online_of
+from rotlib.models.families import Family
+from rotlib.models.marks import is_rotated, online_of
+from rotlib.models.supported import adapt
 from rotlib.models.zoo import open_model
 from rotlib.rotations.hadamard import apply_hadamard, hadamard_factors
 

@@ -16,7 +16,7 @@ from rotlib.checkpoints.gguf_file import check_family, check_holds, cut_of
 from rotlib.checkpoints.packed import check_fp4_dtype
 from rotlib.checkpoints.write import FORMATS, check_dtype, export
 from rotlib.checks import one_of, yes_or_no
-from rotlib.models.families import weights_sample
+from rotlib.models.content import weights_sample
 from rotlib.models.zoo import load_tokenizer, source_of
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import GRIDS

@@ -16,7 +16,7 @@ from rotlib.measure.outliers import WINDOWS, input_outliers, weight_histogram, w
 from rotlib.measure.slopes import slope_agreement
 from rotlib.measure.weights import SHOWN_LAYER, group_spread
 from rotlib.measure.zeroshot import check_limit, load_tasks, task_names, zero_shot
-from rotlib.models.families import adapt
+from rotlib.models.supported import adapt
 from rotlib.models.text import fingerprint
 from rotlib.models.zoo import pick_device
 from rotlib.quantization.activations import quantized_activations

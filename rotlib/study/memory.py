@@ -24,8 +24,9 @@ from rotlib.learning.spinquant import SPINQUANT_PRESETS
 from rotlib.learning.tuning import HELD_OUT
 from rotlib.measure.fidelity import CHUNK
 from rotlib.models.content import model_content
-from rotlib.models.families import Family, adapt
+from rotlib.models.families import Family
 from rotlib.models.joined import open_joined
+from rotlib.models.supported import adapt
 from rotlib.models.walk import BATCH_TOKENS
 from rotlib.models.zoo import config_of, free_memory, one_sentence, resolve
 from rotlib.quantization.fp4 import FP4
@@ -241,7 +242,8 @@ def on_disk(
     if recipe.rotation != "none" and head is model.model.embed_tokens.weight:
         others += head.numel()  # a rotation unties them
     floats = recipe.grid in FP4
-    itemsize = 2 if format == "gguf" else (dtype or (torch.bfloat16 if floats else torch.float32)).itemsize
+    dtype = dtype or (torch.bfloat16 if floats else torch.float32)
+    itemsize = 2 if format == "gguf" else dtype.itemsize
     sizes = {"embedding, head, norms": others * itemsize}
     if format == "fused":
         return sizes | {"weights": codes * itemsize}

@@ -1,7 +1,7 @@
 """Which results today's code still stands behind (make numerics).
 
 `numerics.json` holds, for every stage of the computation, the numbers that its canary should give,
-the constants behind them and a digest (`canaries.py`). A result notes the digests of the entries it
+the constants behind them and a digest (`canaries/`). A result notes the digests of the entries it
 read. It is stale where an entry has changed since: nothing in that depends on how code is written,
 on the processor or on Python's version. A run first checks, once a process, that the stages it
 reads still compute what their entries say.

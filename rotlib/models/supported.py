@@ -1,0 +1,213 @@
+"""Is a model one that can be rotated? The public door: what lies inside takes the checked Family.
+
+A model is refused by the name of the module that stands in a rotation's way, and where it computes
+something else than its weights and its config say.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from rotlib.models.families import FAMILIES, Family, Phi3
+from rotlib.models.marks import online_of
+
+# families whose blocks end in a norm: its gain sits between a writer and the residual stream
+_POST_NORM = {
+    "gemma2": "post_attention_layernorm",
+    "gemma3_text": "post_attention_layernorm",
+    "gemma3": "post_attention_layernorm",
+    "olmo2": "post_attention_layernorm",
+}
+
+
+def adapt(model: PreTrainedModel) -> Family:
+    """The family of a model.
+
+    Raises ValueError with one sentence for an architecture that rotlib doesn't know or that R1
+    can't be fused into, naming the first module that stands in the way.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a transformers model is needed, not a {type(model).__name__}: "
+            "rl.load returns (model, tokenizer)"
+        )
+    model_type = model.config.model_type
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            if stranger := _stranger(model, family):
+                reason = f"has no place in the {model_type} layout"
+                if family is Phi3:
+                    reason = "isn't opened into its parts: load the model with rl.load"
+                raise ValueError(_refusal(model, stranger, reason))
+            _check_one_meaning(model)
+            _check_shapes(found := family(model))
+            _check_code(model)
+            return found
+    if norm := _POST_NORM.get(model_type):
+        path = next(name for name, _ in model.named_modules() if name.endswith(f"layers.0.{norm}"))
+        reason = "puts a gain between a writer and the residual stream, so R1 can't be fused"
+        raise ValueError(_refusal(model, path, reason))
+    if stranger := _stranger(model, Family):
+        raise ValueError(_refusal(model, stranger, "has no place in the layouts it knows"))
+    norm = type(model.model.layers[0].get_submodule(Family.norm_paths["attention_norm"])).__name__
+    reason = f"is a {norm}, whose gain it doesn't know how to fold"
+    raise ValueError(_refusal(model, "model.layers.0.input_layernorm", reason))
+
+
+def _check_code(model: PreTrainedModel) -> None:
+    """Raises ValueError for a module whose class computes something that nobody here has read."""
+    for name, module in model.named_modules():
+        forward = type(module).forward
+        if not str(forward.__module__).startswith(("transformers.", "torch.", "rotlib.")):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__} with a forward of its own, "
+                f"{forward.__qualname__}, that isn't transformers': load the original model"
+            )
+
+
+def _check_one_meaning(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model that computes something else than its weights say.
+
+    Parts of it are shared, or of a class with a state of its own, or its config asks for online
+    rotations that aren't at work, or it was copied while its activations were being rounded.
+    """
+    if getattr(model, "rotlib_rounding", id(model)) != id(model):
+        raise ValueError(
+            "this model was copied inside quantized_activations, so nothing stops its rounding: "
+            "copy it outside"
+        )
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}  # these may be one
+    for one, other in pairwise(sorted(_places(model))):
+        same = one[:3] == other[:3] and {one.name, other.name} == ends
+        if one.storage == other.storage and other.begin < one.end and not same:
+            what = "are one weight" if one[:3] == other[:3] else "share memory"
+            raise ValueError(
+                f"{one.name} and {other.name} {what}, which would be rotated twice: "
+                "give each a copy of its own"
+            )
+    for mark in ("rotlib_rotated", "rotlib_quantized"):
+        if not isinstance(getattr(model.config, mark, False), bool):
+            raise ValueError(f"the config's {mark} must be true or false: it was changed by hand")
+    online = online_of(model)
+    if online and not hasattr(model, "rotlib_online"):
+        raise ValueError(
+            f"this model was saved with the online rotations {', '.join(online)} on: "
+            "rl.load restores them"
+        )
+
+
+class _Place(NamedTuple):
+    """Where a parameter's bytes lie."""
+
+    storage: int
+    begin: int
+    end: int
+    name: str
+
+
+def _places(model: PreTrainedModel) -> Iterator[_Place]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.layout != torch.strided:
+            raise ValueError(f"{name} is sparse: make it dense first (to_dense)")
+        # an outline holds no numbers: there the parameter itself tells
+        storage = parameter.untyped_storage().data_ptr() or id(parameter)
+        begin = parameter.storage_offset() * parameter.itemsize
+        yield _Place(storage, begin, begin + parameter.nbytes, name)
+
+
+def _check_shapes(family: Family) -> None:
+    """Raises ValueError for a linear that isn't one, or of another shape than the config says."""
+    config, width = family.config, family.width
+    if not len(family.layers) == config.num_hidden_layers > 0:
+        raise ValueError(
+            f"this model has {len(family.layers)} decoder layers, and its config says "
+            f"{config.num_hidden_layers}: load it again"
+        )
+    if config.num_attention_heads % family.kv_heads:
+        raise ValueError(
+            f"the config has {config.num_attention_heads} heads of queries and {family.kv_heads} "
+            "of keys, which doesn't divide them: it is of another model"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 1:
+        raise ValueError(f"the config's sliding_window is {window}, in which no token is seen")
+    heads, keys = (
+        count * family.head_dim for count in (config.num_attention_heads, family.kv_heads)
+    )
+    wide = config.intermediate_size
+    shapes = {"q": (heads, width), "k": (keys, width), "v": (keys, width), "o": (width, heads)}
+    shapes |= {"gate": (wide, width), "up": (wide, width), "down": (width, wide)}
+    for layer in range(len(family.layers)):
+        for name, linear in family.linears(layer).items():
+            _check_shape(f"layers.{layer}.{name}", linear, nn.Linear, shapes[name])
+        for name, norm in family.norms(layer).items():
+            _check_norm(f"layers.{layer}.{name}", norm, family)
+        if family.attention(layer).head_dim != family.head_dim:
+            raise ValueError(
+                f"layers.{layer} has heads of {family.attention(layer).head_dim}, and the config "
+                f"says {family.head_dim}: it was changed since the model was loaded"
+            )
+    _check_norm("the final norm", family.final_norm, family)
+    _check_shape("the embedding", family.embedding, nn.Embedding, (config.vocab_size, width))
+    _check_shape("lm_head", family.lm_head, nn.Linear, (config.vocab_size, width))
+
+
+def _check_norm(name: str, norm: Module, family: Family) -> None:
+    """Raises ValueError for a norm that isn't the RMSNorm of the model's own family."""
+    own = type(norm).__module__ == type(family.decoder).__module__
+    if not own or not type(norm).__name__.endswith("RMSNorm") or "forward" in vars(norm):
+        raise ValueError(
+            f"{name} is a {type(norm).__name__} that isn't {family.config.model_type}'s own "
+            "RMSNorm, so its gain can't be folded: load the original model"
+        )
+
+
+def _check_shape(name: str, module: Module, kind: type, shape: tuple[int, int]) -> None:
+    if type(module) is not kind:
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, not a plain torch.nn.{kind.__name__}: merge "
+            "adapters into the weights, or load the original model"
+        )
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"the weight of {name} is computed from other tensors, as pruning and weight "
+            "normalization do: make it a plain parameter first (torch.nn.utils.prune.remove)"
+        )
+    if tuple(module.weight.shape) != shape:
+        raise ValueError(
+            f"{name} has a weight of {tuple(module.weight.shape)}, and the config says {shape}: "
+            "one of them was changed since the model was loaded"
+        )
+
+
+def _stranger(model: PreTrainedModel, family: type[Family]) -> str | None:
+    """The first module holding weights that the family's layout has no place for."""
+    inside = {*family.linear_paths.values(), *family.norm_paths.values(), *family.other_paths}
+    outside = {"model.embed_tokens", "model.norm", "lm_head"}
+    for name, _ in _holders(model):
+        path = name.split(".", 3)
+        in_layer = path[:2] == ["model", "layers"] and len(path) == 4 and path[3] in inside
+        if not in_layer and name not in outside:
+            return name
+    return None
+
+
+def _holders(model: PreTrainedModel) -> Iterator[tuple[str, Module]]:
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    )
+
+
+def _refusal(model: PreTrainedModel, module: str, reason: str) -> str:
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    return (
+        f"rotlib can't rotate {type(model).__name__}: the module {module} {reason} "
+        f"(known families: {known})"
+    )
