@@ -338,16 +338,28 @@ def test_unusable_calibration_is_refused_before_any_work(calibration, message):
     assert not getattr(model.config, "rotlib_quantized", False)
 
 
-def test_an_interrupted_model_is_not_quantized_twice(tokens, monkeypatch):
+def test_an_interrupted_model_is_refused_everywhere_and_saved_as_well(
+    tokens, monkeypatch, tmp_path
+):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gptq_module, "_quantize_layer", interrupt)
     model = tiny_model(dtype=torch.float32)
+    weights = rl.rtn(tiny_model(dtype=torch.float32), rl.WeightQuant())
     with pytest.raises(KeyboardInterrupt):
         rl.gptq(model, tokens, rl.WeightQuant())
-    with pytest.raises(ValueError, match="already quantized"):
-        rl.gptq(model, tokens, rl.WeightQuant())
+    model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for half in (model, saved):
+        for use in (
+            lambda it: rl.gptq(it, tokens, rl.WeightQuant()),
+            lambda it: rl.restore(it, weights),
+            lambda it: rl.perplexity(it, tokens.flatten(), 32),
+            lambda it: rl.export(it, tmp_path / "out"),
+        ):
+            with pytest.raises(ValueError, match="was interrupted, so it is neither the original"):
+                use(half)
 
 
 def test_layers_with_different_masks_are_refused_where_it_matters(tokens):

@@ -111,13 +111,30 @@ def parts(tmp_path, monkeypatch):
 
 
 def test_parts_are_joined_to_the_same_bytes(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle.subprocess, "run", lambda *_, **__: None)  # there are no wheels
+    monkeypatch.setattr(bundle, "_pip", lambda *_: None)  # there are no wheels
     assert len(parts) == 3
     for part in parts:
         assert sum(path.stat().st_size for path in part.iterdir()) < 1.1 * 2**20
     bundle.main(["unpack", str(tmp_path / "there"), *map(str, reversed(parts))])
     assert (tmp_path / "there/data/large").read_bytes() == bytes(range(256)) * 10_000
     assert (tmp_path / "there/data/none").read_bytes() == b""
+
+
+def test_a_file_that_stands_is_not_replaced_by_a_damaged_or_a_foreign_one(parts, tmp_path, capsys):
+    there = tmp_path / "there" / "data" / "none"
+    there.parent.mkdir(parents=True)
+    there.write_text("mine")
+    with pytest.raises(SystemExit):
+        bundle.main(["unpack", str(tmp_path / "there"), *map(str, parts)])
+    assert "is there already, and is another one: name a new folder" in capsys.readouterr().err
+    assert there.read_text() == "mine"
+    assert not (there.parent / "large").exists()
+
+
+def test_what_pip_said_last_is_the_error(parts, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bundle.main(["unpack", str(tmp_path / "there"), *map(str, parts)])
+    assert "pip can't install the bundle's wheels: ERROR: You must give" in capsys.readouterr().err
 
 
 def test_a_bundle_that_is_not_whole_says_what_is_wrong(parts, tmp_path, capsys, monkeypatch):

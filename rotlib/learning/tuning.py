@@ -197,13 +197,23 @@ def _warn(step: int, what: str) -> None:
 
 
 def check_tunable(family: Family) -> None:
-    """Raises ValueError for a model that isn't float32, or not whole where it computes."""
+    """Raises ValueError for a model that isn't float32, or not whole where it computes.
+
+    Linears with a forward of their own are refused as well.
+    """
     check_learnable(family.model)
     if family.device != family.model.device:
         raise ValueError(
             f"tuning needs the whole model on {family.device}, where it doesn't fit: take a bigger "
             "device, or leave tuning out"
         )
+    for layer in range(len(family.layers)):
+        for site, linear in family.linears(layer).items():
+            if "forward" in vars(linear):
+                raise ValueError(
+                    f"layers.{layer}.{site} has a forward of its own, which tuning would replace: "
+                    "remove it first"
+                )
 
 
 def gains_of(family: Family) -> list[nn.Parameter]:

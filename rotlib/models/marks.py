@@ -28,16 +28,17 @@ def is_quantized(model: PreTrainedModel) -> bool:
 def changing(model: PreTrainedModel, mark: str) -> Iterator[None]:
     """Mark a model while it is changed, in a config of its own: others may share that one.
 
-    Left by an error it is neither the original nor done, which `check_sound` refuses.
+    Left by an error it is neither the original nor done, which `adapt` refuses, saved and loaded
+    as well.
     """
     shared, own = model.config, deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
     setattr(own, mark, True)
-    model.rotlib_unfinished = True
+    own.rotlib_unfinished = True
     yield
-    del model.rotlib_unfinished
+    del own.rotlib_unfinished
 
 
 def online_of(model: PreTrainedModel) -> list[str]:

@@ -15,11 +15,6 @@ def check_sound(model: PreTrainedModel) -> None:
         found = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
         raise ValueError(f"this model has parameters of several dtypes, {found}: give it one")
     _check_surroundings()
-    if hasattr(model, "rotlib_unfinished"):
-        raise ValueError(
-            "rotating or quantizing this model was interrupted, so it is neither the original nor "
-            "done: load the original again"
-        )
     if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{meta[0]} lies on the device 'meta', where weights have no values")
     if any(module.training for module in model.modules()):

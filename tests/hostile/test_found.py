@@ -3,6 +3,7 @@
 import json
 import os
 from copy import deepcopy
+from functools import wraps
 from pathlib import Path
 from random import Random
 
@@ -23,7 +24,7 @@ from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.activations import round_tokens
 from rotlib.quantization.gptq import Report
 from rotlib.study import gpu, numerics, store, sweep, tables
-from rotlib.study.canaries import WORDS
+from rotlib.study.canaries.inputs import WORDS
 from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.own import read_rotations, source_digest
 from rotlib.study.pipeline import run
@@ -304,7 +305,7 @@ def test_a_model_that_computes_nan_is_neither_measured_nor_quantized(model, toke
 
 
 def test_a_weights_digest_sees_every_entry(model):
-    from rotlib.models.families import weights_sample
+    from rotlib.models.content import weights_sample
 
     before = weights_sample(model)
     model.model.layers[0].mlp.up_proj.weight.view(-1)[1] *= 2
@@ -623,6 +624,30 @@ def test_a_class_with_a_forward_of_its_own_is_neither_measured_nor_rotated(model
     model.model.layers[1].mlp.__class__ = Bent
     with refused(r"model\.layers\.1\.mlp is a Bent with a forward of its own"):
         rl.fuse(model, rl.random_rotation(tiny_model(dtype=torch.float32)))
+
+
+def test_a_class_whose_forward_was_patched_is_known_by_where_the_code_was_written(
+    model, tokens, monkeypatch
+):
+    original = LlamaMLP.forward
+
+    @wraps(original)  # which copies the name of transformers' module
+    def patched(self, x):
+        return original(self, x) + x.relu()
+
+    monkeypatch.setattr(LlamaMLP, "forward", patched)
+    with refused(r"model\.layers\.0\.mlp is a LlamaMLP with a forward of its own"):
+        rl.perplexity(model, tokens.flatten(), 32)
+
+
+def test_tuning_replaces_no_forward_of_ones_own(model, tokens):
+    reference = rl.Reference(model, tokens)
+    rl.rtn(model, rl.WeightQuant(bits=3))
+    linear = model.model.layers[1].mlp.up_proj
+    linear.forward = own = lambda x: 2 * torch.nn.functional.linear(x, linear.weight)
+    with refused(r"layers\.1\.up has a forward of its own, which tuning would replace"):
+        rl.tune(model, reference, steps=2, held_out=1)
+    assert linear.forward is own
 
 
 def test_a_copy_made_while_activations_are_rounded_is_refused(model, tokens):
