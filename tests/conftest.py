@@ -12,9 +12,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, at import
 import pytest
 import torch
 from transformers import (
+    Exaone4Config,
+    Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
@@ -68,6 +72,26 @@ CONFIGS = {
         **SHAPE, no_rope_layers=[1, 0], tie_word_embeddings=True
     ),
 }
+# norms end their blocks, so R1 doesn't fit; layers of two types
+POST_NORM = {
+    "olmo2": Olmo2Config(**SHAPE),
+    "olmo3": Olmo3Config(
+        **SHAPE, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "exaone4, tied": Exaone4Config(
+        **SHAPE,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=True,
+    ),
+    "gemma3, tied": Gemma3TextConfig(
+        **SHAPE,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=True,
+    ),
+}
 
 
 def tiny_model(
@@ -78,7 +102,7 @@ def tiny_model(
     """
     torch.manual_seed(seed)
     model = (
-        AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=dtype)
+        AutoModelForCausalLM.from_config(deepcopy((CONFIGS | POST_NORM)[name]), dtype=dtype)
         .eval()
         .requires_grad_(False)
     )
@@ -94,7 +118,7 @@ def tiny_model(
 
 def save_tiny_model(folder: Path, name: str = "llama") -> None:
     """A random model of that configuration in a folder, with the packaged tokenizer."""
-    config = deepcopy(CONFIGS[name])
+    config = deepcopy((CONFIGS | POST_NORM)[name])
     config.vocab_size = 49152
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

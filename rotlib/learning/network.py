@@ -296,7 +296,7 @@ def prepare(
     whole_number("steps", preset.steps, 1)
     positive("lr", preset.lr)
     check_learnable(model)
-    family = original(model)
+    family = original(model, needs_R1="learning through the network")
     check_activations(family, activations)
     if quant is not None:
         check_quantizable(family, quant)

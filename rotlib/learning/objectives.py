@@ -152,7 +152,7 @@ def rotated_values(matrix: Matrix, rotation: Rotation) -> Float[Tensor, "m n"]:
 
 def _weight(placed: PlacedWeight, R4: bool) -> Matrix:
     """A copy of one weight; R4 is fixed, so it is applied once and leaves the site."""
-    site = SITES[placed.site]
+    site = placed.at
     W = placed.folded(torch.float32)
     if site.reads == "R4":
         reads, _ = Rotation(None, None, R4=R4).at(site, placed.layer)

@@ -61,7 +61,8 @@ def optrot(
     overrides the method's own number; R3 and R4 turn the online rotations on, and down's weight is
     seen behind R4. `start` is where to begin instead of a random Hadamard rotation, such as
     `gsr_rotation`; `local` keeps R1 in the start's blocks, each learned in its own orthogonal
-    group. `group_size` learns on the objective for scales of such groups (`grouped.py`). `history`
+    group. `group_size` learns on the objective for scales of such groups (`grouped.py`). Where R1
+    doesn't fit the model (a norm ends its blocks), R2 is learned alone, in either way. `history`
     holds the objective: for "sampled" an unbiased estimate at every draw of rows, for "cayley-sgd"
     the exact value at every step; the last entry is exact. Raises ValueError for an unknown choice,
     a rotated model, non-finite weights, or an online rotation that the model can't carry.
@@ -95,7 +96,7 @@ def kurtail(
     >>> kurtail(model, tokens, tokens=64).orthogonality_error() < 1e-6
     True
     """
-    family = original(model)
+    family = original(model, needs_R1="KurTail")
     token_ids("calibration", calibration, 2, model)
     whole_number("tokens", tokens, 1)
     rotation = starting_point(family, seed, R3, R4)
@@ -119,7 +120,7 @@ def mixed(
     >>> mixed(model, tokens, share=0.5, tokens=64).orthogonality_error() < 1e-6
     True
     """
-    family = original(model)
+    family = original(model, needs_R1="mixed")
     token_ids("calibration", calibration, 2, model)
     inner_share("share", share)
     whole_number("tokens", tokens, 1)
@@ -143,9 +144,12 @@ def _learn(
         whole_number("steps", steps, 1)
     learn, default_steps = METHODS[method]
     grouped = {"group_size": group_size} if group_size else {}
+    objective = sum_of_group_norms if group_size else sum_of_fourth_powers
+    if rotation.R1 is None:
+        learn = _learn_R2_alone
+        rotation.history.append(objective(matrices, rotation, **grouped))
     learn(matrices, rotation, steps or default_steps, seed, **grouped)
     rotation = finished(rotation)  # before the objective is taken: drift would flatter it
-    objective = sum_of_group_norms if group_size else sum_of_fourth_powers
     rotation.history.append(objective(matrices, rotation, **grouped))
     return rotation.to("cpu", torch.float64)
 
@@ -227,6 +231,16 @@ def _turn_of_R2(
         R2.step(rows.gradient(R2.R) + constant, R2_LENGTH * anneal)
     R2.project()
     rotation.R2 = R2.R
+
+
+def _learn_R2_alone(
+    matrices: list[Matrix], rotation: Rotation, steps: int, seed: int, group_size: int | None = None
+) -> None:
+    """R2's turns, without R1's steps between them."""
+    R2 = Descent(rotation.R2)
+    for step in tqdm(range(0, steps, R2_EVERY), desc="OptRot, R2", unit="turn"):
+        anneal = 0.5 * (1 + math.cos(math.pi * step / steps))
+        _turn_of_R2(R2, matrices, rotation, None, anneal, group_size)
 
 
 def _learn_cayley_sgd(matrices: list[Matrix], rotation: Rotation, steps: int, seed: int) -> None:

@@ -63,7 +63,7 @@ def optrot_plus(
     one_of("form", form, FORMS)
     steps = whole_number("steps", STEPS if steps is None else steps, 1)
     token_ids("calibration", calibration, 2, model)
-    family = original(model)
+    family = original(model, needs_R1="OptRot+")
     widest = max(family.width, family.linears(0)["o"].in_features)
     if calibration.numel() < TOKENS_PER_INPUT * widest:
         raise ValueError(

@@ -7,7 +7,7 @@ from rotlib.checks import whole_number, yes_or_no
 from rotlib.models.families import Family
 from rotlib.models.marks import is_quantized, is_rotated
 from rotlib.models.sound import check_not_rounding, check_sound
-from rotlib.models.supported import adapt
+from rotlib.models.supported import adapt, check_has_R1
 from rotlib.rotations.drawn import random_hadamard, random_orthogonal, sampled, signed_hadamard
 from rotlib.rotations.fuse import check_rotation
 from rotlib.rotations.online import check_online
@@ -16,12 +16,15 @@ from rotlib.rotations.rotation import Rotation, as_blocks, as_matrix, check_size
 DRIFT = 1e-4  # what float32 may add up to before the projection in float64
 
 
-def original(model: PreTrainedModel) -> Family:
+def original(model: PreTrainedModel, needs_R1: str = "") -> Family:
     """The family of a model that a rotation can be learned on.
 
-    Raises ValueError for one that is rotated, quantized or being rounded, or holds no numbers.
+    Raises ValueError for one that is rotated, quantized or being rounded, or holds no numbers; and
+    where R1 doesn't fit, for a method that needs it, given by its name.
     """
     family = adapt(model)
+    if needs_R1:
+        check_has_R1(family, needs_R1)
     if is_rotated(model) or is_quantized(model):
         raise ValueError(
             "this model is already rotated or quantized: learn the rotation on the original"
@@ -55,10 +58,15 @@ def starting_point(
             start = sampled(family, seed, signed_hadamard, random_hadamard)
         except ValueError:  # no Hadamard matrix of this width, or of head_dim
             start = sampled(family, seed, random_orthogonal, random_orthogonal)
-    elif not isinstance(start, Rotation) or start.R1 is None or start.R2 is None or start.scales:
+    elif (
+        not isinstance(start, Rotation)
+        or (start.R1 is None) == family.has_R1
+        or start.R2 is None
+        or start.scales
+    ):
         raise ValueError(
-            "the start must be a Rotation with R1 and R2 and without scales, "
-            "such as rl.gsr_rotation(model, block=64)"
+            f"the start must be a Rotation with {'R1 and R2' if family.has_R1 else 'R2 alone'} and "
+            "without scales, such as rl.hadamard_rotation(model)"
         )
     check_rotation(family, start)
     if start.online and (start.R3, start.R4) != (R3, R4):
@@ -66,10 +74,12 @@ def starting_point(
             f"the start has {' and '.join(start.online)} on: "
             f"learn with R3={start.R3} and R4={start.R4}, or start without"
         )
-    R1 = (as_blocks if local else as_matrix)(start.R1)
+    if local:
+        check_has_R1(family, "local")
     # copies: learning may move them in place
-    R1, R2 = (R.to(family.device, torch.float32, copy=True) for R in (R1, start.R2))
-    return Rotation(R1, R2, R3, R4)
+    there = {"device": family.device, "dtype": torch.float32, "copy": True}
+    R1 = (as_blocks if local else as_matrix)(start.R1).to(**there) if family.has_R1 else None
+    return Rotation(R1, start.R2.to(**there), R3, R4)
 
 
 def finished(rotation: Rotation) -> Rotation:
@@ -79,4 +89,4 @@ def finished(rotation: Rotation) -> Rotation:
     """
     if not (drift := rotation.orthogonality_error()) < DRIFT:
         raise RuntimeError(f"learning lost orthogonality: max|R Rᵀ − I| is {drift:.1e} in float32")
-    return rotation.projected(rotation.R1.device)
+    return rotation.projected(rotation.R2.device)

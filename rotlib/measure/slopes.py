@@ -43,7 +43,7 @@ def slope_agreement(
     if len(calibration) < 2:
         raise ValueError("the agreement of slopes is between windows: give at least two")
     check_learnable(model)
-    family = original(model)
+    family = original(model, needs_R1="the agreement of slopes")
     if quant is not None:
         check_quantizable(family, quant)
     found = slopes(family, calibration, quant, activations, seed, R4)

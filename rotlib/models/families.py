@@ -3,8 +3,8 @@
 A `Family` names the embedding, the norms, the seven linears of a decoder layer and the head of one
 transformers model; nothing else in rotlib knows a module's path. Supporting a new family is one
 small class here, if its norms are plain RMSNorms that sit *before* the attention and the MLP. A
-norm between a writer (o_proj, down_proj) and the residual stream stands in R1's way; such models
-are refused with the module's name (supported.py).
+norm between a writer (o_proj, down_proj) and the residual stream stands in R1's way; of such a
+family R2, R3 and R4 are left.
 """
 
 from collections.abc import Iterator
@@ -44,6 +44,7 @@ class Family:
         "mlp_norm": "post_attention_layernorm",
     }
     other_paths: ClassVar[tuple[str, ...]] = ()  # modules with weights that no rotation touches
+    against_R1 = ""  # the norm in R1's way, which leaves the residual stream as it is
     head_scale = 1.0  # the head reads so many times what the final norm puts out
 
     def __init__(self, model: PreTrainedModel):
@@ -58,6 +59,11 @@ class Family:
         self.head_dim = (
             getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
         )
+
+    @property
+    def has_R1(self) -> bool:
+        """Whether the residual stream can be turned."""
+        return not self.against_R1
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -174,4 +180,26 @@ class Phi3(Family):
     }
 
 
-FAMILIES = (Family, Qwen3, Granite, Phi3)
+class PostNorm(Family):
+    """OLMo-2, OLMo-3 and EXAONE 4: a norm ends each block, and none begins it.
+
+    No norm is folded, and what its gain multiplies can't be turned: R1 is left out.
+    """
+
+    model_types = ("olmo2", "olmo3", "exaone4")
+    norm_paths: ClassVar = {}
+    against_R1 = "post_attention_layernorm"
+    other_paths = (
+        *("post_attention_layernorm", "post_feedforward_layernorm"),
+        *("self_attn.q_norm", "self_attn.k_norm"),
+    )
+
+
+class Gemma3(PostNorm):
+    """Gemma-3's text models: norms around every block, whose gains are 1 + weight."""
+
+    model_types = ("gemma3_text",)
+    other_paths = (*PostNorm.other_paths, "input_layernorm", "pre_feedforward_layernorm")
+
+
+FAMILIES = (Family, Qwen3, Granite, Phi3, PostNorm, Gemma3)

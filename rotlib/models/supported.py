@@ -16,20 +16,12 @@ from transformers import PreTrainedModel
 from rotlib.models.families import FAMILIES, Family, Phi3
 from rotlib.models.marks import online_of
 
-# families whose blocks end in a norm: its gain sits between a writer and the residual stream
-_POST_NORM = {
-    "gemma2": "post_attention_layernorm",
-    "gemma3_text": "post_attention_layernorm",
-    "gemma3": "post_attention_layernorm",
-    "olmo2": "post_attention_layernorm",
-}
-
 
 def adapt(model: PreTrainedModel) -> Family:
     """The family of a model.
 
-    Raises ValueError with one sentence for an architecture that rotlib doesn't know or that R1
-    can't be fused into, naming the first module that stands in the way.
+    Raises ValueError with one sentence for an architecture that rotlib doesn't know, naming the
+    first module that stands in the way.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -37,6 +29,9 @@ def adapt(model: PreTrainedModel) -> Family:
             "rl.load returns (model, tokenizer)"
         )
     model_type = model.config.model_type
+    if getattr(model.config, "final_logit_softcapping", None) is not None:  # as of Gemma-2
+        reason = "puts out logits that are capped behind it, which nothing here measures"
+        raise ValueError(_refusal(model, "lm_head", reason))
     for family in FAMILIES:
         if model_type in family.model_types:
             if stranger := _stranger(model, family):
@@ -48,10 +43,6 @@ def adapt(model: PreTrainedModel) -> Family:
             _check_shapes(found := family(model))
             _check_code(model)
             return found
-    if norm := _POST_NORM.get(model_type):
-        path = next(name for name, _ in model.named_modules() if name.endswith(f"layers.0.{norm}"))
-        reason = "puts a gain between a writer and the residual stream, so R1 can't be fused"
-        raise ValueError(_refusal(model, path, reason))
     if stranger := _stranger(model, Family):
         raise ValueError(_refusal(model, stranger, "has no place in the layouts it knows"))
     norm = type(model.model.layers[0].get_submodule(Family.norm_paths["attention_norm"])).__name__
@@ -128,6 +119,16 @@ def _places(model: PreTrainedModel) -> Iterator[_Place]:
         yield _Place(storage, begin, begin + parameter.nbytes, name)
 
 
+def check_has_R1(family: Family, what: str) -> None:
+    """Raises ValueError for a model whose residual stream can't be turned."""
+    if not family.has_R1:
+        raise ValueError(
+            f"{what} needs R1, and in {family.config.model_type} model.layers.0."
+            f"{family.against_R1} puts a gain between a writer and the residual stream: choose "
+            "rl.optrot, rl.hadamard_rotation or rl.random_rotation, which leave R1 out there"
+        )
+
+
 def _check_shapes(family: Family) -> None:
     """Raises ValueError for a linear that isn't one, or of another shape than the config says."""
     config, width = family.config, family.width
@@ -161,8 +162,10 @@ def _check_shapes(family: Family) -> None:
                 f"says {family.head_dim}: it was changed since the model was loaded"
             )
     _check_norm("the final norm", family.final_norm, family)
-    _check_shape("the embedding", family.embedding, nn.Embedding, (config.vocab_size, width))
-    _check_shape("lm_head", family.lm_head, nn.Linear, (config.vocab_size, width))
+    words = (config.vocab_size, width)
+    kind = nn.Embedding if family.has_R1 else type(family.embedding)  # which then stays as it is
+    _check_shape("the embedding", family.embedding, kind, words)
+    _check_shape("lm_head", family.lm_head, nn.Linear, words)
 
 
 def _check_norm(name: str, norm: Module, family: Family) -> None:

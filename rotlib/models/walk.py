@@ -31,7 +31,9 @@ NOT_FINITE = (
     "of another model"
 )
 
-Batch = tuple[Tensor, dict]  # what a decoder layer is called with: hidden states and keywords
+# what a decoder layer is called with: hidden states, and keywords by the type of the layer: masks
+# and rotary embeddings
+Batch = tuple[Tensor, dict[str | None, dict]]
 
 
 class Stop(Exception):
@@ -58,7 +60,7 @@ def norms_in_model_dtype(model: PreTrainedModel) -> Iterator[None]:
     shows only so: float32 norms alone move float64 logits by 1e-6.
     """
 
-    norms = (norm for norm in model.modules() if hasattr(norm, "variance_epsilon"))
+    norms = (norm for norm in model.modules() if type(norm).__name__.endswith("RMSNorm"))
     with hooks(((norm, exact_norm) for norm in norms), after=True):
         yield
 
@@ -67,7 +69,9 @@ def exact_norm(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """A hook on a norm: what it puts out, computed in the dtype of what it reads."""
     x = args[0]
     mean_square = x.square().mean(-1, keepdim=True)
-    return norm.weight * x * torch.rsqrt(mean_square + norm.variance_epsilon)
+    if hasattr(norm, "variance_epsilon"):
+        return norm.weight * x * torch.rsqrt(mean_square + norm.variance_epsilon)
+    return (1 + norm.weight) * x * torch.rsqrt(mean_square + norm.eps)  # Gemma's
 
 
 def layer_inputs(
@@ -75,23 +79,49 @@ def layer_inputs(
 ) -> list[Batch]:
     """What the first decoder layer is called with, batch by batch.
 
-    Masks and rotary embeddings are made inside transformers' decoder, so it is run as far as its
-    first layer, and stopped there. A batch has `at_a_time` windows, or as many as make up
-    `BATCH_TOKENS`. Raises ValueError for windows that need more than one attention mask.
+    Masks and rotary embeddings are made inside transformers' decoder, so it is run, with layers
+    that pass on what they read, as far as a layer of every type has been called. A batch has
+    `at_a_time` windows, or as many as make up `BATCH_TOKENS`.
     """
-    _check_masks(family, windows.shape[1])
     home = _home(family, windows)
+    first = {_type_of(layer): layer for layer in reversed(family.layers)}  # of every type
     batches = []
 
     def catch(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        batches.append((_kept(args[0], home), kwargs))
-        raise Stop
+        if layer is family.layers[0]:
+            batches.append((_kept(args[0], home), {}))
+        _, keywords = batches[-1]
+        keywords[_type_of(layer)] = kwargs
+        if len(keywords) == len(first):
+            raise Stop
 
-    with hooks([(family.layers[0], catch)], with_kwargs=True):
+    with _passed_by(family), hooks([(layer, catch) for layer in first.values()], with_kwargs=True):
         for ids in windows.split(at_a_time or max(1, BATCH_TOKENS // windows.shape[1])):
             with suppress(Stop):
                 run_decoder(family, ids)
     return batches
+
+
+def _type_of(layer: nn.Module) -> str | None:
+    """Such as "sliding_attention", where a model has layers of several types."""
+    types = getattr(layer.self_attn.config, "layer_types", None)
+    return types[layer.self_attn.layer_idx] if types else None
+
+
+@contextmanager
+def _passed_by(family: Family) -> Iterator[None]:
+    """While open, the decoder layers hand on what they read."""
+    own = [vars(layer).get("forward") for layer in family.layers]
+    for layer in family.layers:
+        layer.forward = lambda x, **_: x
+    try:
+        yield
+    finally:
+        for layer, forward in zip(family.layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def run_decoder(family: Family, ids: Int[Tensor, "windows length"]) -> None:
@@ -116,7 +146,7 @@ def run_layer(layer: nn.Module, x: Float[Tensor, "windows length d"], kwargs: di
 
 def _through(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
     device = next(layer.parameters()).device
-    out = layer(x.to(device, non_blocking=True), **send_to_device(kwargs, device))
+    out = layer(x.to(device, non_blocking=True), **send_to_device(kwargs[_type_of(layer)], device))
     return _kept(out[0] if isinstance(out, tuple) else out, x.device)
 
 
@@ -210,14 +240,3 @@ def _kept(x: Tensor, home: torch.device) -> Tensor:
     if x.device == home or not x.is_cuda:
         return x.to(home)
     return torch.empty(x.shape, dtype=x.dtype, device=home, pin_memory=True).copy_(x)
-
-
-def _check_masks(family: Family, length: int) -> None:
-    """Every layer is run with the first one's attention mask, so all must share it."""
-    kinds = set(getattr(family.config, "layer_types", None) or ())
-    sliding = getattr(family.config, "sliding_window", None)
-    if len(kinds) > 1 and length > (sliding or length):
-        raise ValueError(
-            f"this model mixes {' and '.join(sorted(kinds))} layers: use windows of at most its "
-            f"{sliding} tokens of sliding window, not {length}"
-        )

@@ -63,12 +63,9 @@ def hessians(
     batches = layer_inputs(family, calibration)
     for layer in range(len(family.layers)):
         norms, linears = family.norms(layer), family.linears(layer)
-        read_at = {
-            "q": norms["attention_norm"],
-            "o": linears["o"],
-            "gate": norms["mlp_norm"],
-            "down": linears["down"],
-        }
+        read_at = {site: linears[site] for site in ("q", "o", "gate", "down")}
+        if norms:
+            read_at |= {"q": norms["attention_norm"], "gate": norms["mlp_norm"]}
         sums = {site: Hessian() for site in read_at}
         with hooks((module, _sum_into(sums[site])) for site, module in read_at.items()):
             batches = walk_layer(family, layer, batches)

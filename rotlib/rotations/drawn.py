@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number, yes_or_no
 from rotlib.models.families import Family
-from rotlib.models.supported import adapt
+from rotlib.models.supported import adapt, check_has_R1
 from rotlib.rotations.hadamard import BlockHadamard, block_sizes, walsh_order
 from rotlib.rotations.rotation import Rotation
 
@@ -75,6 +75,7 @@ def gsr_rotation(
     16
     """
     family = adapt(model)
+    check_has_R1(family, "GSR")
     one_of("order", order, R1_ORDERS)
     yes_or_no("signs", signs)
     n = family.width
@@ -111,10 +112,13 @@ def sampled(
     R3: bool = False,
     R4: bool = False,
 ) -> Rotation:
-    """R1, then R2 of every head: each sampler draws from one generator that the seed starts."""
+    """R1, then R2 of every head: each sampler draws from one generator that the seed starts.
+
+    R1 is left out where the residual stream can't be turned.
+    """
     whole_number("seed", seed, 0)
     generator = Generator().manual_seed(seed)
-    R1 = sample_R1(family.width, generator)
+    R1 = sample_R1(family.width, generator) if family.has_R1 else None
     layers, heads = len(family.layers), family.kv_heads
     R2 = torch.stack([sample_R2(family.head_dim, generator) for _ in range(layers * heads)])
     return Rotation(R1, R2.unflatten(0, (layers, heads)), R3, R4)

@@ -16,7 +16,7 @@ from rotlib.checks import floats, shown
 from rotlib.models.families import Family
 from rotlib.models.marks import changing, is_quantized, is_rotated
 from rotlib.models.sound import check_not_rounding, check_sound, other_hooks
-from rotlib.models.supported import adapt
+from rotlib.models.supported import adapt, check_has_R1
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.online import attach, check_online
 from rotlib.rotations.rotation import Rotation, norm_gains, placed_weights, scale_shapes
@@ -65,14 +65,16 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     _check_range(family, rotation)
     with changing(model, "rotlib_rotated"):
         family.config.rotation = told
-        family.untie()
+        if family.has_R1:
+            family.untie()
         for placed in placed_weights(family):
             for name, value in placed.rotated(rotation, family.device):
                 getattr(placed.module, name).copy_(value)
         for layer in range(len(family.layers)):
             for norm, gain in norm_gains(family, rotation, layer):
                 norm.weight.copy_(gain)
-        family.final_norm.weight.fill_(1.0)
+        if family.has_R1:
+            family.final_norm.weight.fill_(1.0)
         attach(family, rotation.online)
     return model
 
@@ -100,6 +102,8 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
         "R1": (family.width, family.width),
         "R2": (len(family.layers), family.kv_heads, family.head_dim, family.head_dim),
     }
+    if rotation.R1 is not None:
+        check_has_R1(family, "this rotation")
     for name, shape in expected.items():
         R = getattr(rotation, name)
         if R is None:

@@ -41,6 +41,11 @@ class Site(NamedTuple):
     row_scale: tuple[str, int] | None = None
     column_scale: tuple[str, int] | None = None
 
+    def without_R1(self) -> "Site":
+        """The same where the residual stream isn't turned, and no norm folded."""
+        reads, writes = (None if R == "R1" else R for R in (self.reads, self.writes))
+        return self._replace(reads=reads, writes=writes, norm=None)
+
 
 SITES = {
     "embedding": Site(reads=None, writes="R1"),
@@ -261,13 +266,14 @@ def check_sizes(family: Family, least: float, most: float, beyond: str) -> None:
 def placed_weights(family: Family, quantized_only: bool = False) -> Iterator[PlacedWeight]:
     """Every weight that a rotation touches, in the model's order.
 
-    `quantized_only` leaves embedding and head out.
+    `quantized_only` leaves embedding and head out, as does a family without R1.
     """
-    if not quantized_only:
+    ends = family.has_R1 and not quantized_only
+    if ends:
         yield PlacedWeight("embedding", None, family.embedding, None, SITES["embedding"])
     for layer in range(len(family.layers)):
         yield from placed_in_layer(family, layer)
-    if not quantized_only:
+    if ends:
         gain = family.final_norm.weight
         yield PlacedWeight("lm_head", None, family.lm_head, gain, SITES["lm_head"])
 
@@ -280,6 +286,8 @@ def placed_in_layer(family: Family, layer: int) -> Iterator[PlacedWeight]:
         if name in ("q", "k") and family.query_key_norms(layer):
             # the scale of queries and keys goes into those norms' gains
             site = site._replace(row_scale=None)
+        if not family.has_R1:
+            site = site.without_R1()
         gain = norms[site.norm].weight if site.norm else None
         yield PlacedWeight(name, layer, linear, gain, site)
 
@@ -304,16 +312,15 @@ def scale_shapes(family: Family) -> dict[str, tuple[int, ...]]:
 
     attention_norm and mlp_norm lie between a norm and its readers, up between up and down, value
     between v and o for every KV head, query_key between q and k, one for each pair of coordinates
-    that RoPE turns, where it turns them all.
+    that RoPE turns, where it turns them all. A family without R1 takes up and value.
     """
     layers, heads = len(family.layers), family.kv_heads
-    shapes = {
-        "attention_norm": (layers, family.width),
-        "mlp_norm": (layers, family.width),
+    shapes = dict.fromkeys(family.norm_paths, (layers, family.width))
+    shapes |= {
         "up": (layers, family.linears(0)["down"].in_features),
         "value": (layers, heads, family.head_dim),
     }
-    if family.rotary:
+    if family.rotary and family.has_R1:
         pairs = family.head_dim // 2
         shapes["query_key"] = (layers, 1 if family.query_key_norms(0) else heads, pairs)
     return shapes

@@ -13,6 +13,7 @@ from rotlib.models.zoo import PACKAGED, gguf_of
 from rotlib.quantization.activations import FULL
 from rotlib.quantization.fp4 import FP4
 from rotlib.study.files import spec_hash
+from rotlib.study.memory import outline
 from rotlib.study.recipe import Recipe
 from rotlib.study.store import Result
 
@@ -33,6 +34,10 @@ _LOADED = {
 _FUSED = (
     " The rotation is fused into the weights and costs nothing when the model runs: whoever runs "
     "it has nothing to do (`rotation` in config.json)."
+)
+_WITHOUT_R1 = (
+    " R1 is left out, since {norm} puts a gain between a writer and the residual stream: R2 alone "
+    "is in the weights."
 )
 _IN_VLLM = " vLLM has kernels for its grid."
 
@@ -59,7 +64,7 @@ def model_card(recipe: Recipe, result: Result, format: str) -> str:
 
 # {origin}, {recipe.precision}, rotation: {recipe.rotation}
 
-Made by rotlib {version("rotlib")}.{"" if recipe.rotation == "none" else _FUSED}
+Made by rotlib {version("rotlib")}.{_fused(recipe)}
 {_LOADED[format]}{in_vllm}{_dequantized(recipe.model)}
 
 | {recipe.test_windows} x {recipe.window} tokens of {recipe.text} | original | this model |
@@ -75,6 +80,13 @@ It has the {limits} of the model it was made from. The recipe, {spec_hash(recipe
 {yaml.safe_dump(settings, sort_keys=True).strip()}
 ```
 """
+
+
+def _fused(recipe: Recipe) -> str:
+    if recipe.rotation == "none":
+        return ""
+    family, _ = outline(recipe.model)
+    return _FUSED + ("" if family.has_R1 else _WITHOUT_R1.format(norm=family.against_R1))
 
 
 def _dequantized(model: str) -> str:

@@ -239,8 +239,8 @@ def on_disk(
     head, model = family.lm_head.weight, family.model
     codes = len(family.layers) * _of_a_layer(family)
     others = sum(parameter.numel() for parameter in model.parameters()) - codes
-    if recipe.rotation != "none" and head is model.model.embed_tokens.weight:
-        others += head.numel()  # a rotation unties them
+    if recipe.rotation != "none" and family.has_R1 and head is model.model.embed_tokens.weight:
+        others += head.numel()  # R1 unties them
     floats = recipe.grid in FP4
     dtype = dtype or (torch.bfloat16 if floats else torch.float32)
     itemsize = 2 if format == "gguf" else dtype.itemsize
