@@ -31,8 +31,19 @@ NOT_NUMBERS = {
         "_SYLVESTER",
         "_ONE",
     ),
-    *("_SENTENCE_END", "_SENTENCE", "_LAST_WORD", "_SIX", "_EIGHT", "FULL", "METHODS", "SITES"),
+    *(
+        "_SENTENCE_END",
+        "_SENTENCE",
+        "_LAST_WORD",
+        "_SIX",
+        "_EIGHT",
+        "FULL",
+        "METHODS",
+        "SITES",
+        "MOST_SWEEPS",
+    ),
     *("TOKENS_PER_INPUT", "_INDICES", "_SIGNS", "_SCALES", "_DAMAGE", "_R2", "UNIT_SPAN"),
+    "MOST_SWEEPS",
 }
 
 

@@ -4,6 +4,7 @@
 stand, nothing is executed, and `pages.py` writes those that nobody has written by hand.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ suppress_warnings = ["myst.header", "toc.not_included"]
 html_theme = "sphinx_book_theme"
 html_title = "rotlib"
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
+# where the repository is on the web: then a notebook's page opens it in Binder or Colab as well
+if repository := os.environ.get("ROTLIB_REPOSITORY"):
+    html_theme_options |= {
+        "repository_url": repository,
+        "repository_branch": "main",
+        "use_repository_button": True,
+        "launch_buttons": {
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+            "notebook_interface": "jupyterlab",
+        },
+    }
 html_static_path = ["static"]
 html_css_files = ["phone.css"]
 html_context = {"default_mode": "auto"}  # dark or light, as the reader has it

@@ -17,6 +17,7 @@ from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.replayed import Replayed
 
 _STRIP = 32  # columns whose changes reach the rest in one product
+MOST_SWEEPS = 100  # codes stop changing long before
 
 
 class CoordinateDescent:

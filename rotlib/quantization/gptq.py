@@ -24,6 +24,7 @@ from rotlib.models.marks import changing
 from rotlib.models.supported import adapt
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
+from rotlib.quantization.coordinate import MOST_SWEEPS
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.hessian import DAMPING, Hessian
 from rotlib.quantization.quantized import (
@@ -120,7 +121,7 @@ def gptq(
     yes_or_no("scale_search", scale_search)
     if scale_search and quant.grid == "mxfp4":
         raise ValueError("scale_search tries scales nearby, and mxfp4's are powers of two")
-    whole_number("descent", descent, 0)
+    whole_number("descent", descent, 0, MOST_SWEEPS)
     keeper("kept", kept, Layers, "layers")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent)
     batches = layer_inputs(family, calibration)

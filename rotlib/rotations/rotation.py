@@ -166,7 +166,8 @@ class Rotation:
         >>> Rotation(torch.eye(4), None).digest() == Rotation(torch.eye(4), None).digest()
         True
         """
-        parts = (tensor.cpu().numpy().tobytes() for tensor in self.tensors())
+        whole = (tensor.detach().cpu().contiguous() for tensor in self.tensors())
+        parts = (tensor.view(torch.uint8).numpy().tobytes() for tensor in whole)
         return sha256(b"".join(parts)).hexdigest()[:12]
 
     def told(self) -> dict:

@@ -13,6 +13,7 @@ from rotlib.learning.network import PRESETS
 from rotlib.learning.optrot_plus import FORMS
 from rotlib.models.text import check_text
 from rotlib.quantization.activations import FULL, PROTOCOLS, ActivationQuant
+from rotlib.quantization.coordinate import MOST_SWEEPS
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import GRIDS, WeightQuant
 from rotlib.rotations.drawn import DRAWN, R1_ORDERS
@@ -157,7 +158,8 @@ class Recipe:
         for name, allowed in choices.items():
             one_of(name, getattr(self, name), allowed)
         counts = ("calibration_windows", "learning_windows", "test_windows")
-        least_of = {"window": 2, **dict.fromkeys(counts, 1), "seed": 0, "tuning": 0, "descent": 0}
+        whole_number("descent", self.descent, 0, MOST_SWEEPS)
+        least_of = {"window": 2, **dict.fromkeys(counts, 1), "seed": 0, "tuning": 0}
         for name, least in least_of.items():
             whole_number(name, getattr(self, name), least)
         for name in ("steps", "block"):
