@@ -45,6 +45,16 @@ STYLE = {
     "LH": ("#56B4E9", "s"),
     "GSR": ("#0072B2", "D"),
 }
+# rotations as their papers write them; others as recipes do
+NAMES = {
+    "none": "no rotation",
+    "hadamard": "Hadamard",
+    "optrot": "OptRot",
+    "optrot+": "OptRot+",
+    "kurtail": "KurTail",
+    "spinquant": "SpinQuant",
+    "ostquant": "OSTQuant",
+}
 # the inputs of a layer, by the first weight that reads each
 _INPUTS = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
 _RC = {
@@ -83,7 +93,7 @@ def kl_bars(arms: Sequence[Arm]) -> Figure:
         axis.barh(height, value, color=_style(arm.rotation)["color"], height=0.6)
         beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         axis.annotate(f"{value:.2f}", (value, height), **beside)
-    axis.set_yticks(range(len(arms)), [arm.rotation for arm in reversed(arms)])
+    axis.set_yticks(range(len(arms)), [_shown(arm.rotation) for arm in reversed(arms)])
     axis.set_xlabel("KL divergence from the original, nats per token")
     axis.margins(x=0.15)
     return figure
@@ -108,7 +118,7 @@ def outliers_by_layer(results: dict[str, Result], quantity: str, ylabel: str) ->
         for rotation, result in results.items():
             modules = _modules_at(site, result)
             at = [[module[side] for module in modules] for side in ("layer", quantity)]
-            axis.plot(*at, ms=2.5, lw=0.8, label=rotation, **_style(rotation))
+            axis.plot(*at, ms=2.5, lw=0.8, label=_shown(rotation), **_style(rotation))
         axis.set_title(title)
         if quantity != "incoherence":
             axis.axhline(3, color="0.7", lw=0.8, zorder=0)
@@ -135,7 +145,7 @@ def weight_tails(results: dict[str, Result]) -> Figure:
         above = [sum(counts[i:]) / sum(counts) for i in range(len(counts))]
         points = zip(HISTOGRAM_EDGES, above, strict=False)
         kept = [(edge, share) for edge, share in points if share > 0]
-        axis.plot(*zip(*kept, strict=True), color=_style(rotation)["color"], label=rotation)
+        axis.plot(*zip(*kept, strict=True), color=_style(rotation)["color"], label=_shown(rotation))
     axis.set_yscale("log")
     axis.set_xlabel("|w| / root mean square of its matrix")
     axis.set_ylabel("share of weights above")
@@ -170,7 +180,7 @@ def ladder(rows: dict[str, Sequence[Arm]]) -> Figure:
     named: dict[str, ErrorbarContainer] = {}
     for place, arms in enumerate(rows.values()):
         for arm in arms:
-            named[arm.rotation] = _mean_and_seeds(axis, arm, place, ls="none")
+            named[_shown(arm.rotation)] = _mean_and_seeds(axis, arm, place, ls="none")
     axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()
     axis.margins(y=0.08)
@@ -235,7 +245,7 @@ def arm_comparison(arms: Sequence[Arm]) -> Figure:
             axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_title(grid + ("" if rounding == "none" else f", {rounding}"))
         axis.grid(axis="x", color="0.9", lw=0.6)
-    axes[0][0].set_yticks(range(len(rotations)), rotations)
+    axes[0][0].set_yticks(range(len(rotations)), [_shown(name) for name in rotations])
     axes[0][0].invert_yaxis()
     axes[0][0].margins(y=0.12)
     figure.supxlabel("KL divergence from the original, nats per token", fontsize=9)
@@ -260,7 +270,7 @@ def weights_against_inputs(results: dict[str, Result], quantity: str = "input_ku
         for rotation, result in results.items():
             modules = _modules_at(site, result)
             at = [[module[side] for module in modules] for side in ("kurtosis", quantity)]
-            axis.plot(*at, ls="", ms=3, alpha=0.7, label=rotation, **_style(rotation))
+            axis.plot(*at, ls="", ms=3, alpha=0.7, label=_shown(rotation), **_style(rotation))
         axis.axhline(3, color="0.8", lw=0.8, zorder=0)
         axis.axvline(3, color="0.8", lw=0.8, zorder=0)
         axis.set_title(site)
@@ -285,7 +295,7 @@ def pareto(pairs: Sequence[tuple[Arm, Arm]]) -> Figure:
         (x, dx), (y, dy) = (arm.summary("kl") for arm in pair)
         errors = {"xerr": dx, "yerr": dy} if dx == dx else {}
         axis.errorbar(x, y, **errors, ms=6, capsize=2, lw=0.8, **_style(pair[0].rotation))
-        axis.annotate(pair[0].rotation, (x, y), xytext=(6, 5), textcoords="offset points")
+        axis.annotate(_shown(pair[0].rotation), (x, y), xytext=(6, 5), textcoords="offset points")
         recipe = pair[0].recipe
         if recipe.rotation in ("optrot", "mixed", "kurtail"):
             share = recipe.activation_share or float(recipe.rotation == "kurtail")
@@ -313,7 +323,7 @@ def bounds_against_errors(results: dict[str, Result]) -> Figure:
             modules = result.metrics["modules"]
             sides = (f"{rounding}_bound", f"{rounding}_error")
             at = [[module[side] for module in modules] for side in sides]
-            axis.plot(*at, ls="", ms=3, alpha=0.6, label=rotation, **_style(rotation))
+            axis.plot(*at, ls="", ms=3, alpha=0.6, label=_shown(rotation), **_style(rotation))
         axis.axline((1e-3, 1e-3), (1, 1), color="0.7", lw=0.8, zorder=0)
         axis.set(xscale="log", yscale="log", title=title)
     figure.supxlabel("bound on the error", fontsize=9)
@@ -337,7 +347,7 @@ def pivots_by_layer(results: dict[str, Result]) -> Figure:
             modules = _modules_at(site, result)
             layers = [module["layer"] for module in modules]
             pivots = [module["tr_D"] / module["tr_H"] for module in modules]
-            axis.plot(layers, pivots, ms=2.5, lw=0.8, label=rotation, **_style(rotation))
+            axis.plot(layers, pivots, ms=2.5, lw=0.8, label=_shown(rotation), **_style(rotation))
         floor = [module["floor"] / module["tr_H"] for module in modules]
         axis.fill_between(layers, floor, color="0.85", lw=0, zorder=0)
         axis.set_title(title)
@@ -360,7 +370,7 @@ def errors_against_kl(bounds: dict[str, Result], arms: Sequence[Arm]) -> Figure:
         rounding = arm.recipe.rounding
         modules = bounds[arm.rotation].metrics["modules"]
         error = sum(module[f"{rounding}_error"] / module["energy"] for module in modules)
-        fill = {"label": arm.rotation} if rounding == "gptq" else {"mfc": "white"}
+        fill = {"label": _shown(arm.rotation)} if rounding == "gptq" else {"mfc": "white"}
         axis.plot(error, kl, ls="", ms=6, **_style(arm.rotation) | fill)
     axis.set(xscale="log", yscale="log")
     axis.set_xlabel("sum of the layers' errors, each over its energy tr(W H Wᵀ)")
@@ -388,7 +398,7 @@ def coordinate_energies(named: dict[str, Result], group_size: int) -> Figure:
         axis.plot(energies, lw=0.6, color=_style(name)["color"])
         for edge in range(group_size, len(energies), group_size):
             axis.axvline(edge, color="0.85", lw=0.6, zorder=0)
-        axis.set_title(name)
+        axis.set_title(_shown(name))
         axis.margins(x=0)
     for axis in axes.flat[len(named) :]:
         axis.set_axis_off()
@@ -491,7 +501,7 @@ def budget_curves(methods: dict[str, Sequence[Arm]]) -> Figure:
         at = sorted((arm.seconds("rotate"), *arm.summary("kl")) for arm in arms)
         seconds, means, errors = zip(*at, strict=True)
         spreads = [error if error == error else 0 for error in errors]
-        style = {"ms": 5, "lw": 0.9, "capsize": 2, "label": name} | _style(name)
+        style = {"ms": 5, "lw": 0.9, "capsize": 2, "label": _shown(name)} | _style(name)
         axis.errorbar(seconds, means, yerr=spreads, **style)
     axis.set(xscale="log", xlabel="seconds of learning", ylabel="KL divergence, nats per token")
     _plain_log_ticks(axis.xaxis, (1, 2, 5))
@@ -514,7 +524,7 @@ def training_losses(arms: Sequence[Arm]) -> Figure:
             steps = [(i + width / 2) / len(history) for i in range(len(smooth))]
             shares = [value / smooth[0] for value in smooth]
             color = _style(arm.rotation)["color"]
-            label = arm.rotation if number == 0 else None
+            label = _shown(arm.rotation) if number == 0 else None
             axis.plot(steps, shares, lw=0.9, color=color, label=label)
     axis.set(xlabel="share of the steps", ylabel="loss / loss at the start")
     axis.legend()
@@ -529,6 +539,12 @@ def _mean_and_seeds(axis: Axes, arm: Arm, height: float, **style: str) -> Errorb
     spread = error if error == error else None
     style |= {"ms": 5, "capsize": 3} | _style(arm.rotation)
     return axis.errorbar(mean, height, xerr=spread, **style)
+
+
+def _shown(rotation: str) -> str:
+    """A rotation's name in a figure: "optrot + R4" is OptRot + R4."""
+    first, *rest = rotation.split(" ")
+    return " ".join([NAMES.get(first, first), *rest])
 
 
 def _style(rotation: str) -> dict:
@@ -553,7 +569,13 @@ def _legend_above(figure: Figure, axis: Axes) -> None:
 
 
 def _plain_log_ticks(axis: Axis, steps: Sequence[int]) -> None:
-    """Label a logarithmic axis at these multiples of the powers of ten, as ordinary numbers."""
+    """Label a logarithmic axis at these multiples of the powers of ten, as ordinary numbers.
+
+    A short one gets more of them.
+    """
+    low, high = axis.get_view_interval()
+    if high < 4 * low:
+        steps = (1, 1.5, 2, 3, 5, 7)
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_formatter(NullFormatter())
@@ -568,5 +590,5 @@ def matrices(named: dict[str, object]) -> Figure:
     for axis, (name, R) in zip(axes[0], named.items(), strict=True):
         limit = R.abs().max().item()
         axis.imshow(R, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
-        axis.set(title=f"{name}\nlargest entry {limit:.2f}", xticks=[], yticks=[])
+        axis.set(title=f"{_shown(name)}\nlargest entry {limit:.2f}", xticks=[], yticks=[])
     return figure
