@@ -116,14 +116,19 @@ def token_ids(
         raise ValueError(
             f"{name} must hold at least one window of 2 tokens or more, not {tuple(tokens.shape)}"
         )
-    vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
+    vocabulary = model.config.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise ValueError(
             f"{name} must hold token ids from 0 to {vocabulary - 1}: "
             "tokenize with this model's tokenizer"
         )
-    if tokens.shape[-1] > context:
+    window_fits(name, tokens.shape[-1], model)
+
+
+def window_fits(name: str, length: int, model: PreTrainedModel) -> None:
+    """Known to be no longer than what the model reads."""
+    context = model.config.max_position_embeddings
+    if length > context:
         raise ValueError(
-            f"{name} has windows of {tokens.shape[-1]} tokens, "
-            f"but this model reads {context} at most"
+            f"{name} has windows of {length} tokens, but this model reads {context} at most"
         )

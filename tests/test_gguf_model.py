@@ -49,6 +49,7 @@ def rewritten(path, keys=None, tensors=None, without=""):
             writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
     for name, value in (keys or {}).items():
         kind = {bool: "add_bool", float: "add_float32", int: "add_uint32", str: "add_string"}
+        kind |= {list: "add_array"}
         getattr(writer, kind[type(value)])(name, value)
     for tensor in reader.tensors:
         if tensor.name != without:
@@ -145,6 +146,13 @@ def test_a_file_that_would_be_misread_is_refused_in_one_sentence(file):
         ("qwen2.block_count", 1000),
         ("split.count", 2),
         ("tokenizer.ggml.bos_token_id", 5000),
+        ("tokenizer.ggml.bos_token_id", "one"),
+        ("tokenizer.ggml.add_bos_token", "no"),
+        ("tokenizer.ggml.tokens", ["a", "a"]),
+        ("tokenizer.ggml.tokens", [1, 2]),
+        ("tokenizer.ggml.token_type", ["normal"]),
+        ("tokenizer.ggml.merges", ["th"]),
+        ("split.count", "2"),
     ],
 )
 def test_a_key_that_changes_what_is_computed_is_not_passed_over(file, name, value):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import rotlib as rl
 from rotlib.models.supported import adapt
 from rotlib.models.walk import final_hidden
-from rotlib.quantization import solver
+from rotlib.quantization import coordinate, solver
 from rotlib.quantization.coordinate import CoordinateDescent
 from rotlib.quantization.grids import fit_grid, round_to_nearest
 from rotlib.quantization.solver import Solver
@@ -362,6 +362,19 @@ def test_an_interrupted_model_is_refused_everywhere_and_saved_as_well(
         ):
             with pytest.raises(ValueError, match="was interrupted, so it is neither the original"):
                 use(half)
+
+
+def test_descent_ends_where_no_code_changes(tokens, monkeypatch):
+    visited = []
+    visit = coordinate.visit_strip
+    monkeypatch.setattr(
+        coordinate, "visit_strip", lambda *given: visited.append(1) or visit(*given)
+    )
+    quant = rl.WeightQuant(bits=2)
+    W, H = torch.randn(8, 32), torch.eye(32)
+    Q = round_to_nearest(W, quant)
+    CoordinateDescent(quant, 100)(Q, W, H)
+    assert len(visited) == 1  # of a strip of 32 columns: nothing is better than the nearest
 
 
 def test_layers_with_different_masks_are_each_given_their_own(tokens):

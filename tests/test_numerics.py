@@ -40,7 +40,7 @@ NOT_NUMBERS = {
         "FULL",
         "METHODS",
         "SITES",
-        "MOST_SWEEPS",
+        *("MOST_SWEEPS", "MOST_ROWS"),
     ),
     *("TOKENS_PER_INPUT", "_INDICES", "_SIGNS", "_SCALES", "_DAMAGE", "_R2", "UNIT_SPAN"),
     "MOST_SWEEPS",

@@ -204,7 +204,25 @@ def test_a_recipe_that_fails_is_told_and_the_others_run(folder, here, capsys):
     path.write_text(text.replace("rotation: [none, hadamard], seed: [0, 1]", "seed: [0]"))
     assert sweep.main([str(path)]) == 1
     assert "group_size 7 doesn't divide the 48 inputs of q_proj" in capsys.readouterr().err
-    assert [sweep.state_of(recipe).name for recipe in read_sweep(path)] == ["missing", "complete"]
+    assert [sweep.state_of(recipe).name for recipe in read_sweep(path)] == ["refused", "complete"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("group_size: 7", "group_size 7 doesn't divide the 48 inputs of q_proj"),
+        ("window: 65", "windows of 65 tokens, but this model reads 64 at most"),
+        ("rotation: gsr, block: 32", "blocks of 32 don't divide the width 48"),
+        ("R4: true, group_size: 7", "group_size 7 doesn't divide"),
+    ],
+)
+def test_a_dry_run_says_what_the_model_cannot_do(folder, here, capsys, settings, said):
+    path = folder / "sweep.yaml"
+    path.write_text(
+        f"base: {{model: {folder / 'model'}, text: wikitext2, test_windows: 2, {settings}}}\n"
+    )
+    sweep.main([str(path), "--dry-run"])
+    assert said in capsys.readouterr().out
 
 
 def test_a_dry_run_says_what_would_be_refused(tmp_path, capsys):

@@ -27,7 +27,7 @@ def checked_folder(folder: str | Path, overwrite: bool, source: str = "") -> Pat
         raise ValueError(f"the folder to write is named by a string or a Path, not {folder!r}")
     try:
         folder = Path(folder).expanduser().resolve()
-        os.fsencode(folder)
+        str(folder).encode()  # a card names it
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder!r} leads nowhere: name another folder ({error})") from error
     if isinstance(source, str) and source and Path(source).is_dir():

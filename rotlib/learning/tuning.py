@@ -68,7 +68,7 @@ class Tuning:
 
     @property
     def step(self) -> int:
-        return min(self.held_out, key=self.held_out.get)
+        return min(self.held_out, key=self.held_out.get, default=0)
 
 
 @runtime_checkable
@@ -110,6 +110,8 @@ def tune(
     check_reference(reference, model)
     whole_number("steps", steps, 1)
     positive("lr", lr)
+    if lr > torch.finfo(torch.float32).max:
+        raise ValueError(f"lr must be a number that float32 holds, not {lr}")
     whole_number("held_out", held_out, 1)
     if len(reference.windows) <= held_out:
         raise ValueError(
@@ -129,9 +131,8 @@ def tune(
     windows = _order(len(reference.windows) - held_out, steps)
     of = [weights_sample(model), fingerprint(reference.windows), steps, lr, held_out]
     before = None if kept is None else deepcopy(kept.get())
-    parts = {"of", "seconds", "best", "kl", "held_out", "leaves", "adam"}
-    if before and not (isinstance(before, dict) and parts <= before.keys()):
-        raise ValueError("kept.get must return None, or what kept.put was given")
+    if before and not _is_whole(before, student):
+        raise ValueError("kept.get must return None, or what kept.put was given, unchanged")
     if before and before["of"] == of:
         tuning.kl, tuning.held_out = before["kl"], before["held_out"]
         tuning.seconds = before["seconds"]
@@ -181,6 +182,24 @@ def tune(
         tuning.gains = [gain.detach().cpu().clone() for gain in gains_of(family)]
         tuning.seconds = time.perf_counter() - start
     return tuning
+
+
+def _is_whole(state: object, student: "_Student") -> bool:
+    """Whether this is what was kept of tuning such a model, its scales finite."""
+    parts = {"of", "seconds", "best", "kl", "held_out", "leaves", "adam"}
+    if not isinstance(state, dict) or not parts <= state.keys():
+        return False
+    shapes = [leaf.shape for leaf in student.leaves]
+    lists = (state["best"], state["leaves"])
+    numbers = isinstance(state["seconds"], int | float) and isinstance(state["kl"], list)
+    sound = numbers and all(
+        isinstance(values, list)
+        and [getattr(value, "shape", None) for value in values] == shapes
+        and all(torch.isfinite(value).all() for value in values)
+        for values in lists
+    )
+    settings = {"state", "param_groups"}
+    return sound and isinstance(state["held_out"], dict) and settings == {*state["adam"]}
 
 
 def _order(count: int, steps: int) -> list[int]:

@@ -127,12 +127,18 @@ def kl_divergence(
 ) -> float:
     """KL(reference ‖ model) in nats per token over the disjoint windows of a token stream.
 
-    Raises like `perplexity`.
+    Raises like `perplexity`, and where the reference is the quantized model itself.
 
     >>> kl_divergence(model, model, tokens.flatten(), window=32) < 1e-6
     True
     """
     ids = _all_windows(tokens, window)
+    family, of_reference = adapt(model), adapt(reference)
+    if is_quantized(model) and family.layers[0] is of_reference.layers[0]:
+        raise ValueError(
+            "the reference is the quantized model itself, or shares its layers: load the original "
+            "again, or take a copy.deepcopy of it before it is quantized"
+        )
     return evaluate(model, ids, Reference(reference, ids)).kl_divergence
 
 

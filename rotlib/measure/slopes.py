@@ -19,6 +19,7 @@ from rotlib.checks import token_ids
 from rotlib.learning.network import Student, check_learnable
 from rotlib.learning.start import original, starting_point
 from rotlib.models.families import Family
+from rotlib.models.sound import check_not_hooked
 from rotlib.quantization.activations import ActivationQuant, quantized_activations
 from rotlib.quantization.grids import WeightQuant
 from rotlib.quantization.quantized import check_quantizable
@@ -44,6 +45,7 @@ def slope_agreement(
         raise ValueError("the agreement of slopes is between windows: give at least two")
     check_learnable(model)
     family = original(model, needs_R1="the agreement of slopes")
+    check_not_hooked(model)
     if quant is not None:
         check_quantizable(family, quant)
     found = slopes(family, calibration, quant, activations, seed, R4)

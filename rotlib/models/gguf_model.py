@@ -136,6 +136,10 @@ def read(file: Path) -> gguf.GGUFReader:
             ) from None
         except ValueError:
             pass  # a type of plain numbers takes no bytes
+        if not tensor.name.endswith((".weight", ".bias")):
+            raise ValueError(
+                f"the tensor {tensor.name} is no weight and no bias that is known here"
+            )
     _check_places(reader, file.stat().st_size)
     return reader
 
@@ -167,7 +171,7 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
             f"it is of the architecture {architecture!r}, and files of "
             f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))} are read: load the original model"
         )
-    if keys.get("split.count", 1) > 1:
+    if keys.get("split.count", 1) != 1:
         raise ValueError("it is one part of several: join them with llama-gguf-split --merge")
     own = {
         name.removeprefix(f"{architecture}."): value
@@ -207,11 +211,41 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
     for name in ("tokens", "merges", "token_type"):
         if not keys.get(f"tokenizer.ggml.{name}"):
             raise ValueError(f"its key tokenizer.ggml.{name} is missing: download the file again")
+    _check_vocabulary(keys, reader)
+    return cut
+
+
+def _check_vocabulary(keys: dict, reader: gguf.GGUFReader) -> None:
+    """Raises ValueError for tokens that aren't distinct words, and ids and marks that are none."""
+    tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    faults = {
+        "tokens": not _all(str, tokens) or len({*tokens}) < len(tokens),
+        "token_type": not _all(int, kinds),
+        "merges": not _all(str, merges := keys["tokenizer.ggml.merges"])
+        or any(merge.count(" ") < 1 for merge in merges),
+    }
     for name in ("bos", "eos", "padding", "unknown"):
         number = keys.get(f"tokenizer.ggml.{name}_token_id", 0)
-        if not 0 <= number < len(keys["tokenizer.ggml.tokens"]):
-            raise ValueError(f"its key tokenizer.ggml.{name}_token_id is {number}, no token")
-    return cut
+        faults[f"{name}_token_id"] = not _all(int, [number]) or not 0 <= number < len(tokens)
+    for name in ("bos", "eos"):
+        faults[f"add_{name}_token"] = not isinstance(
+            keys.get(f"tokenizer.ggml.add_{name}_token", False), bool
+        )
+    if wrong := [name for name, fault in faults.items() if fault]:
+        raise ValueError(
+            f"its key tokenizer.ggml.{wrong[0]} doesn't hold what belongs there (distinct tokens, "
+            "their types and merges, the ids of some, yes or no): download the file again"
+        )
+    rows = {tensor.name: int(tensor.shape[1]) for tensor in reader.tensors if len(tensor.shape) > 1}
+    if len(tokens) > rows.get("token_embd.weight", len(tokens)):
+        raise ValueError(
+            f"it names {len(tokens)} tokens, and its embedding has {rows['token_embd.weight']} "
+            "rows: download the file again"
+        )
+
+
+def _all(kind: type, values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def _check_all_read(reader: gguf.GGUFReader, model: PreTrainedModel, loading: dict) -> None:

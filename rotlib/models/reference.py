@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids
-from rotlib.models.sound import check_not_rounding, check_sound
+from rotlib.models.sound import check_can_be_copied, check_not_rounding, check_sound
 from rotlib.models.supported import adapt
 from rotlib.models.walk import NOT_FINITE, final_hidden
 
@@ -29,6 +29,7 @@ class Reference:
         family = adapt(model)
         check_not_rounding(model)
         check_sound(model)
+        check_can_be_copied(family.lm_head, "lm_head")
         token_ids("windows", windows, 2, model)
         self.windows = windows.clone()
         self.lm_head = deepcopy(family.lm_head)  # the model may be rotated in place later on

@@ -57,6 +57,25 @@ def check_not_rounding(model: PreTrainedModel) -> None:
         )
 
 
+def check_not_hooked(model: PreTrainedModel) -> None:
+    """Raises ValueError for others' hooks and forwards, which a rotation would mislead."""
+    if hooked := [name for name, module in model.named_modules() if other_hooks(module)]:
+        raise ValueError(
+            f"{hooked[0] or 'the model'} has a hook, or a forward of its own, which would see "
+            "rotated states: remove it first"
+        )
+
+
+def check_can_be_copied(module: Module, what: str) -> None:
+    """Raises ValueError for a forward put on a module: its copy would still call the original."""
+    for name, part in module.named_modules():
+        if "forward" in vars(part):
+            raise ValueError(
+                f"{name or what} has a forward of its own, which a copy of it would share with the "
+                "original: remove it first"
+            )
+
+
 def other_hooks(module: Module) -> bool:
     """Whether somebody else's hooks or another `forward` change what a module computes.
 

@@ -14,7 +14,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from rotlib.models.families import FAMILIES, Family, Phi3
-from rotlib.models.marks import online_of
+from rotlib.models.marks import is_quantized, is_rotated, online_of
 
 
 def adapt(model: PreTrainedModel) -> Family:
@@ -42,6 +42,7 @@ def adapt(model: PreTrainedModel) -> Family:
             _check_one_meaning(model)
             _check_shapes(found := family(model))
             _check_code(model)
+            _check_still_folded(found)
             return found
     if stranger := _stranger(model, Family):
         raise ValueError(_refusal(model, stranger, "has no place in the layouts it knows"))
@@ -61,6 +62,17 @@ def _check_code(model: PreTrainedModel) -> None:
                 f"{name or 'the model'} is a {type(module).__name__} with a forward of its own, "
                 f"{forward.__qualname__}, that isn't transformers': load the original model"
             )
+
+
+def _check_still_folded(family: Family) -> None:
+    """Raises ValueError for a rotated model that original weights have been loaded into."""
+    gain = family.final_norm.weight
+    rotated = is_rotated(family.model) and not is_quantized(family.model) and family.has_R1
+    if rotated and not gain.is_meta and not (gain == 1).all():
+        raise ValueError(
+            "this model is marked as rotated, and its final norm isn't folded: other weights were "
+            "loaded into it; load the model anew"
+        )
 
 
 def _check_one_meaning(model: PreTrainedModel) -> None:

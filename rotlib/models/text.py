@@ -187,8 +187,9 @@ def _wikipedia_mini(split: str) -> str:
 
 def _packed() -> Path | None:
     """The folder of wikipedia-mini, on machines without gensim."""
-    packed = folder_of("ROTLIB_DATA", "") / "wikipedia-mini"
-    return packed if _data() and os.path.isdir(packed) else None
+    folder = _data()
+    packed = folder and folder / "wikipedia-mini"
+    return packed if packed and packed.is_dir() else None
 
 
 def split_articles(articles: Sequence[str]) -> dict[str, list[str]]:
@@ -249,16 +250,19 @@ def _c4(split: str) -> str:
     return "\n\n".join(row["text"] for row in islice(rows, C4_DOCUMENTS))
 
 
-def _data() -> str | None:
-    return os.environ.get("ROTLIB_DATA", "").strip() or None
-
-
-def _local(corpus: str, file: str) -> Path | None:
-    if not _data():
+def _data() -> Path | None:
+    """The folder that ROTLIB_DATA names; raises ValueError where there is none of that name."""
+    if not os.environ.get("ROTLIB_DATA", "").strip():
         return None
     folder = folder_of("ROTLIB_DATA", "")
     if not folder.is_dir():
         raise ValueError(f"ROTLIB_DATA names {str(folder)!r}, which is no folder")
+    return folder
+
+
+def _local(corpus: str, file: str) -> Path | None:
+    if (folder := _data()) is None:
+        return None
     path = folder / corpus / file
     if not path.is_file():
         raise ValueError(f"ROTLIB_DATA is set, but there is no file {corpus}/{file} in it")

@@ -76,6 +76,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # whatever a config asks for: other implementations may be code of the Hub, or compile first
 _ATTENTION = "sdpa"
 # a buffer that old checkpoints hold, and transformers computes
+# of a config, what can't be zero
+_COUNTS = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+}
 _RECOMPUTED = "rotary_emb.inv_freq"
 # a device must have room for so many copies of a model's weights: learning holds a second one, and
 # the rest is for work
@@ -137,6 +142,15 @@ def open_model(
 
 def config_of(source: str) -> PreTrainedConfig:
     """A model's config, under which torch's own attention runs."""
+    if (file := Path(source) / "config.json").is_file():
+        told = None
+        with suppress(ValueError):
+            told = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise ValueError("its config.json is not a valid JSON file of settings by name")
+        for name in _COUNTS & told.keys():
+            if told[name] is not None and not told[name] > 0:
+                raise ValueError(f"its config.json says {name} {told[name]!r}, no number above 0")
     config = AutoConfig.from_pretrained(source, **_safely(source))
     config._attn_implementation = _ATTENTION
     config.return_dict = True
@@ -148,9 +162,16 @@ def _check_files(folder: Path) -> None:
 
     So it does where an index names files elsewhere, or other files than safetensors.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            "an adapter lies beside its weights (adapter_config.json), and isn't read with them: "
+            "merge it into them (peft's merge_and_unload), or take it away"
+        )
     for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        for name in files:
+        told = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(told, dict) or not isinstance(told.get("weight_map"), dict):
+            raise ValueError(f"its {index.name} holds no weight_map")
+        for name in told["weight_map"].values():
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"its {index.name} names {name!r}, no safetensors of this folder")
     owner: dict[str, str] = {}
@@ -188,6 +209,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     source = resolve(name)
     with one_sentence(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **_safely(source))
+    if not len(tokenizer):
+        raise ValueError(f"the tokenizer of {name!r} has no tokens: download its files again")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and getattr(backend.model, "dropout", None):
         raise ValueError(

@@ -45,10 +45,13 @@ class CoordinateDescent:
             G -= W @ C
         G = G.T.contiguous()
         for _ in range(self._sweeps):
+            before = codes.clone()
             for start in range(0, n, _STRIP):
                 here = slice(start, start + _STRIP)
                 codes[here], change = self._strip(G[here], codes[here], scale[here], H[here, here])
                 G += H[:, here] @ change
+            if torch.equal(codes, before):
+                break
         return QuantizedWeight(codes.T.contiguous().to(Q.codes.dtype), Q.scale, Q.zero)
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import keeper, positive, share, token_ids, whole_number, yes_or_no
+from rotlib.checks import keeper, positive, share, shown, token_ids, whole_number, yes_or_no
 from rotlib.models.families import READERS, Family
 from rotlib.models.marks import changing
+from rotlib.models.sound import check_can_be_copied
 from rotlib.models.supported import adapt
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
@@ -123,6 +124,8 @@ def gptq(
         raise ValueError("scale_search tries scales nearby, and mxfp4's are powers of two")
     whole_number("descent", descent, 0, MOST_SWEEPS)
     keeper("kept", kept, Layers, "layers")
+    if asymmetry:
+        check_can_be_copied(model, "the model")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent)
     batches = layer_inputs(family, calibration)
     with changing(model, "rotlib_quantized"):
@@ -154,8 +157,8 @@ def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -
     """What is kept of a layer; raises ValueError where that isn't this layer's, on this grid."""
     if kept is None or (done := kept.get(layer)) is None:
         return None
-    if not isinstance(done, Report):
-        raise ValueError(f"kept.get must return a Report or None, not a {type(done).__name__}")
+    if not isinstance(done, Report) or not isinstance(done.weights, dict):
+        raise ValueError(f"kept.get must return a whole Report or None, not {shown(done)}")
     for site, linear in family.linears(layer).items():
         weight = done.weights.get(name := f"layers.{layer}.{site}")
         if not fits(weight, linear.weight):

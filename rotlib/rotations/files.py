@@ -39,10 +39,10 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
         )
     _check_path(file)
     _check_parts(rotation)
-    held = {}
-    if rotation.R1 is not None:
-        held["R1"] = as_matrix(rotation.R1).double().cpu()
-    for layer, heads in enumerate(() if rotation.R2 is None else rotation.R2.double().cpu()):
+    if rotation.R1 is None or rotation.R2 is None:
+        raise ValueError("SpinQuant's file holds R1 and R2, and this rotation hasn't both")
+    held = {"R1": as_matrix(rotation.R1).detach().double().cpu()}
+    for layer, heads in enumerate(rotation.R2.detach().double().cpu()):
         if not torch.equal(heads, heads[:1].expand_as(heads)):
             raise ValueError(
                 "SpinQuant's file holds one R2 a layer, and this rotation has another for each "

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rotlib.checks import floats, shown
 from rotlib.models.families import Family
 from rotlib.models.marks import changing, is_quantized, is_rotated
-from rotlib.models.sound import check_not_rounding, check_sound, other_hooks
+from rotlib.models.sound import check_not_hooked, check_not_rounding, check_sound
 from rotlib.models.supported import adapt, check_has_R1
 from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.online import attach, check_online
@@ -55,11 +55,7 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
     check_rotation(family, rotation)
     check_online(family, rotation.online)
     check_sound(model)
-    if hooked := [name for name, module in model.named_modules() if other_hooks(module)]:
-        raise ValueError(
-            f"{hooked[0] or 'the model'} has a hook, or a forward of its own, which would see "
-            "rotated states: remove it first"
-        )
+    check_not_hooked(model)
     told = rotation.told()
     rotation = rotation.projected(family.device)
     _check_range(family, rotation)

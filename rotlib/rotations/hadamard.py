@@ -24,6 +24,7 @@ from torch import Tensor
 from rotlib.checks import floats, whole_number
 
 LARGEST = 2**20  # far above any width; the search for neighbours of an impossible order stays short
+MOST_ROWS = 2**16  # of a matrix that is written out
 _SYLVESTER = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
 _ONE = _SYLVESTER[:1, :1]
 _INDICES = (torch.int32, torch.int64)
@@ -33,14 +34,18 @@ _SIGNS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int
 def hadamard(n: int) -> Float[Tensor, "n n"]:
     """The orthogonal Hadamard matrix of order n: float64, entries ±1/√n.
 
-    Raises ValueError where none of the constructions reaches n; the message names the nearest
-    orders that exist.
+    Raises ValueError where none of the constructions reaches n, naming the nearest orders that
+    exist, and above 65536, where it wouldn't fit: `apply_hadamard` needs no matrix.
 
     >>> H = hadamard(12)
     >>> torch.allclose(H @ H.T, torch.eye(12, dtype=torch.float64))
     True
     """
-    return reduce(torch.kron, hadamard_factors(n), _ONE).double() / sqrt(n)
+    factors = hadamard_factors(n)
+    if n > MOST_ROWS:
+        gigabytes = 8 * n * n / 1e9
+        raise ValueError(f"a matrix of order {n} takes {gigabytes:.0f} GB: use apply_hadamard")
+    return reduce(torch.kron, factors, _ONE).double() / sqrt(n)
 
 
 def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:

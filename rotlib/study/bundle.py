@@ -19,7 +19,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from rotlib.disk import ROOT, file_digest, write_atomically, write_json
+from rotlib.disk import ROOT, check_writable, file_digest, write_atomically, write_json
 
 # what such a machine lacks of what the suite imports
 WHEELS = (
@@ -41,14 +41,16 @@ def main(arguments: list[str] | None = None) -> None:
     packing.add_argument("folder", type=Path, help="a folder that isn't there yet")
     packing.add_argument("--part-mb", type=int, default=50, help="MiB of a part at most")
     unpacking = commands.add_parser("unpack", help="join the parts, on the machine")
-    unpacking.add_argument("place", type=Path, help="where the files go")
+    unpacking.add_argument("place", help="where the files go")
     unpacking.add_argument("parts", type=Path, nargs="+", help="the folders 1, 2 …")
     options = parser.parse_args(arguments)
     try:
         if options.command == "pack":
             pack(options.folder, options.part_mb)
         else:
-            unpack(options.parts, options.place)
+            if not options.place:
+                raise ValueError("the place is named by an empty word: is its variable unset?")
+            unpack(options.parts, Path(options.place))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -58,8 +60,9 @@ def pack(folder: Path, part_mb: int) -> None:
 
     Raises ValueError for a folder that is there already or parts below 1 MiB.
     """
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder} is there already: name a new folder")
+    check_writable(folder.parent, "name a folder elsewhere")
     if part_mb < 1:
         raise ValueError(f"--part-mb must be at least 1, not {part_mb}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,14 +136,17 @@ def unpack(parts: list[Path], place: Path) -> None:
     at = {path.name: path for part in parts for path in part.iterdir()}
     files = manifests[0]["files"]
     for name, file in files.items():
-        if missing := [piece for piece in file["pieces"] if piece not in at]:
+        if missing := [piece for piece in file["pieces"] if not at.get(piece, place).is_file()]:
             raise ValueError(
                 f"the piece {missing[0]} of {name} is missing: the bundle has "
                 f"{manifests[0]['parts']} parts, and {len(parts)} were given"
             )
         path = place / name
         if not path.resolve().is_relative_to(place.resolve()) or not path.name:
-            raise ValueError(f"{name!r} would lie outside {place}: this bundle isn't one of rotlib")
+            raise ValueError(
+                f"{name!r} would lie outside {place}: the bundle isn't one of rotlib, or a link "
+                "there leads elsewhere"
+            )
         digest = sha256()
         for piece in file["pieces"]:
             digest.update(at[piece].read_bytes())
@@ -177,8 +183,12 @@ def _join(pieces: list[Path], target: Path) -> None:
 def _manifest(part: Path) -> dict:
     try:
         manifest = json.loads((part / MANIFEST).read_text(encoding="utf-8"))
+        if not manifest["files"]:
+            raise ValueError("it names no files")
         for name, file in manifest["files"].items():
-            if not name or not isinstance(file["sha256"], str) or not [*file["pieces"]]:
+            pieces = [*file["pieces"]]
+            words = all(isinstance(word, str) and "\0" not in word for word in (name, *pieces))
+            if not name or not isinstance(file["sha256"], str) or not pieces or not words:
                 raise ValueError(f"of {name!r}")
         manifest["parts"]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:

@@ -25,6 +25,7 @@ from rotlib.study.card import model_card
 from rotlib.study.files import local_path, spec_hash
 from rotlib.study.pipeline import build, run
 from rotlib.study.recipe import QUALITIES, Recipe, check_recipe
+from rotlib.study.suits import check_suits
 from rotlib.study.sweep import estimates_of
 
 
@@ -66,6 +67,7 @@ def export_recipe(
         raise ValueError(
             "'fused' goes with the rounding 'none', the packed formats with 'rtn' and 'gptq'"
         )
+    check_suits(recipe)
     check_room(folder, sum(memory.on_disk(recipe, format, dtype).values()))
     result = run(recipe, device)
     model, tokenizer = build(recipe, device)

@@ -7,13 +7,15 @@ papermill only warns of a mistyped parameter and hands over whatever type it par
 import ast
 import inspect
 from difflib import get_close_matches
+from pathlib import Path
 
 from rotlib.checks import inner_share, one_of, whole_number
 from rotlib.disk import check_writable
-from rotlib.models.zoo import resolve
+from rotlib.models.zoo import pick_device, resolve
 from rotlib.study.claims import claims
 from rotlib.study.figures import figures_folder
 from rotlib.study.files import check_results_folder
+from rotlib.study.memory import check_fits
 from rotlib.study.recipe import QUALITIES, Recipe
 
 PARAMETERS = {
@@ -53,7 +55,7 @@ def check_parameters() -> Recipe:
     Without seeds a notebook shows what has been computed; the recipe's seed is 0 then. One without
     a text reads results alone: there the model's name isn't looked up. Raises ValueError for a name
     that this notebook has no parameter of, a wrong type, a value that a recipe refuses, an unknown
-    model, or a folder for results or figures that can't be written to.
+    model, a folder that can't be written to, or more memory than there is.
     """
     namespace = inspect.stack()[1].frame.f_globals
     given = {name: value for name, value in namespace.items() if name in PARAMETERS}
@@ -75,8 +77,12 @@ def check_parameters() -> Recipe:
         one_of("quality", given["quality"], QUALITIES)
     if "settings" in given:
         claims(recipe.model, given["settings"])  # refuses what no claim can be judged under
+    if given.get("folder"):
+        check_writable(Path(given["folder"]), "let folder name another one")
     if "text" in given:
         resolve(recipe.model)
+    if "test_windows" in given:
+        check_fits(recipe, pick_device())
     namespace["_parameters_checked"] = True
     return recipe
 

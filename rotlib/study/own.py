@@ -228,6 +228,8 @@ def read_rotations(path: Path) -> None:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, SystemExit):
+            reason = "it ends the process"
         raise ValueError(f"{path.name} can't be imported: {reason}") from error
 
 

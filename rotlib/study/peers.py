@@ -28,6 +28,7 @@ from rotlib.rotations.online import load
 from rotlib.study import store
 from rotlib.study.pipeline import calibration_tokens, run, test_tokens
 from rotlib.study.recipe import QUALITIES, Recipe
+from rotlib.study.suits import check_suits
 
 
 class Peer(NamedTuple):
@@ -63,11 +64,14 @@ def main(arguments: list[str] | None = None) -> None:
         if options.out.is_dir():
             raise ValueError(f"--out must name a file, and {options.out} is a folder")
         check_writable(options.out.parent, "name another file with --out")
+        if options.peers:
+            check_writable(options.environments, "name another folder with --environments")
         recipe = Recipe(**grid)
         own = {name: Recipe.of_quality(name, **grid) for name in options.qualities}
         here = {"recipe": recipe.spec(), "threads": torch.get_num_threads()}
         found = here | {"lines": _kept_lines(options.out, here, [*own, *options.peers])}
-        calibration_tokens(recipe)  # is there such a model?
+        check_suits(recipe)
+        calibration_tokens(recipe)
     except ValueError as error:
         parser.error(str(error))
     about = {"commit": store.commit(), "torch": str(torch.__version__)}
@@ -107,7 +111,9 @@ def _kept_lines(out: Path, here: dict, anew: list[str]) -> list[dict]:
     before = None
     with suppress(ValueError):
         before = json.loads(out.read_text(encoding="utf-8"))
-    if not isinstance(before, dict) or before != before | here or before.keys() != {*here, "lines"}:
+    whole = isinstance(before, dict) and before == before | here
+    whole = whole and before.keys() == {*here, "lines"} and isinstance(before["lines"], list)
+    if not whole or not all(isinstance(line, dict) and "tool" in line for line in before["lines"]):
         raise ValueError(
             f"{out} holds something else than a bench of this recipe on {here['threads']} threads: "
             "name another file with --out"

@@ -47,6 +47,7 @@ from rotlib.study.files import content_of
 from rotlib.study.kept import Kept, KeptLayers, KeptSteps, packed, unpacked
 from rotlib.study.recipe import LEARNED, OWN, Recipe, check_recipe
 from rotlib.study.store import DIVERGED, Record, Result
+from rotlib.study.suits import check_suits
 
 
 def run(recipe: Recipe, device: str = "auto") -> Result:
@@ -89,6 +90,7 @@ def run_all(recipes: Iterable[Recipe], device: str = "auto", run: bool = True) -
         resolve(name)
     for recipe in recipes:
         if store.find(recipe.spec()) is None:
+            check_suits(recipe)
             memory.check_fits(recipe, picked)
     latest = _Latest(picked)
     results = []

@@ -74,7 +74,8 @@ def check_recipe(name: str, recipe: object) -> None:
     """Raises ValueError, naming the function, for what is no recipe."""
     if not isinstance(recipe, Recipe):
         raise ValueError(
-            f"{name} takes a Recipe, such as rl.Recipe(rotation='optrot'), not {recipe!r}"
+            f"{name} takes a Recipe, such as rl.Recipe(rotation='optrot'), not a "
+            f"{type(recipe).__name__}"
         )
 
 

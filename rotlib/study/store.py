@@ -30,6 +30,7 @@ from rotlib.study.files import (
     results_folder,
     saved,
 )
+from rotlib.study.recipe import Recipe
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy")
 DIVERGED = 1e4  # a perplexity beyond it says that the model is broken, not how much
@@ -212,11 +213,17 @@ def _missing(result: Result) -> list[str]:
     missing = [name for name in _MEASURED[result.spec["task"]] if name not in metrics]
     missing += [] if result.provenance["stages"] else ["stages of its computation"]
     numbers = {name: metrics[name] for name in ("perplexity", "kl") if name in metrics}
+    windows = metrics.get("kl_windows", [])
+    if not isinstance(windows, list) or not all(isinstance(one, int | float) for one in windows):
+        missing.append("numbers as its kl_windows")
+    elif windows and len(windows) != result.spec.get("test_windows", Recipe.test_windows):
+        missing.append("number for each of its windows")
     others = result.seconds | {"peak_memory_mb": result.peak_memory_mb}
     for name, value in (numbers | others).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         # a broken model's may be NaN
-        below = name in numbers and not value > -1e-3 and numbers["perplexity"] < inf
+        least = 1 if name == "perplexity" else -1e-3
+        below = name in numbers and not value >= least and numbers["perplexity"] < inf
         beyond = name in others and number and (value < 0 or value == inf)
         if not number or below or beyond:
             missing.append(f"number as its {name}")

@@ -26,6 +26,7 @@ from rotlib.study import memory, numerics, store
 from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.files import check_results_folder, local_path, results_folder
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
+from rotlib.study.suits import check_suits
 from rotlib.study.sweep_file import FIELDS, read_sweep
 from rotlib.study.yaml_file import word_of
 
@@ -79,6 +80,10 @@ def state_of(recipe: Recipe) -> State:
     with suppress(ValueError):  # a damaged one of the study is no hindrance
         if result := store.read(results_folder() / "study" / path.name):
             return _fresh_or_stale(result, "committed")
+    try:
+        check_suits(recipe)
+    except ValueError as error:
+        return State("refused", (str(error),))
     return State("missing")
 
 

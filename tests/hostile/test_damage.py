@@ -199,6 +199,9 @@ DAMAGE = {
     "kl that is none": lambda text: with_metric(text, None),
     "kl below zero": lambda text: with_metric(text, -5.0),
     "kl that is no number": lambda text: with_metric(text, float("nan")),
+    "windows that are words": lambda text: with_metric(text, ["a", "b"], "kl_windows"),
+    "fewer windows than were tested on": lambda text: with_metric(text, [0.1], "kl_windows"),
+    "a perplexity below 1": lambda text: with_metric(text, 0.5, "perplexity"),
     "metrics that are pairs": lambda text: edited(text, metrics=[["perplexity", 3], ["kl", 1]]),
     "memory that is text": lambda text: edited(text, peak_memory_mb="many"),
     "no stages": lambda text: edited(
@@ -219,8 +222,8 @@ def edited(text: str, **changes) -> str:
     return json.dumps(json.loads(text) | changes)
 
 
-def with_metric(text: str, kl: object) -> str:
-    return edited(text, metrics=json.loads(text)["metrics"] | {"kl": kl})
+def with_metric(text: str, value: object, name: str = "kl") -> str:
+    return edited(text, metrics=json.loads(text)["metrics"] | {name: value})
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

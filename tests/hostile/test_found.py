@@ -2,7 +2,7 @@
 
 import json
 import os
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import wraps
 from pathlib import Path
 from random import Random
@@ -118,7 +118,7 @@ def test_what_is_kept_of_a_layer_has_its_shape(model, tokens):
     with refused(r"what is kept of layer 0 lacks layers\.0\.q"):
         rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant(), kept=Kept())
     Kept.get = lambda self, layer: "a layer"
-    with refused("kept.get must return a Report or None, not a str"):
+    with refused("kept.get must return a whole Report or None"):
         rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant(), kept=Kept())
     with refused("kept must hold layers by get and put"):
         rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant(), kept=Report)
@@ -648,6 +648,101 @@ def test_tuning_replaces_no_forward_of_ones_own(model, tokens):
     with refused(r"layers\.1\.up has a forward of its own, which tuning would replace"):
         rl.tune(model, reference, steps=2, held_out=1)
     assert linear.forward is own
+
+
+def test_a_forward_of_ones_own_is_not_copied_with_its_module(model, tokens):
+    linear = model.model.layers[0].mlp.up_proj
+    linear.forward = linear.forward  # it changes nothing, and a copy of it calls this linear
+    with refused(r"model\.layers\.0\.mlp\.up_proj has a forward of its own, which a copy"):
+        rl.gptq(model, tokens, rl.WeightQuant(), asymmetry=0.25)
+    rl.gptq(model, tokens, rl.WeightQuant())
+    other = tiny_model(dtype=torch.float32)
+    other.lm_head.forward = other.lm_head.forward
+    with refused("lm_head has a forward of its own, which a copy"):
+        rl.Reference(other, tokens)
+
+
+@pytest.mark.parametrize("learn", [rl.spinquant, rl.ostquant])
+def test_learning_through_the_network_passes_no_hook_over(model, tokens, learn):
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: 3 * output)
+    with refused(r"model\.embed_tokens has a hook, or a forward of its own, which would see"):
+        learn(model, tokens, rl.WeightQuant(bits=3))
+
+
+def test_a_quantized_model_is_no_reference_for_itself(model, tokens):
+    alias, shallow = model, copy(model)
+    rl.rtn(model, rl.WeightQuant(bits=2))
+    for reference in (alias, shallow):
+        with refused("the reference is the quantized model itself, or shares its layers"):
+            rl.kl_divergence(reference, model, tokens.flatten(), 32)
+
+
+def test_a_rotated_model_whose_weights_were_loaded_back_is_told(model, tokens):
+    before = deepcopy(model.state_dict())
+    rl.fuse(model, rl.random_rotation(model, R4=True))
+    model.load_state_dict(before, strict=False)
+    with refused("marked as rotated, and its final norm isn't folded"):
+        rl.perplexity(model, tokens.flatten(), 32)
+
+
+@pytest.mark.parametrize("damage", ["a NaN", "another shape", "a word for the curve", "no Adam"])
+def test_a_damaged_state_of_tuning_is_not_gone_on_from(model, tokens, damage):
+    class Kept:
+        state = None
+
+        def get(self):
+            return self.state
+
+        def put(self, state):
+            self.state = state
+
+    kept, reference = Kept(), rl.Reference(model, tokens)
+    how = {"steps": 2, "held_out": 1, "kept": kept}
+    rl.rtn(model, rl.WeightQuant(bits=3))
+    rl.tune(deepcopy(model), reference, **how)
+    best = kept.state["best"]
+    kept.state |= {
+        "a NaN": {"best": [value * float("nan") for value in best]},
+        "another shape": {"leaves": [value[:1] for value in best]},
+        "a word for the curve": {"kl": "0.2"},
+        "no Adam": {"adam": {}},
+    }[damage]
+    with refused("kept.get must return None, or what kept.put was given, unchanged"):
+        rl.tune(model, reference, **how)
+
+
+def test_an_adapter_beside_the_weights_is_not_passed_over(tmp_path):
+    save_tiny_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with refused("an adapter lies beside its weights"):
+        rl.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", "null", "is not a valid JSON file of settings by name"),
+        ("config.json", '{"model_type": "llama", "num_key_value_heads": 0}', "no number above 0"),
+        ("model.safetensors.index.json", "[]", "holds no weight_map"),
+    ],
+)
+def test_a_file_that_says_nothing_is_named(tmp_path, file, text, said):
+    save_tiny_model(tmp_path)
+    (tmp_path / file).write_text(text)
+    with refused(said):
+        rl.load(str(tmp_path))
+
+
+def test_a_folder_of_texts_that_is_none_is_told_for_every_text(monkeypatch):
+    monkeypatch.setenv("ROTLIB_DATA", "/no/where")
+    with refused("ROTLIB_DATA names '/no/where', which is no folder"):
+        rl.load_tokens("wikipedia-mini", load_tokenizer("smollm2-135m"), "test")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_rotation_of_any_dtype_has_a_digest(dtype):
+    R1 = torch.nn.Parameter(torch.eye(48, dtype=dtype).flip(0))
+    assert len(rl.Rotation(R1, None).digest()) == 12
 
 
 def test_a_copy_made_while_activations_are_rounded_is_refused(model, tokens):
