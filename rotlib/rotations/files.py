@@ -24,7 +24,7 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
     """Write R1 and R2 as SpinQuant's code reads them; returns the file.
 
     Raises ValueError for what such a file can't hold: scales, online rotations, and an R2 that
-    differs between the heads of a layer, as OptRot's does.
+    differs between the heads of a layer, as OptRot's does; and where there is no R1.
 
     >>> rotation = Rotation(torch.eye(48), torch.eye(8).expand(2, 2, 8, 8))
     >>> sorted(torch.load(save_rotation(rotation, folder / "R.bin"), weights_only=True))
@@ -39,10 +39,11 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
         )
     _check_path(file)
     _check_parts(rotation)
-    if rotation.R1 is None or rotation.R2 is None:
-        raise ValueError("SpinQuant's file holds R1 and R2, and this rotation hasn't both")
+    if rotation.R1 is None:
+        raise ValueError("SpinQuant's file holds R1, and this rotation has none")
     held = {"R1": as_matrix(rotation.R1).detach().double().cpu()}
-    for layer, heads in enumerate(rotation.R2.detach().double().cpu()):
+    R2 = () if rotation.R2 is None else rotation.R2.detach().double().cpu()
+    for layer, heads in enumerate(R2):
         if not torch.equal(heads, heads[:1].expand_as(heads)):
             raise ValueError(
                 "SpinQuant's file holds one R2 a layer, and this rotation has another for each "
