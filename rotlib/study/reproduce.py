@@ -34,7 +34,10 @@ from rotlib.study.yaml_file import read_yaml, value_of
 
 NOTEBOOKS = ROOT / "notebooks"
 CONFIGS = ROOT / "configs"
-_IPC = Config(KernelManager={"transport": "ipc"})  # parallel runs would race for TCP ports
+# parallel runs would race for TCP ports; a kernel that is interrupted at its end needn't say so
+_KERNEL = Config(
+    KernelManager={"transport": "ipc"}, NotebookClient={"extra_arguments": ["--log-level=CRITICAL"]}
+)
 _VOLATILE = ("papermill", "execution")
 
 
@@ -200,7 +203,7 @@ def execute(path: Path, target: Path, parameters: dict, in_place: bool) -> None:
     else:
         os.environ.setdefault("ROTLIB_FIGURES", str(ROOT / "figures"))
         _show_kernel_progress()
-    how = {"progress_bar": False, "log_output": not in_place, "config": _IPC}
+    how = {"progress_bar": False, "log_output": not in_place, "config": _KERNEL}
     papermill.execute_notebook(str(path), str(target), parameters, cwd=str(NOTEBOOKS), **how)
     if in_place:
         notebook = nbformat.read(target, as_version=4)
