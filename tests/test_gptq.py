@@ -11,6 +11,7 @@ from rotlib.models.walk import final_hidden
 from rotlib.quantization import coordinate, solver
 from rotlib.quantization.coordinate import CoordinateDescent
 from rotlib.quantization.grids import fit_grid, round_to_nearest
+from rotlib.quantization.refit import refitted
 from rotlib.quantization.solver import Solver
 
 gptq_module = import_module(
@@ -362,6 +363,39 @@ def test_an_interrupted_model_is_refused_everywhere_and_saved_as_well(
         ):
             with pytest.raises(ValueError, match="was interrupted, so it is neither the original"):
                 use(half)
+
+
+@pytest.mark.parametrize("drift", [False, True])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_refitted_scales_have_the_least_error_that_these_codes_can_have(group_size, drift):
+    generator = torch.Generator().manual_seed(0)
+    W, X = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((6, 32), (99, 32))
+    )
+    H = X.T @ X / len(X)
+    C = 0.05 * torch.randn(32, 32, generator=generator, dtype=torch.float64) if drift else None
+    Q = round_to_nearest(W, rl.WeightQuant(bits=3, group_size=group_size, symmetric=False))
+    found = refitted(Q, W, H, C)
+    assert torch.equal(found.codes, Q.codes)
+    assert torch.equal(found.zero, Q.zero)
+    scale = found.scale.clone().requires_grad_()
+    with torch.enable_grad():
+        off = found._replace(scale=scale).dense() - W
+        error = (off @ H * off).sum() - (0 if C is None else 2 * (off * (W @ C)).sum())
+        (slope,) = torch.autograd.grad(error, scale)
+    changed = (found.scale != Q.scale).all(1)
+    assert changed.sum() >= 5
+    assert slope[changed].abs().max() < 1e-3 * (W @ H).abs().max()
+
+
+def test_refit_makes_gptqs_error_smaller(tokens):
+    errors = {}
+    for refit in (False, True):
+        model = tiny_model(dtype=torch.float32)
+        report = rl.gptq(model, tokens, rl.WeightQuant(bits=3, group_size=8), refit=refit)
+        errors[refit] = sum(module.error for module in report.modules if "layers.0" in module.name)
+    assert errors[True] < 0.99 * errors[False]
 
 
 def test_descent_ends_where_no_code_changes(tokens, monkeypatch):

@@ -176,7 +176,7 @@ def test_a_run_on_code_that_computes_something_else_is_refused_with_what_to_do(m
     assert "torch" in str(e.value)
     monkeypatch.undo()
     numerics.forget()
-    monkeypatch.setattr(grids, "CLIP_NORM", 3.0)
+    monkeypatch.setitem(grids.SHORT_OF, "half", 0.4)
     assert "is" in numerics.drift("grids")  # the numbers tell as well
     numerics.forget()
 

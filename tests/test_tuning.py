@@ -97,6 +97,14 @@ def test_a_loss_that_is_no_number_ends_it_with_the_best_step(reference, monkeypa
     codes_of(model)
 
 
+def test_weights_and_gains_are_put_into_another_model_together(reference):
+    model = quantized()
+    tuned = rl.tune(model, reference, steps=4, lr=1e-2)
+    other = tuned.put_into(tiny_model(dtype=torch.float32))
+    ids = reference.windows
+    assert torch.equal(other(ids).logits, model(ids).logits)
+
+
 def interrupt(monkeypatch, number):
     """Interrupt the optimiser's step of this number; returns a list with an entry a step."""
     step, taken = torch.optim.Adam.step, []

@@ -19,8 +19,8 @@ from rotlib.disk import ROOT
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 TABLE = ROOT / "build" / "vllm.md"
 WINDOWS, LENGTH = 4, 64
-# nats: bfloat16 in transformers moves a token by 0.06 and the mean by 0.003, vLLM's kernel for packed
-# codes on a CPU three times as much; what is read wrongly is off by whole nats
+# nats: bfloat16 in transformers moves a token by 0.06 and the mean by 0.003, vLLM's kernel for
+# packed codes on a CPU three times as much; what is read wrongly is off by whole nats
 ONE, MEAN = 0.25, 0.06
 QUIET = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -37,7 +37,7 @@ from rotlib.models.text import fingerprint
 from rotlib.precision import coarse_products, model_products
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight
-from rotlib.quantization.quantized import codes_of, grid_of, set_weight
+from rotlib.quantization.quantized import codes_of, grid_of, restore, set_weight
 from rotlib.rotations.rotation import placed_weights
 
 STEPS = 64
@@ -54,7 +54,8 @@ class Tuning:
 
     `step` is the one that was kept, 0 where none was better than the start. `weights` have the
     codes that they had and the tuned scales, by names such as "layers.0.q"; `gains` are the norms',
-    layer by layer and the final one's last. `seconds` count what was done before an interruption.
+    layer by layer and the final one's last; they belong together (`put_into`). `seconds` count what
+    was done before an interruption.
 
     >>> Tuning(kl=[0.2, 0.1], held_out={0: 0.2, 2: 0.15}).step
     2
@@ -69,6 +70,15 @@ class Tuning:
     @property
     def step(self) -> int:
         return min(self.held_out, key=self.held_out.get, default=0)
+
+    def put_into(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Give a model prepared as the tuned one was its weights and its gains, in place.
+
+        Raises like `restore`.
+        """
+        restore(model, self.weights)
+        set_gains(model, self.gains)
+        return model
 
 
 @runtime_checkable

@@ -54,6 +54,11 @@ def adapt(model: PreTrainedModel) -> Family:
 def _check_code(model: PreTrainedModel) -> None:
     """Raises ValueError for a module whose class computes something that nobody here has read."""
     for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name or 'the model'} was compiled in place (module.compile()), and compiled "
+                "code passes by hooks that come later: load the model without"
+            )
         forward = type(module).forward
         # where its code was written: functools.wraps copies the module's name
         written = getattr(forward, "__globals__", {}).get("__name__", forward.__module__)
@@ -168,6 +173,11 @@ def _check_shapes(family: Family) -> None:
             _check_shape(f"layers.{layer}.{name}", linear, nn.Linear, shapes[name])
         for name, norm in family.norms(layer).items():
             _check_norm(f"layers.{layer}.{name}", norm, family)
+        if (place := family.attention(layer).layer_idx) != layer:
+            raise ValueError(
+                f"layers.{layer} takes itself for layer {place}: layers were taken out or moved; "
+                "give each self_attn.layer_idx its place"
+            )
         if family.attention(layer).head_dim != family.head_dim:
             raise ValueError(
                 f"layers.{layer} has heads of {family.attention(layer).head_dim}, and the config "

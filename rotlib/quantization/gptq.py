@@ -26,6 +26,7 @@ from rotlib.models.supported import adapt
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
 from rotlib.quantization.coordinate import MOST_SWEEPS
+from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.hessian import DAMPING, Hessian
 from rotlib.quantization.quantized import (
@@ -94,6 +95,7 @@ def gptq(
     static_groups: bool = False,
     scale_search: bool = False,
     descent: int = 0,
+    refit: bool = False,
     kept: Layers | None = None,
 ) -> Report:
     """Quantize every linear of every decoder layer in place (Frantar et al., arXiv 2210.17323).
@@ -102,7 +104,8 @@ def gptq(
     falling H_jj; then, and with `static_groups`, groups keep the scales of the original weights.
     `asymmetry` is GPTAQ's α (0.25 in its paper, 0 for GPTQ); every batch then goes through the
     original layer as well. With `scale_search` every row takes the best of several scales, and
-    `descent` sweeps of coordinate descent follow. Layers that `kept` holds are put back instead of
+    `descent` sweeps of coordinate descent follow; `refit` then gives the codes the scales of least
+    error, and descends once more. Layers that `kept` holds are put back instead of
     quantized, and the others are handed to it. Raises ValueError before any work for unsuitable
     models, grids or tokens.
 
@@ -123,10 +126,13 @@ def gptq(
     if scale_search and quant.grid == "mxfp4":
         raise ValueError("scale_search tries scales nearby, and mxfp4's are powers of two")
     whole_number("descent", descent, 0, MOST_SWEEPS)
+    yes_or_no("refit", refit)
+    if refit and quant.grid in FP4:
+        raise ValueError(f"refit moves scales freely, and {quant.grid} hasn't all numbers for them")
     keeper("kept", kept, Layers, "layers")
     if asymmetry:
         check_can_be_copied(model, "the model")
-    solve = Solver(quant, act_order, damping, static_groups, scale_search, descent)
+    solve = Solver(quant, act_order, damping, static_groups, scale_search, descent, refit)
     batches = layer_inputs(family, calibration)
     with changing(model, "rotlib_quantized"):
         waiting = batches_that_wait(family, batches, streams=2 if asymmetry else 1)

@@ -5,8 +5,8 @@ On an integer grid a weight row (or a group of `group_size` of its entries) is w
 compressed-tensors), absmax/(2^(b−1)−1) ("full": QuaRot, SpinQuant) or, with the sign that puts the
 largest entry on the lowest code, ±absmax/2^(b−1) ("signed": llama.cpp's Q4_0); asymmetric grids
 span [min, max] with a rounded zero point. Clip search looks for the shrink factor among 1.00, 0.99
-… 0.21 with the smallest Σ|w − q(w)|^2.4 (GPTQ's public code tries all 80; here 20 of them, coarse
-to fine).
+… 0.21 with the smallest Σ|w − q(w)|^2.4, or to another power, the `clip_norm` (GPTQ's public code
+tries all 80; here 20 of them, coarse to fine).
 
 "nvfp4" and "mxfp4" are grids of 4-bit floats (`fp4.py`). Their codes are the floats themselves.
 """
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from rotlib.checks import one_of, whole_number, yes_or_no
+from rotlib.checks import one_of, positive, whole_number, yes_or_no
 from rotlib.quantization.fp4 import (
     E4M3,
     FP4,
@@ -61,6 +61,7 @@ class WeightQuant:
     symmetric: bool = True
     convention: str = "half"
     clip_search: bool = True
+    clip_norm: float = CLIP_NORM
     grid: str = GRIDS[0]
 
     def __post_init__(self):
@@ -73,6 +74,9 @@ class WeightQuant:
         one_of("convention", self.convention, CONVENTIONS)
         yes_or_no("symmetric", self.symmetric)
         yes_or_no("clip_search", self.clip_search)
+        positive("clip_norm", self.clip_norm)
+        if self.clip_norm > 10:
+            raise ValueError(f"clip_norm {self.clip_norm} is beyond 10, where powers overflow")
 
     def _check_fp4(self) -> None:
         group = FP4[self.grid]
@@ -241,4 +245,4 @@ def _best_factor(W: Tensor, quant: WeightQuant) -> Float[Tensor, "rows 1"]:
 
 
 def _clip_error(W: Tensor, quant: WeightQuant, factor: Tensor) -> Float[Tensor, " rows"]:
-    return grid_at(W, quant, factor).round(W).sub_(W).abs_().pow_(CLIP_NORM).sum(dim=1)
+    return grid_at(W, quant, factor).round(W).sub_(W).abs_().pow_(quant.clip_norm).sum(dim=1)

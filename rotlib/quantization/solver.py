@@ -21,6 +21,7 @@ from torch import Tensor
 from rotlib.quantization.coordinate import CoordinateDescent
 from rotlib.quantization.grids import Grid, QuantizedWeight, WeightQuant, fit_grid, round_to_nearest
 from rotlib.quantization.hessian import DAMPING, factorise
+from rotlib.quantization.refit import refitted
 from rotlib.quantization.replayed import Replayed
 
 BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
@@ -39,6 +40,7 @@ class Solver:
     static_groups: bool = False
     scale_search: bool = False
     descent: int = 0
+    refit: bool = False
 
     def __post_init__(self):
         self._round_strip = Replayed(partial(round_strip, self.quant))
@@ -73,10 +75,12 @@ class Solver:
             widths = WIDTHS if self.scale_search else WIDTHS[:1]
             tried = [self._solve(W, order, U, P, fixed, width) for width in widths]
             Q = tried[0]
-            if self.scale_search or self.descent:
+            if self.scale_search or self.descent or self.refit:
                 sound = H + damping * H.diagonal().mean() * eye
                 Q = _best_rows(tried, W, sound, C) if self.scale_search else Q
                 Q = self._descend(Q, W, sound, C)
+                if self.refit:
+                    Q = self._descend(refitted(Q, W, sound, C), W, sound, C)
         difference = (Q.dense() - W) * unit
         error = (difference @ H * difference).sum(dim=1)
         return Q._replace(scale=Q.scale * unit), error, damping, M is None

@@ -202,7 +202,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         windows = recipe.calibration_windows
         at_once = min(windows, max(1, BATCH_TOKENS // recipe.window))
         # a better code is looked for under the damped Hessian
-        hessians = _HESSIANS + bool(recipe.scale_search or recipe.descent)
+        hessians = _HESSIANS + bool(recipe.scale_search or recipe.descent or recipe.refit)
         solve = _FLOAT * max(
             hessians * wide**2 + _WEIGHTS * sizes["down"],
             hessians * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]),

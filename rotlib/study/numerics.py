@@ -87,7 +87,7 @@ def stages_of(spec: dict) -> list[str]:
         if setting("rounding") == "gptq":
             stages |= {"covariance", "gptq"}
             options = {"asymmetry": "gptaq", "scale_search": "scale search"}
-            options["descent"] = "coordinate descent"
+            options |= {"descent": "coordinate descent", "refit": "refit"}
             stages |= {stage for name, stage in options.items() if setting(name)}
     return sorted(stages)
 

@@ -15,7 +15,7 @@ from rotlib.models.text import check_text
 from rotlib.quantization.activations import FULL, PROTOCOLS, ActivationQuant
 from rotlib.quantization.coordinate import MOST_SWEEPS
 from rotlib.quantization.fp4 import FP4
-from rotlib.quantization.grids import GRIDS, WeightQuant
+from rotlib.quantization.grids import CLIP_NORM, GRIDS, WeightQuant
 from rotlib.rotations.drawn import DRAWN, R1_ORDERS
 from rotlib.rotations.rotation import Rotation
 
@@ -55,10 +55,10 @@ _LEARNERS_OWN = (
 )
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _FIXED_BY_FP4 = ("bits", "group_size", "symmetric", "convention")
-_GPTQ = ("act_order", "asymmetry", "static_groups", "scale_search", "descent")
+_GPTQ = ("act_order", "asymmetry", "static_groups", "scale_search", "descent", "refit")
 _ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol", "sinks")
 # what was kept before there were these settings keeps its name
-_LATER = ("lr", "activation_grid")
+_LATER = ("lr", "activation_grid", "clip_norm")
 
 SHIPPED = ("none", *DRAWN, "gsr", *LEARNED)  # the rotations that come with rotlib
 # rotations of one's own, by name: `own.register_rotation` fills it
@@ -88,8 +88,8 @@ class Recipe:
     learns OptRot's objective for the grid's groups. `activation_share` is λ of "mixed", `form`
     OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
     recipe's grid, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none" keeps
-    16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search` and `descent` are
-    `gptq`'s; `tuning` is how many steps scales and gains are tuned for, each on a window of its
+    16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search`, `descent` and `refit`
+    are `gptq`'s; `tuning` is how many steps scales and gains are tuned for, each on a window of its
     own, and further ones are held out. `order` "weights-first" calibrates GPTQ on unrounded
     activations, "activations-first" on rounded ones. Raises ValueError at construction for a value
     outside the choices, or one that would go unread.
@@ -121,12 +121,14 @@ class Recipe:
     symmetric: bool = True
     convention: str = "half"
     clip_search: bool = True
+    clip_norm: float = CLIP_NORM
     grid: str = GRIDS[0]
     act_order: bool = False
     asymmetry: float = 0.0
     static_groups: bool = False
     scale_search: bool = False
     descent: int = 0
+    refit: bool = False
     tuning: int = 0
     activation_bits: int = FULL
     activation_grid: str = GRIDS[0]
@@ -174,12 +176,15 @@ class Recipe:
                 f"{self.sinks} sinks leave nothing to round in windows of {self.window} tokens: "
                 "take fewer sinks or longer windows"
             )
+        positive("clip_norm", self.clip_norm)
+        object.__setattr__(self, "clip_norm", float(self.clip_norm))  # 2 and 2.0 are one arm
         share("asymmetry", self.asymmetry)
         object.__setattr__(self, "asymmetry", float(self.asymmetry))  # 1 and 1.0 are one arm
         for name in (
             "act_order",
             "static_groups",
             "scale_search",
+            "refit",
             "R3",
             "R4",
             "signs",
@@ -201,7 +206,8 @@ class Recipe:
         if self.grid in FP4:
             for name in _FIXED_BY_FP4:
                 yield name, f"belongs to integer grids, and {self.grid} has its own"
-            yield "tuning", f"moves scales freely, and {self.grid} hasn't all numbers for them"
+            for name in ("tuning", "refit"):
+                yield name, f"moves scales freely, and {self.grid} hasn't all numbers for them"
         if self.grid == "mxfp4":
             yield "scale_search", "tries scales nearby, and mxfp4's are powers of two"
         if self.rounding == "none":
@@ -213,11 +219,14 @@ class Recipe:
             yield "static_groups", "is about GPTQ's groups: it needs rounding 'gptq'"
             yield "scale_search", "goes by GPTQ's error: it needs rounding 'gptq'"
             yield "descent", "goes on from GPTQ's codes: it needs rounding 'gptq'"
+            yield "refit", "fits scales to GPTQ's codes: it needs rounding 'gptq'"
         if (self.group_size is None and self.grid not in FP4) or self.act_order:
             needs = "it needs a group_size, and act_order has them already"
             yield "static_groups", f"keeps groups the scales of the original weights: {needs}"
         if self.rounding != "gptq" or not rounded:
             yield "order", "needs rounding 'gptq', and activation_bits or kv_bits below 16"
+        if not self.clip_search:
+            yield "clip_norm", "is what clip_search goes by"
         if not self.symmetric:
             yield "convention", "belongs to symmetric grids"
         if self.kv_bits == FULL:

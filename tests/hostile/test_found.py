@@ -711,6 +711,22 @@ def test_a_damaged_state_of_tuning_is_not_gone_on_from(model, tokens, damage):
         rl.tune(model, reference, **how)
 
 
+def test_a_model_that_was_compiled_in_place_is_told(model, tokens):
+    model.model.layers[1].mlp.compile(backend="eager")
+    with refused(r"model\.layers\.1\.mlp was compiled in place"):
+        rl.fuse(model, rl.random_rotation(tiny_model(dtype=torch.float32), R4=True))
+
+
+def test_a_model_with_a_layer_taken_out_is_told(model, tokens):
+    model.model.layers = model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    model.eval()
+    with refused(r"layers\.0 takes itself for layer 1"):
+        rl.rtn(model, rl.WeightQuant())
+    model.model.layers[0].self_attn.layer_idx = 0
+    rl.rtn(model, rl.WeightQuant())
+
+
 def test_an_adapter_beside_the_weights_is_not_passed_over(tmp_path):
     save_tiny_model(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -7,7 +7,7 @@ from rotlib.learning import tuning
 from rotlib.models import walk
 from rotlib.models.reference import Reference
 from rotlib.models.supported import adapt
-from rotlib.quantization import activations, fp4, gptq, grids, hessian, quantized, solver
+from rotlib.quantization import activations, fp4, gptq, grids, hessian, quantized, refit, solver
 from rotlib.study.canaries.inputs import covariance, noise, profile, tiny, token_windows
 from rotlib.study.canaries.register import canary
 
@@ -159,8 +159,8 @@ def _gptaq() -> dict:
     return numbers | {"errors": [module.error for module in report.modules][7:]}
 
 
-def _refined(**how: object) -> dict:
-    C = 0.1 * noise(136, 136, seed=5)
+def _refined(drift_size: float = 0.1, **how: object) -> dict:
+    C = drift_size * noise(136, 136, seed=5)
     numbers = {}
     for name, settings, drift in (("rows", {}, None), ("drift", {}, C), ("groups", {"bits": 3}, C)):
         quant = grids.WeightQuant(group_size=68 if name == "groups" else None, **settings)
@@ -177,6 +177,13 @@ def _scale_search() -> dict:
 @canary("coordinate descent", tolerance=5e-3)
 def _coordinate_descent() -> dict:
     return _refined(descent=2)
+
+
+@canary("refit", ridge=refit.RIDGE, tolerance=5e-3)
+def _refit() -> dict:
+    numbers = _refined(0.002, refit=True)
+    again = _refined(0.002, refit=True, descent=1)
+    return numbers | {f"{name}, descended": value for name, value in again.items()}
 
 
 @canary(
