@@ -53,11 +53,7 @@ MUTANTS = {
     "descent's drift": ("quantization.coordinate", "G -= W @ C", "G += W @ C"),
     "refit's system": ("quantization.refit", "left[:, g] =", "left[:, g] = 2 *"),
     "refit's drift": ("quantization.refit", "W @ (H + C)", "W @ (H - C)"),
-    "refit of worse rows": (
-        "quantization.refit",
-        "error(found) < error(Q)",
-        "error(found) > error(Q)",
-    ),
+    "refit of worse rows": ("quantization.refit", "found, W, H, C) <", "found, W, H, C) >"),
     "descent blind": ("quantization.coordinate", "G += H[:, here] @ change", "G += 0 * G"),
     "dead inputs": ("quantization.solver", "W[:, dead] = 0.0", "W[:, dead] = 1.0"),
     "clip by bits": ("quantization.activations", "1 - 2 ** (1 - self", "1 - 2 ** (2 - self"),

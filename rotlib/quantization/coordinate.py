@@ -20,6 +20,18 @@ _STRIP = 32  # columns whose changes reach the rest in one product
 MOST_SWEEPS = 100  # codes stop changing long before
 
 
+def row_errors(
+    Q: QuantizedWeight,
+    W: Float[Tensor, "out in"],
+    H: Float[Tensor, "in in"],
+    C: Float[Tensor, "in in"] | None,
+) -> Float[Tensor, " out"]:
+    """Every row's error (q − w) H (q − w)ᵀ − 2 (q − w)(w C)ᵀ."""
+    difference = Q.dense() - W
+    off = difference @ H if C is None else difference @ H - 2 * W @ C
+    return (off * difference).sum(dim=1)
+
+
 class CoordinateDescent:
     """Visits every column of weights on one grid, `sweeps` times."""
 

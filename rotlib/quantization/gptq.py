@@ -105,7 +105,7 @@ def gptq(
     `asymmetry` is GPTAQ's α (0.25 in its paper, 0 for GPTQ); every batch then goes through the
     original layer as well. With `scale_search` every row takes the best of several scales, and
     `descent` sweeps of coordinate descent follow; `refit` then gives the codes the scales of least
-    error, and descends once more. Layers that `kept` holds are put back instead of
+    error, and the sweeps follow once more. Layers that `kept` holds are put back instead of
     quantized, and the others are handed to it. Raises ValueError before any work for unsuitable
     models, grids or tokens.
 

@@ -1,14 +1,14 @@
 """Scales fitted anew to codes that stay, in closed form.
 
-With the codes fixed a row's weights are linear in the scales of its groups, so its error (q − w) H
-(q − w)ᵀ − 2 (q − w)(w C)ᵀ, the one of `coordinate.py`, has its least value where a small system of
-equations says.
+With the codes fixed a row's weights are linear in the scales of its groups, so its error
+(`coordinate.row_errors`) has its least value where a small system of equations says.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rotlib.quantization.coordinate import row_errors
 from rotlib.quantization.grids import QuantizedWeight
 
 RIDGE = 1e-6  # of the system's mean diagonal: a group whose codes are all zero keeps its scale
@@ -42,11 +42,6 @@ def refitted(
     left.diagonal(dim1=1, dim2=2).add_(ridge)
     scale = torch.linalg.solve(left, right + ridge * old).to(Q.scale.dtype)
     found = Q._replace(scale=scale)
-
-    def error(tried: QuantizedWeight) -> Float[Tensor, " out"]:
-        difference = tried.dense() - W
-        off = difference @ H if C is None else difference @ H - 2 * W @ C
-        return (off * difference).sum(1)
-
-    better = (error(found) < error(Q)) & (scale * Q.scale > 0).all(1)
+    better = row_errors(found, W, H, C) < row_errors(Q, W, H, C)
+    better &= (scale * Q.scale > 0).all(1)
     return Q._replace(scale=torch.where(better.unsqueeze(1), scale, Q.scale))

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rotlib.quantization.coordinate import CoordinateDescent
+from rotlib.quantization.coordinate import CoordinateDescent, row_errors
 from rotlib.quantization.grids import Grid, QuantizedWeight, WeightQuant, fit_grid, round_to_nearest
 from rotlib.quantization.hessian import DAMPING, factorise
 from rotlib.quantization.refit import refitted
@@ -164,14 +164,7 @@ def _best_rows(
     tried: list[QuantizedWeight], W: Tensor, H: Tensor, C: Tensor | None
 ) -> QuantizedWeight:
     """Every row as the try has it whose outputs are nearest to the original's."""
-
-    drift = 0 if C is None else 2 * W @ C
-
-    def error(Q: QuantizedWeight) -> Float[Tensor, " out"]:
-        difference = Q.dense() - W
-        return ((difference @ H - drift) * difference).sum(dim=1)
-
-    best = torch.stack([error(Q) for Q in tried]).argmin(dim=0)
+    best = torch.stack([row_errors(Q, W, H, C) for Q in tried]).argmin(dim=0)
     rows = torch.arange(len(W), device=W.device)
     return QuantizedWeight(*(torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True)))
 

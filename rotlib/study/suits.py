@@ -1,10 +1,11 @@
 """Does a recipe suit its model? The config alone tells, before any work."""
 
 from rotlib.checks import window_fits
+from rotlib.models.supported import check_has_R1
 from rotlib.rotations.drawn import gsr_rotation
 from rotlib.rotations.online import check_online
 from rotlib.study.memory import outline
-from rotlib.study.recipe import Recipe
+from rotlib.study.recipe import LEARNED, Recipe
 
 
 def check_suits(recipe: Recipe) -> None:
@@ -18,6 +19,8 @@ def check_suits(recipe: Recipe) -> None:
     if recipe.rounding != "none":
         for site, linear in family.linears(0).items():
             recipe.quant.check_width(linear.in_features, f"{site}_proj")
+    if recipe.rotation in {*LEARNED} - {"optrot"}:
+        check_has_R1(family, recipe.rotation)
     if "gsr" in (recipe.rotation, recipe.start):
         gsr_rotation(family.model, recipe.R1_order, recipe.block)
     check_online(family, recipe.online)
