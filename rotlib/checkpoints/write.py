@@ -19,7 +19,12 @@ import psutil
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rotlib.checkpoints.folder import (
     check_room,
@@ -98,11 +103,8 @@ def export(
         raise ValueError(f"the card is a text that UTF-8 holds, not {str(card)[:50]!r}")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"the tokenizer must be of transformers, not a {type(tokenizer).__name__}")
-    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"this tokenizer has {len(tokenizer)} tokens and the model "
-            f"{model.config.vocab_size}: it belongs to another model"
-        )
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config)
     if format == "fused" and is_quantized(model):
         raise ValueError(
             "this model is quantized already: 'fused' writes the rotated model before that, "
@@ -137,6 +139,15 @@ def export(
         write_marker(scratch, format)
         put_in_place(scratch, folder)
     return folder
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raises ValueError for a tokenizer with more tokens than the model."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"this tokenizer has {len(tokenizer)} tokens and the model "
+            f"{config.vocab_size}: it belongs to another model"
+        )
 
 
 def check_dtype(format: str, dtype: torch.dtype | None) -> None:

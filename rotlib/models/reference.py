@@ -1,5 +1,6 @@
 """What the original model computes, kept while the model itself is rotated and quantized."""
 
+import warnings
 from copy import deepcopy
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids
+from rotlib.models.marks import is_quantized
 from rotlib.models.sound import check_can_be_copied, check_not_rounding, check_sound
 from rotlib.models.supported import adapt
 from rotlib.models.walk import NOT_FINITE, final_hidden
@@ -31,6 +33,12 @@ class Reference:
         check_sound(model)
         check_can_be_copied(family.lm_head, "lm_head")
         token_ids("windows", windows, 2, model)
+        if is_quantized(model):
+            warnings.warn(
+                "this reference is of a quantized model: how far one is from the original shows "
+                "beside the original's",
+                stacklevel=2,
+            )
         self.windows = windows.clone()
         self.lm_head = deepcopy(family.lm_head)  # the model may be rotated in place later on
         self.hidden = final_hidden(family, windows)

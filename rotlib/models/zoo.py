@@ -149,8 +149,9 @@ def config_of(source: str) -> PreTrainedConfig:
         if not isinstance(told, dict):
             raise ValueError("its config.json is not a valid JSON file of settings by name")
         for name in _COUNTS & told.keys():
-            if told[name] is not None and not told[name] > 0:
-                raise ValueError(f"its config.json says {name} {told[name]!r}, no number above 0")
+            count = told[name]
+            if count is not None and (type(count) is not int or count < 1):
+                raise ValueError(f"its config.json says {name} {count!r}, no number above 0")
     config = AutoConfig.from_pretrained(source, **_safely(source))
     config._attn_implementation = _ATTENTION
     config.return_dict = True

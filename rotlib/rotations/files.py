@@ -21,7 +21,7 @@ _R2 = "model.layers.{}.self_attn.R2"
 
 
 def save_rotation(rotation: Rotation, file: str | Path) -> Path:
-    """Write R1 and R2 as SpinQuant's code reads them; returns the file.
+    """Write R1 and R2 as SpinQuant's code reads them, over a file of that name; returns the file.
 
     Raises ValueError for what such a file can't hold: scales, online rotations, and an R2 that
     differs between the heads of a layer, as OptRot's does; and where there is no R1.

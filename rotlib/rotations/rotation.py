@@ -166,6 +166,8 @@ class Rotation:
         >>> Rotation(torch.eye(4), None).digest() == Rotation(torch.eye(4), None).digest()
         True
         """
+        if any(tensor.is_meta for tensor in self.tensors()):
+            raise ValueError("this rotation lies on the device 'meta', where it has no numbers")
         whole = (tensor.detach().cpu().contiguous() for tensor in self.tensors())
         parts = (tensor.view(torch.uint8).numpy().tobytes() for tensor in whole)
         return sha256(b"".join(parts)).hexdigest()[:12]

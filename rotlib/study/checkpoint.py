@@ -14,7 +14,7 @@ import torch
 from rotlib.checkpoints.folder import check_room, checked_folder
 from rotlib.checkpoints.gguf_file import check_family, check_holds, cut_of
 from rotlib.checkpoints.packed import check_fp4_dtype
-from rotlib.checkpoints.write import FORMATS, check_dtype, export
+from rotlib.checkpoints.write import FORMATS, check_dtype, check_vocabulary, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.content import weights_sample
 from rotlib.models.zoo import load_tokenizer, source_of
@@ -58,8 +58,8 @@ def export_recipe(
             f"a plain checkpoint has no {' and '.join(recipe.online)}: "
             "leave the online rotations out of the recipe"
         )
+    family, _ = memory.outline(recipe.model)
     if format == "gguf":
-        family, _ = memory.outline(recipe.model)
         check_family(family)
         check_holds(family, recipe.quant)
         cut_of(load_tokenizer(recipe.model))
@@ -68,6 +68,7 @@ def export_recipe(
             "'fused' goes with the rounding 'none', the packed formats with 'rtn' and 'gptq'"
         )
     check_suits(recipe)
+    check_vocabulary(load_tokenizer(recipe.model), family.config)
     check_room(folder, sum(memory.on_disk(recipe, format, dtype).values()))
     result = run(recipe, device)
     model, tokenizer = build(recipe, device)
@@ -77,6 +78,11 @@ def export_recipe(
         local_path(recipe.spec()).unlink(missing_ok=True)
         result = run(recipe, device)
         model, tokenizer = build(recipe, device)
+        if result.provenance.get("weights") != weights_sample(model):
+            raise ValueError(
+                f"the rotation {recipe.rotation!r} is another one each time it is made, so that "
+                "what was measured isn't what would be written: draw from the seed it is given"
+            )
     if recipe.rotation != "none":
         model.config.rotation |= {
             "name": recipe.rotation,

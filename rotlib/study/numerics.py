@@ -211,6 +211,11 @@ def check(stages: Iterable[str]) -> None:
     """Raises ValueError, naming the stage, where the code computes something else than it says."""
     for stage in stages:
         if what := drift(stage):
+            if stage == "wikipedia-mini":
+                raise ValueError(
+                    f"the text {stage} is another one here than the study's: look at the folder "
+                    "that ROTLIB_DATA names, or at the installed gensim"
+                )
             raise ValueError(
                 f"the stage {stage!r} computes something else here than {FILE.name} says: {what}. "
                 "If the code was meant to change, run `make numerics`, which says what that makes "

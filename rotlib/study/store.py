@@ -10,6 +10,7 @@ import platform
 import re
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -180,9 +181,9 @@ def read(path: Path) -> Result | None:
 
     Raises ValueError, naming it, for a file that holds anything else.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no file: delete it and run again")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         result = Result(**json.loads(path.read_text(encoding="utf-8")))
         noted, file = dict(result.provenance["stages"]), result.file
         missing = _missing(result)
@@ -212,7 +213,8 @@ def _missing(result: Result) -> list[str]:
         raise TypeError("its metrics are no mapping")
     missing = [name for name in _MEASURED[result.spec["task"]] if name not in metrics]
     missing += [] if result.provenance["stages"] else ["stages of its computation"]
-    numbers = {name: metrics[name] for name in ("perplexity", "kl") if name in metrics}
+    named = ("perplexity", "reference_perplexity", "kl")
+    numbers = {name: metrics[name] for name in named if name in metrics}
     windows = metrics.get("kl_windows", [])
     if not isinstance(windows, list) or not all(isinstance(one, int | float) for one in windows):
         missing.append("numbers as its kl_windows")
@@ -221,8 +223,9 @@ def _missing(result: Result) -> list[str]:
     others = result.seconds | {"peak_memory_mb": result.peak_memory_mb}
     for name, value in (numbers | others).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = number and not (isinstance(value, int) and abs(value) > sys.float_info.max)
         # a broken model's may be NaN
-        least = 1 if name == "perplexity" else -1e-3
+        least = -1e-3 if name == "kl" else 1
         below = name in numbers and not value >= least and numbers["perplexity"] < inf
         beyond = name in others and number and (value < 0 or value == inf)
         if not number or below or beyond:

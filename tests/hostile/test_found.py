@@ -12,7 +12,7 @@ import torch
 from conftest import save_tiny_model, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -429,7 +429,9 @@ def test_a_text_that_is_replaced_under_a_pinned_name_is_seen(tmp_path, monkeypat
     for split in ("calibration", "test"):
         (tmp_path / "wikipedia-mini" / f"{split}.txt").write_text(f"another {split} text")
     monkeypatch.setenv("ROTLIB_DATA", str(tmp_path))
-    with refused("the stage 'wikipedia-mini' computes something else here"):
+    with refused(
+        "the text wikipedia-mini is another one here than the study's: look at the folder"
+    ):
         numerics.check(["wikipedia-mini"])
     monkeypatch.delenv("ROTLIB_DATA")
     numerics.check(["wikipedia-mini"])
@@ -892,3 +894,44 @@ def test_a_rotation_is_kept_in_a_file(tmp_path):
 def test_a_history_that_is_none_is_refused(model):
     with refused("history must list objectives as numbers"):
         rl.fuse(model, rl.Rotation(torch.eye(48), None, history="abc"))
+
+
+def test_a_reference_of_a_quantized_model_is_told(model, tokens):
+    rl.rtn(model, rl.WeightQuant())
+    with pytest.warns(UserWarning, match="this reference is of a quantized model"):
+        rl.Reference(model, tokens)
+
+
+@pytest.mark.parametrize("value", ['"256"', "[2]", "true", "-1"])
+def test_a_count_of_a_config_is_a_whole_number_above_zero(tmp_path, value):
+    save_tiny_model(tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "vocab_size": {value}}}')
+    with refused("its config.json says vocab_size .*, no number above 0"):
+        rl.load(str(tmp_path))
+
+
+def test_a_rotation_that_passes_its_seed_over_is_not_exported_under_another_ones_numbers(
+    folder, tmp_path
+):
+    @rl.register_rotation("chance", replace=True)
+    def by_chance(model, seed=0, R3=False, R4=False):
+        return rl.Rotation(torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64)).Q, None)
+
+    recipe = rl.Recipe(
+        **{"model": str(folder / "model"), "text": "wikitext2", "rotation": "chance"},
+        **{"rounding": "rtn", "window": 32, "test_windows": 1},
+    )
+    try:
+        with refused("the rotation 'chance' is another one each time it is made"):
+            rl.export_recipe(recipe, tmp_path / "out")
+    finally:
+        OWN.pop("chance")
+
+
+def test_a_tokenizer_of_another_model_is_told_before_the_run(folder, tmp_path, monkeypatch):
+    config = json.loads((folder / "model" / "config.json").read_text())
+    LlamaForCausalLM(LlamaConfig(**config | {"vocab_size": 96})).save_pretrained(folder / "model")
+    monkeypatch.setattr("rotlib.study.checkpoint.run", None)
+    recipe = rl.Recipe(model=str(folder / "model"), text="wikitext2", window=32)
+    with refused("this tokenizer has 49152 tokens and the model 96"):
+        rl.export_recipe(recipe, tmp_path / "out")
