@@ -186,7 +186,7 @@ def test_a_rotations_file_may_have_the_name_of_a_module_and_may_not_end_the_prog
     own.read_rotations(tmp_path / "torch.py")
     assert sys.modules["torch"].__file__ != str(tmp_path / "torch.py")
     (tmp_path / "ends.py").write_text("import sys\nsys.exit()")
-    with pytest.raises(ValueError, match=r"ends.py can't be imported: SystemExit"):
+    with pytest.raises(ValueError, match=r"ends.py can't be imported: it ends the process"):
         own.read_rotations(tmp_path / "ends.py")
 
 
