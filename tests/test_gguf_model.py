@@ -161,6 +161,12 @@ def test_a_key_that_changes_what_is_computed_is_not_passed_over(file, name, valu
         rl.load(rewritten(path, {name: value}))
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_file_that_was_joined_of_its_parts_is_read(file, count):
+    path, *_ = file()
+    rl.load(rewritten(path, {"split.count": count}))
+
+
 def test_a_tensor_that_lies_in_another_ones_place_is_not_read(file):
     path, *_ = file()
     whole, name = path.read_bytes(), b"blk.0.ffn_up.weight"

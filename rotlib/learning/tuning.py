@@ -31,7 +31,7 @@ from rotlib.learning.network import check_learnable
 from rotlib.models.content import weights_sample
 from rotlib.models.families import Family
 from rotlib.models.reference import Reference, check_reference
-from rotlib.models.sound import check_not_rounding, check_sound
+from rotlib.models.sound import check_not_rounding, check_own_forward, check_sound
 from rotlib.models.supported import adapt
 from rotlib.models.text import fingerprint
 from rotlib.precision import coarse_products, model_products
@@ -238,11 +238,7 @@ def check_tunable(family: Family) -> None:
         )
     for layer in range(len(family.layers)):
         for site, linear in family.linears(layer).items():
-            if "forward" in vars(linear):
-                raise ValueError(
-                    f"layers.{layer}.{site} has a forward of its own, which tuning would replace: "
-                    "remove it first"
-                )
+            check_own_forward(linear, f"layers.{layer}.{site}", "which tuning would replace")
 
 
 def gains_of(family: Family) -> list[nn.Parameter]:

@@ -137,9 +137,7 @@ def read(file: Path) -> gguf.GGUFReader:
         except ValueError:
             pass  # a type of plain numbers takes no bytes
         if not tensor.name.endswith((".weight", ".bias")):
-            raise ValueError(
-                f"the tensor {tensor.name} is no weight and no bias that is known here"
-            )
+            raise ValueError(f"the tensor {tensor.name} is no weight and no bias")
     _check_places(reader, file.stat().st_size)
     return reader
 
@@ -171,7 +169,7 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
             f"it is of the architecture {architecture!r}, and files of "
             f"{', '.join(dict.fromkeys(ARCHITECTURES.values()))} are read: load the original model"
         )
-    if keys.get("split.count", 1) != 1:
+    if keys.get("split.count", 0) not in (0, 1):  # llama-gguf-split --merge writes 0
         raise ValueError("it is one part of several: join them with llama-gguf-split --merge")
     own = {
         name.removeprefix(f"{architecture}."): value

@@ -66,14 +66,16 @@ def check_not_hooked(model: PreTrainedModel) -> None:
         )
 
 
-def check_can_be_copied(module: Module, what: str) -> None:
-    """Raises ValueError for a forward put on a module: its copy would still call the original."""
-    for name, part in module.named_modules():
+def check_own_forward(module: Module, name: str, why: str) -> None:
+    """Raises ValueError for a forward put on a module or a part of it, where it can't stay."""
+    for path, part in module.named_modules():
         if "forward" in vars(part):
-            raise ValueError(
-                f"{name or what} has a forward of its own, which a copy of it would share with the "
-                "original: remove it first"
-            )
+            raise ValueError(f"{path or name} has a forward of its own, {why}: remove it first")
+
+
+def check_can_be_copied(module: Module, name: str) -> None:
+    """Raises ValueError for a forward put on a module: its copy would still call the original."""
+    check_own_forward(module, name, "which a copy of it would share with the original")
 
 
 def other_hooks(module: Module) -> bool:

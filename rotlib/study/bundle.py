@@ -152,7 +152,7 @@ def unpack(parts: list[Path], place: Path) -> None:
             digest.update(at[piece].read_bytes())
         if digest.hexdigest() != file["sha256"]:
             raise ValueError(f"{name} isn't what was packed (its sha256 differs): send it again")
-        if blocked := [at for at in path.parents if at.exists() and not at.is_dir()]:
+        if blocked := [above for above in path.parents if above.exists() and not above.is_dir()]:
             raise ValueError(f"{blocked[0]} is no folder: name another place")
         if path.exists() and not (path.is_file() and file_digest(path) == file["sha256"]):
             raise ValueError(f"{path} is there already, and is another one: name a new folder")

@@ -11,10 +11,22 @@ code works in. Then processors agree to 1e-6. A new number or constant makes no 
 changed or a dropped one does.
 """
 
-# importing these registers their canaries
-from rotlib.study.canaries import of_learning, of_measures, of_quantization, of_rotations  # noqa: F401
+# importing these four registers their canaries
+from rotlib.study.canaries import of_learning, of_measures, of_quantization, of_rotations
 from rotlib.study.canaries.inputs import covariance, inputs_on, noise
 from rotlib.study.canaries.of_recipes import INPUTS
 from rotlib.study.canaries.register import CANARIES, Canary, plain
 
-__all__ = ["CANARIES", "INPUTS", "Canary", "covariance", "inputs_on", "noise", "plain"]
+__all__ = [
+    "CANARIES",
+    "INPUTS",
+    "Canary",
+    "covariance",
+    "inputs_on",
+    "noise",
+    "of_learning",
+    "of_measures",
+    "of_quantization",
+    "of_rotations",
+    "plain",
+]
