@@ -17,12 +17,14 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -67,6 +69,15 @@ CONFIGS = {
     "phi3, joined projections, part of a head turned": Phi3Config(
         **SHAPE,
         rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5},
+    ),
+    "mixtral, experts": MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=8),
+    "qwen3_moe, experts, q/k norms": Qwen3MoeConfig(
+        **SHAPE,
+        head_dim=16,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
     ),
     "smollm3, a layer without RoPE": SmolLM3Config(
         **SHAPE, no_rope_layers=[1, 0], tie_word_embeddings=True
@@ -156,6 +167,11 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture(params=CONFIGS)
 def any_model(request) -> PreTrainedModel:
+    return tiny_model(request.param)
+
+
+@pytest.fixture(params=[name for name in CONFIGS if "experts" not in name])
+def dense_model(request) -> PreTrainedModel:
     return tiny_model(request.param)
 
 

@@ -33,13 +33,13 @@ def leaves(model, seed=0):
     return rotation
 
 
-def test_an_unrounded_student_computes_what_the_model_does(any_model, tokens):
-    student = Student(adapt(any_model), None, [], checkpointing=False)
-    rotation = leaves(any_model)
+def test_an_unrounded_student_computes_what_the_model_does(dense_model, tokens):
+    student = Student(adapt(dense_model), None, [], checkpointing=False)
+    rotation = leaves(dense_model)
     student.show(rotation)
     with norms_in_model_dtype(student.model):
         logits = student.logits(tokens[0], rotation)
-    assert (logits - exact_logits(any_model, tokens[:1])[0, :-1]).abs().max() < 1e-9
+    assert (logits - exact_logits(dense_model, tokens[:1])[0, :-1]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

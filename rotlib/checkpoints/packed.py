@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotlib.models.families import READERS
+from rotlib.models.families import Family
 from rotlib.models.joined import Joined
 from rotlib.models.supported import adapt
 from rotlib.quantization.fp4 import FP4
@@ -59,9 +59,12 @@ class Checkpoint:
         packed: bool,
     ):
         self._model, self._tokenizer = model, tokenizer
+        self._family = adapt(model)
         self._packing = _packing(codes_of(model)) if packed else None
-        self._codes = _stored(model, self._packing) if packed else {}
+        self._codes = _stored(self._family, self._packing) if packed else {}
         of_floats = isinstance(self._packing, _Fp4Packing)
+        if packed:
+            check_experts_grid(self._family, of_floats, self._packing.symmetric)
         if of_floats:
             check_fp4_dtype(dtype)
         self.dtype = dtype or (torch.bfloat16 if of_floats else model.dtype)
@@ -77,7 +80,7 @@ class Checkpoint:
         """Raises ValueError for what this dtype makes infinite of, or nothing."""
         whole = {f"{name}_scale": stored.weight.scale for name, stored in self._codes.items()}
         for name, tensor in (self._model.state_dict() | whole).items():
-            if name in self._parts and tensor.is_floating_point():
+            if self._on_disk(name) in self._parts and tensor.is_floating_point():
                 tensor = tensor.double()
                 lost = (tensor.to(self.dtype).double() - tensor).norm() / tensor.norm()
                 if tensor.any() and not lost < 0.01:
@@ -111,12 +114,13 @@ class Checkpoint:
                 return file.get_tensor(name)
 
         for name, tensor in self._model.state_dict().items():
-            if name in self._parts:
-                same = torch.equal(read(name), tensor.to("cpu", self.dtype))
+            written = self._on_disk(name)
+            if written in self._parts:
+                same = torch.equal(read(written), tensor.to("cpu", self.dtype))
             else:
                 same = name in self._tied or self._packing.same(
                     self._codes[name],
-                    {kind: read(f"{name}_{kind}") for kind in self._packing.kinds},
+                    {kind: read(f"{written}_{kind}") for kind in self._packing.kinds},
                 )
             if not same:
                 return name
@@ -126,12 +130,17 @@ class Checkpoint:
         """How to make each tensor on a device, "meta" for its shape alone."""
         parts = {}
         for name, tensor in self._model.state_dict().items():
+            written = self._on_disk(name)
             if name in self._codes:
                 make = partial(self._packing.make, self._codes[name], self.dtype)
-                parts |= {f"{name}_{kind}": partial(make, kind) for kind in self._packing.kinds}
+                parts |= {f"{written}_{kind}": partial(make, kind) for kind in self._packing.kinds}
             elif name not in self._tied:
-                parts[name] = partial(tensor.to, dtype=self.dtype)
+                parts[written] = partial(tensor.to, dtype=self.dtype)
         return parts
+
+    def _on_disk(self, name: str) -> str:
+        """A weight's name in the family's files."""
+        return name.replace(*self._family.on_disk)
 
     def _config(self):
         config = deepcopy(self._model.config)
@@ -143,10 +152,11 @@ class Checkpoint:
         config.dtype = self.dtype
         if self._packing is not None:
             groups = {"group_0": self._packing.scheme}
+            routers = [f"re:.*{self._family.router_path}$"] if self._family.experts else []
             status = {
                 "format": self._packing.format,
                 "quantization_status": "compressed",
-                "ignore": ["lm_head"],
+                "ignore": ["lm_head", *routers],
             }
             written = QuantizationConfig(config_groups=groups, **status)
             config.quantization_config = written.to_dict()
@@ -162,6 +172,15 @@ def check_fp4_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"compressed-tensors reads 4-bit floats as bfloat16: leave {dtype} out")
 
 
+def check_experts_grid(family: Family, of_floats: bool, symmetric: bool) -> None:
+    """Raises ValueError for experts on a grid that transformers doesn't read them on."""
+    if family.experts and (of_floats or not symmetric):
+        raise ValueError(
+            "transformers reads experts from compressed-tensors on symmetric integer grids alone: "
+            "quantize them so, or export the model as 'fused'"
+        )
+
+
 class _Stored(NamedTuple):
     """A weight of the state dict as it will be packed, with the unit of those that read its input.
 
@@ -172,15 +191,15 @@ class _Stored(NamedTuple):
     unit: float
 
 
-def _stored(model: PreTrainedModel, packing: "_Packing | _Fp4Packing") -> dict[str, _Stored]:
+def _stored(family: Family, packing: "_Packing | _Fp4Packing") -> dict[str, _Stored]:
     """Every quantized weight by its name in the state dict."""
-    path_of = {module: path for path, module in model.named_modules()}
+    path_of = {module: path for path, module in family.model.named_modules()}
     for module in [module for module in path_of if isinstance(module, Joined)]:
         path_of |= dict.fromkeys(module.children(), path_of[module])
-    family, stored = adapt(model), {}
+    stored = {}
     for layer in range(len(family.layers)):
         linears = family.linears(layer)
-        for sites in READERS:
+        for sites in family.readers:
             together: dict[str, list[QuantizedWeight]] = {}
             for linear in (linears[site] for site in sites):
                 together.setdefault(f"{path_of[linear]}.weight", []).append(linear.quantized)

@@ -26,7 +26,7 @@ from rotlib.checks import one_of, positive, token_ids, whole_number
 from rotlib.learning.start import finished, original, starting_point
 from rotlib.models.families import Family
 from rotlib.models.sound import check_not_hooked
-from rotlib.models.supported import adapt
+from rotlib.models.supported import adapt, check_no_experts
 from rotlib.models.walk import hooks
 from rotlib.precision import coarse_products
 from rotlib.quantization.activations import (
@@ -298,6 +298,7 @@ def prepare(
     positive("lr", preset.lr)
     check_learnable(model)
     family = original(model, needs_R1="learning through the network")
+    check_no_experts(family, "learning through the network")
     check_not_hooked(model)
     check_activations(family, activations)
     if quant is not None:

@@ -26,6 +26,7 @@ from rotlib.learning.objectives import Matrix, fourth_powers, weight_matrices
 from rotlib.learning.optrot import learn_sampled
 from rotlib.learning.start import finished, original, starting_point
 from rotlib.models.families import READERS, Family
+from rotlib.models.supported import check_no_experts
 from rotlib.quantization.hessian import damped, hessians, pivots, pivots_and_slope
 from rotlib.rotations.hadamard import apply_hadamard
 from rotlib.rotations.rotation import Rotation, placed_in_layer, times
@@ -64,6 +65,7 @@ def optrot_plus(
     steps = whole_number("steps", STEPS if steps is None else steps, 1)
     token_ids("calibration", calibration, 2, model)
     family = original(model, needs_R1="OptRot+")
+    check_no_experts(family, "OptRot+")
     widest = max(family.width, family.linears(0)["o"].in_features)
     if calibration.numel() < TOKENS_PER_INPUT * widest:
         raise ValueError(

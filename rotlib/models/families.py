@@ -1,6 +1,6 @@
 """Where each model family keeps what a rotation touches.
 
-A `Family` names the embedding, the norms, the seven linears of a decoder layer and the head of one
+A `Family` names the embedding, the norms, the linears of a decoder layer and the head of one
 transformers model; nothing else in rotlib knows a module's path. Supporting a new family is one
 small class here, if its norms are plain RMSNorms that sit *before* the attention and the MLP. A
 norm between a writer (o_proj, down_proj) and the residual stream stands in R1's way; of such a
@@ -18,6 +18,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 # the order in which a decoder layer calls its linears; those of one tuple read the same input
 READERS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+
+
+def kind_of(name: str) -> str:
+    """What a linear is in its layer, whichever expert's.
+
+    >>> kind_of("experts.3.gate"), kind_of("q")
+    ('gate', 'q')
+    """
+    return name.rpartition(".")[2]
 
 
 class Family:
@@ -43,9 +52,12 @@ class Family:
         "attention_norm": "input_layernorm",
         "mlp_norm": "post_attention_layernorm",
     }
+    router_path = ""  # what gives every token to some of a layer's experts
     other_paths: ClassVar[tuple[str, ...]] = ()  # modules with weights that no rotation touches
     against_R1 = ""  # the norm in R1's way, which leaves the residual stream as it is
+    on_disk: ClassVar = ("", "")  # a part of the weights' names, and what files have in its place
     head_scale = 1.0  # the head reads so many times what the final norm puts out
+    readers: tuple[tuple[str, ...], ...] = READERS
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -59,6 +71,21 @@ class Family:
         self.head_dim = (
             getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
         )
+
+    @classmethod
+    def layout(cls, config: PreTrainedConfig) -> dict[str, str]:
+        """The path of every linear in a decoder layer, by its name."""
+        return cls.linear_paths
+
+    @property
+    def experts(self) -> int:
+        """How many MLPs a layer has to choose from; 0 where it has one."""
+        return 0
+
+    @property
+    def inner_width(self) -> int:
+        """How many inputs down reads."""
+        return self.config.intermediate_size
 
     @property
     def has_R1(self) -> bool:
@@ -105,13 +132,18 @@ class Family:
                 tensor.data = home
 
     def linears(self, layer: int) -> dict[str, nn.Linear]:
-        """q, k, v, o, gate, up and down of one layer, by those names."""
-        return {
-            name: self.layers[layer].get_submodule(path) for name, path in self.linear_paths.items()
-        }
+        """q, k, v, o, gate, up and down of one layer, by those names.
+
+        An expert's are "experts.0.gate" and so on.
+        """
+        paths = self.layout(self.config)
+        return {name: self.layers[layer].get_submodule(path) for name, path in paths.items()}
 
     def norms(self, layer: int) -> dict[str, Module]:
-        """The two norms of one layer: q, k and v read attention_norm, gate and up read mlp_norm."""
+        """The two norms of one layer: q, k and v read attention_norm, gate and up read mlp_norm.
+
+        So does a router.
+        """
         return {
             name: self.layers[layer].get_submodule(path) for name, path in self.norm_paths.items()
         }
@@ -119,6 +151,10 @@ class Family:
     def attention(self, layer: int) -> Module:
         """The attention of one layer, as the module that calls the attention function."""
         return self.layers[layer].self_attn
+
+    def router(self, layer: int) -> Module | None:
+        """What gives every token to some of a layer's experts, where the family has them."""
+        return self.layers[layer].get_submodule(self.router_path) if self.router_path else None
 
     def query_key_norms(self, layer: int) -> tuple[Module, ...]:
         """The norms on a layer's query and key heads, where the family has them."""
@@ -180,6 +216,54 @@ class Phi3(Family):
     }
 
 
+class Qwen3Moe(Qwen3):
+    """Qwen3's mixtures of experts, and OLMoE: a router gives every token to some of a layer's MLPs.
+
+    transformers keeps the experts' weights in two tensors, which `rl.load` opens.
+    """
+
+    model_types = ("qwen3_moe", "olmoe")
+    expert_paths: ClassVar = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    router_path = "mlp.gate"
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model)
+        if getattr(self.config, "clip_qkv", None) is not None:
+            raise ValueError("the config's clip_qkv clips values, and turned ones are others")
+        self.readers = READERS[:2] + tuple(
+            tuple(f"experts.{expert}.{site}" for site in sites)
+            for expert in range(self.experts)
+            for sites in READERS[2:]
+        )
+
+    @classmethod
+    def layout(cls, config: PreTrainedConfig) -> dict[str, str]:
+        attention = {site: cls.linear_paths[site] for sites in READERS[:2] for site in sites}
+        return attention | {
+            f"experts.{expert}.{site}": f"mlp.experts.{expert}.{path}"
+            for expert in range(config.num_local_experts)
+            for site, path in cls.expert_paths.items()
+        }
+
+    @property
+    def experts(self) -> int:
+        return self.config.num_local_experts
+
+    @property
+    def inner_width(self) -> int:
+        return getattr(self.config, "moe_intermediate_size", self.config.intermediate_size)
+
+
+class Mixtral(Qwen3Moe):
+    """The same without norms on queries and keys, by other names."""
+
+    model_types = ("mixtral",)
+    expert_paths: ClassVar = {"gate": "w1", "up": "w3", "down": "w2"}
+    other_paths = ()
+    query_key_norms = Family.query_key_norms
+    on_disk = (".mlp.", ".block_sparse_moe.")
+
+
 class PostNorm(Family):
     """OLMo-2, OLMo-3 and EXAONE 4: a norm ends each block, and none begins it.
 
@@ -202,4 +286,4 @@ class Gemma3(PostNorm):
     other_paths = (*PostNorm.other_paths, "input_layernorm", "pre_feedforward_layernorm")
 
 
-FAMILIES = (Family, Qwen3, Granite, Phi3, PostNorm, Gemma3)
+FAMILIES = (Family, Qwen3, Granite, Phi3, Qwen3Moe, Mixtral, PostNorm, Gemma3)

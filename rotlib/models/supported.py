@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from rotlib.models.families import FAMILIES, Family, Phi3
+from rotlib.models.families import FAMILIES, Family, kind_of
+from rotlib.models.joined import OPENED
 from rotlib.models.marks import is_quantized, is_rotated, online_of
 
 
@@ -36,7 +37,7 @@ def adapt(model: PreTrainedModel) -> Family:
         if model_type in family.model_types:
             if stranger := _stranger(model, family):
                 reason = f"has no place in the {model_type} layout"
-                if family is Phi3:
+                if stranger.endswith(OPENED):
                     reason = "isn't opened into its parts: load the model with rl.load"
                 raise ValueError(_refusal(model, stranger, reason))
             _check_one_meaning(model)
@@ -146,6 +147,15 @@ def check_has_R1(family: Family, what: str) -> None:
         )
 
 
+def check_no_experts(family: Family, what: str) -> None:
+    """Raises ValueError for a mixture of experts."""
+    if family.experts:
+        raise ValueError(
+            f"{what} doesn't know mixtures of experts such as {family.config.model_type}: "
+            "rl.optrot, rl.hadamard_rotation, rl.random_rotation, rl.gsr_rotation and rl.gptq do"
+        )
+
+
 def _check_shapes(family: Family) -> None:
     """Raises ValueError for a linear that isn't one, or of another shape than the config says."""
     config, width = family.config, family.width
@@ -165,12 +175,12 @@ def _check_shapes(family: Family) -> None:
     heads, keys = (
         count * family.head_dim for count in (config.num_attention_heads, family.kv_heads)
     )
-    wide = config.intermediate_size
+    wide = family.inner_width
     shapes = {"q": (heads, width), "k": (keys, width), "v": (keys, width), "o": (width, heads)}
     shapes |= {"gate": (wide, width), "up": (wide, width), "down": (width, wide)}
     for layer in range(len(family.layers)):
         for name, linear in family.linears(layer).items():
-            _check_shape(f"layers.{layer}.{name}", linear, nn.Linear, shapes[name])
+            _check_shape(f"layers.{layer}.{name}", linear, nn.Linear, shapes[kind_of(name)])
         for name, norm in family.norms(layer).items():
             _check_norm(f"layers.{layer}.{name}", norm, family)
         if (place := family.attention(layer).layer_idx) != layer:
@@ -220,7 +230,9 @@ def _check_shape(name: str, module: Module, kind: type, shape: tuple[int, int]) 
 
 def _stranger(model: PreTrainedModel, family: type[Family]) -> str | None:
     """The first module holding weights that the family's layout has no place for."""
-    inside = {*family.linear_paths.values(), *family.norm_paths.values(), *family.other_paths}
+    paths = family.layout(model.config), family.norm_paths
+    inside = {path for found in paths for path in found.values()}
+    inside |= {family.router_path, *family.other_paths}
     outside = {"model.embed_tokens", "model.norm", "lm_head"}
     for name, _ in _holders(model):
         path = name.split(".", 3)

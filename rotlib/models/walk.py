@@ -194,7 +194,7 @@ class Passes:
 def batches_that_wait(family: Family, batches: list[Batch], streams: int = 1) -> int:
     """How many batches can wait inside a layer: a quarter of the free memory is theirs."""
     x, _ = batches[0]
-    wide = family.config.intermediate_size
+    wide = family.inner_width
     states = _WAITING[0] * family.width + _WAITING[1] * wide  # of a token
     a_batch = streams * x.numel() // family.width * states * x.element_size()
     return max(1, free_memory(family.device) // (4 * a_batch))

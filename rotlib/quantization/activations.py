@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rotlib.checks import one_of, whole_number
 from rotlib.models.families import Family
 from rotlib.models.sound import check_not_rounding
-from rotlib.models.supported import adapt
+from rotlib.models.supported import adapt, check_no_experts
 from rotlib.models.walk import hooks
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import GRIDS, WeightQuant, grid_at
@@ -142,6 +142,8 @@ def check_activations(family: Family, quant: ActivationQuant) -> None:
             f"an ActivationQuant such as ActivationQuant(bits=8) is needed, not {quant!r}"
         )
     check_not_rounding(family.model)
+    if quant.sinks:
+        check_no_experts(family, "leaving sinks alone")
     if quant.kv_bits != FULL:
         check_attention(family.model)
     if quant.grid in FP4:
@@ -166,6 +168,8 @@ def round_tokens(
 def _rounded_input(grid: WeightQuant, clip: float, width: int | None, sinks: int) -> Callable:
     def hook(module: nn.Module, args: tuple) -> tuple:
         x = args[0]
+        if not x.numel():  # an expert that was given no token
+            return args
         if sinks and x.shape[-2] <= sinks:
             raise RuntimeError(
                 f"{sinks} sinks need sequences of more tokens than the {x.shape[-2]} here: take "

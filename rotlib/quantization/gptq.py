@@ -6,6 +6,7 @@ the unquantized model as well.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from copy import deepcopy
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import keeper, positive, share, shown, token_ids, whole_number, yes_or_no
-from rotlib.models.families import READERS, Family
+from rotlib.models.families import Family
 from rotlib.models.marks import changing
 from rotlib.models.sound import check_can_be_copied
 from rotlib.models.supported import adapt
@@ -38,6 +39,8 @@ from rotlib.quantization.quantized import (
     tall,
 )
 from rotlib.quantization.solver import Solver
+
+LEAST = 1.0  # tokens an input, below which an expert's covariance isn't trusted
 
 
 @dataclass
@@ -106,8 +109,10 @@ def gptq(
     original layer as well. With `scale_search` every row takes the best of several scales, and
     `descent` sweeps of coordinate descent follow; `refit` then gives the codes the scales of least
     error, and the sweeps follow once more. Layers that `kept` holds are put back instead of
-    quantized, and the others are handed to it. Raises ValueError before any work for unsuitable
-    models, grids or tokens.
+    quantized, and the others are handed to it. An expert is quantized by the tokens that it is
+    given, without GPTAQ; where those are fewer than `LEAST` times its inputs it is rounded to
+    nearest, with a warning. Raises ValueError before any work for unsuitable models, grids or
+    tokens.
 
     >>> report = gptq(model, tokens, WeightQuant(bits=4, group_size=16))
     >>> report.fallbacks, report.weights["layers.0.q"].codes.dtype
@@ -156,6 +161,13 @@ def gptq(
                 if kept is not None:
                     kept.put(layer, done)
             report.add(done)
+    short = (one.name for one in report.modules if one.fallback and ".experts." in one.name)
+    if starved := sorted({name.rpartition(".")[0] for name in short}):
+        warnings.warn(
+            f"{len(starved)} of {len(family.layers) * family.experts} experts were given too few "
+            f"tokens and rounded to nearest, such as {starved[0]}: give more calibration text",
+            stacklevel=2,
+        )
     return report
 
 
@@ -211,7 +223,8 @@ class _Unrounded:
         with closing(Passes(twin, self._batches, self._room)) as passes:
 
             def drift(site: str) -> _Drift:
-                inputs = passes.inputs(twin.get_submodule(self._family.linear_paths[site]))
+                paths = self._family.layout(self._family.config)
+                inputs = passes.inputs(twin.get_submodule(paths[site]))
                 return _Drift(inputs, self._asymmetry)
 
             yield drift
@@ -236,30 +249,40 @@ def _quantize_layer(
     beside = unrounded.beside(index) if unrounded else nullcontext()
     with closing(Passes(family.layers[index], batches, waiting)) as passes:
         with beside as drift_at:
-            for sites in READERS:
-                hessian, drift = Hessian(), drift_at(sites[0]) if unrounded else None
+            for sites in family.readers:
+                of_expert = sites[0].startswith("experts.")
+                # the unquantized model gives an expert other tokens
+                has_twin = unrounded and not of_expert
+                hessian, drift = Hessian(), drift_at(sites[0]) if has_twin else None
                 for x in passes.inputs(linears[sites[0]]):
                     hessian.add(x)
                     if drift:
                         drift.add(x)
                 together = {f"layers.{index}.{site}": linears[site] for site in sites}
                 C = drift.take() if drift else None
+                least = LEAST * linears[sites[0]].in_features if of_expert else 0
+                H = hessian.take() if hessian.tokens >= least else None
                 with exact_products():
-                    _quantize_together(together, hessian.take(), C, solve, report)
+                    _quantize_together(together, H, C, solve, report)
         return passes.outputs()
 
 
 def _quantize_together(
     linears: dict[str, nn.Linear],
-    H: Float[Tensor, "in in"],
+    H: Float[Tensor, "in in"] | None,
     C: Float[Tensor, "in in"] | None,
     solve: Solver,
     report: Report,
 ) -> None:
-    """Quantize the weights that read one input as a single tall matrix."""
-    Q, error, damping, fallback = solve(tall(linears, H.device), H, C)
+    """Quantize the weights that read one input as a single tall matrix.
+
+    Without H they are rounded to nearest, as GPTQ does where no input tells of another.
+    """
+    W = tall(linears, next(iter(linears.values())).weight.device)
+    eye = torch.eye(W.shape[1], device=W.device)
+    Q, error, damping, fallback = solve(W, eye if H is None else H, C)
     stored = set_together(linears, Q)
     report.weights |= stored
     sizes = [len(weight.codes) for weight in stored.values()]
     for name, e in zip(stored, error.split(sizes), strict=True):
-        report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback))
+        report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback or H is None))

@@ -30,7 +30,7 @@ class Hessian:
     """
 
     def __init__(self):
-        self._sum, self._tokens = None, 0
+        self._sum, self.tokens = None, 0
 
     def add(self, x: Float[Tensor, "... n"]) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
@@ -39,14 +39,14 @@ class Hessian:
             self._sum = torch.zeros(n, n, device=x.device)
         for c in range(0, n, _BLOCK):
             self._sum[c:, c : c + _BLOCK].addmm_(x[:, c:].T, x[:, c : c + _BLOCK])
-        self._tokens += len(x)
+        self.tokens += len(x)
 
     def take(self) -> Float[Tensor, "n n"]:
         """The Hessian of what was seen; the next starts from nothing."""
         if not torch.isfinite(self._sum.diagonal()).all():
             raise ValueError(NOT_FINITE)
         lower = self._sum.tril()
-        H = (lower + lower.tril(-1).T) / self._tokens
+        H = (lower + lower.tril(-1).T) / self.tokens
         self.__init__()
         return H
 
@@ -57,13 +57,14 @@ def hessians(
 ) -> Iterator[dict[str, Float[Tensor, "n n"]]]:
     """For each layer in turn, H of what q (k and v), o, gate (and up) and down read.
 
-    It stays where the model computes. The model is the original: it runs as it is, and the norms'
-    gains are left out of H as folding leaves them out.
+    Experts' downs, of which each reads something else, have none here. H stays where the model
+    computes. The model is the original: it runs as it is, and the norms' gains are left out of H as
+    folding leaves them out.
     """
     batches = layer_inputs(family, calibration)
     for layer in range(len(family.layers)):
         norms, linears = family.norms(layer), family.linears(layer)
-        read_at = {site: linears[site] for site in ("q", "o", "gate", "down")}
+        read_at = {site: linears[site] for site in ("q", "o", "gate", "down") if site in linears}
         if norms:
             read_at |= {"q": norms["attention_norm"], "gate": norms["mlp_norm"]}
         sums = {site: Hessian() for site in read_at}

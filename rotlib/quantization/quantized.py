@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import shown
-from rotlib.models.families import READERS, Family
+from rotlib.models.families import Family
 from rotlib.models.marks import changing, is_quantized
 from rotlib.models.sound import check_sound
 from rotlib.models.supported import adapt
@@ -34,7 +34,7 @@ def rtn(model: PreTrainedModel, quant: WeightQuant) -> dict[str, QuantizedWeight
         weights = {}
         for layer in tqdm(range(len(family.layers)), desc="RTN", unit="layer"):
             linears = family.linears(layer)
-            for sites in READERS:
+            for sites in family.readers:
                 together = {f"layers.{layer}.{site}": linears[site] for site in sites}
                 W = tall(together, family.device)
                 weights |= set_together(together, round_to_nearest(W, quant))
@@ -131,7 +131,7 @@ def _check_units(family: Family) -> None:
     """Raises ValueError where weights that share NVFP4's unit are too far apart for its scales."""
     for layer in range(len(family.layers)):
         linears = family.linears(layer)
-        for sites in READERS:
+        for sites in family.readers:
             size = {site: linears[site].weight.abs().max().item() for site in sites}
             small, large = (choose(size, key=size.get) for choose in (min, max))
             if 0 < size[small] * UNIT_SPAN < size[large]:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rotlib.models.families import Family
+from rotlib.models.families import Family, kind_of
 from rotlib.models.marks import is_rotated, online_of
 from rotlib.models.supported import adapt
 from rotlib.models.zoo import open_model
@@ -80,7 +80,7 @@ def check_online(family: Family, rotations: list[str]) -> None:
     Its widths need a Hadamard matrix, its attention must be sdpa, and R3 needs RoPE.
     """
     if "R4" in rotations:
-        width = family.linears(0)["down"].in_features
+        width = family.inner_width
         _check_order(width, f"R4 turns the {width} inputs of down_proj")
     if "R3" in rotations:
         if not hasattr(family.decoder, "rotary_emb"):
@@ -103,7 +103,9 @@ def attach(family: Family, rotations: list[str]) -> None:
     family.model.rotlib_online = family.config.rotlib_online = rotations
     for layer in range(len(family.layers)):
         if "R4" in rotations:
-            family.linears(layer)["down"].register_forward_pre_hook(_apply_R4)
+            for name, linear in family.linears(layer).items():
+                if kind_of(name) == "down":
+                    linear.register_forward_pre_hook(_apply_R4)
         if "R3" in rotations:
             insert_head_step(family, layer, _apply_R3)
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rotlib.checks import yes_or_no
-from rotlib.models.families import Family
+from rotlib.models.families import Family, kind_of
 from rotlib.rotations.hadamard import BlockHadamard, apply_hadamard
 
 
@@ -269,23 +269,26 @@ def check_sizes(family: Family, least: float, most: float, beyond: str) -> None:
 def placed_weights(family: Family, quantized_only: bool = False) -> Iterator[PlacedWeight]:
     """Every weight that a rotation touches, in the model's order.
 
-    `quantized_only` leaves embedding and head out, as does a family without R1.
+    `quantized_only` leaves embedding, routers and head out, as does a family without R1.
     """
     ends = family.has_R1 and not quantized_only
     if ends:
         yield PlacedWeight("embedding", None, family.embedding, None, SITES["embedding"])
     for layer in range(len(family.layers)):
         yield from placed_in_layer(family, layer)
+        if ends and (router := family.router(layer)) is not None:
+            gain = family.norms(layer)["mlp_norm"].weight
+            yield PlacedWeight("router", layer, router, gain, SITES["gate"])  # it reads the same
     if ends:
         gain = family.final_norm.weight
         yield PlacedWeight("lm_head", None, family.lm_head, gain, SITES["lm_head"])
 
 
 def placed_in_layer(family: Family, layer: int) -> Iterator[PlacedWeight]:
-    """The seven linears of one decoder layer."""
+    """The linears of one decoder layer."""
     norms = family.norms(layer)
     for name, linear in family.linears(layer).items():
-        site = SITES[name]
+        site = SITES[kind_of(name)]
         if name in ("q", "k") and family.query_key_norms(layer):
             # the scale of queries and keys goes into those norms' gains
             site = site._replace(row_scale=None)
@@ -315,14 +318,14 @@ def scale_shapes(family: Family) -> dict[str, tuple[int, ...]]:
 
     attention_norm and mlp_norm lie between a norm and its readers, up between up and down, value
     between v and o for every KV head, query_key between q and k, one for each pair of coordinates
-    that RoPE turns, where it turns them all. A family without R1 takes up and value.
+    that RoPE turns, where it turns them all. A family without R1 takes up and value, a mixture of
+    experts all but up.
     """
     layers, heads = len(family.layers), family.kv_heads
     shapes = dict.fromkeys(family.norm_paths, (layers, family.width))
-    shapes |= {
-        "up": (layers, family.linears(0)["down"].in_features),
-        "value": (layers, heads, family.head_dim),
-    }
+    if not family.experts:
+        shapes["up"] = (layers, family.inner_width)
+    shapes["value"] = (layers, heads, family.head_dim)
     if family.rotary and family.has_R1:
         pairs = family.head_dim // 2
         shapes["query_key"] = (layers, 1 if family.query_key_norms(0) else heads, pairs)

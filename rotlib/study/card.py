@@ -73,7 +73,7 @@ Made by rotlib {version("rotlib")}.{_fused(recipe)}
 | KL divergence from the original, nats a token | 0 | {measured["kl"]:.4f} |
 
 Measured in 32-bit arithmetic{rounded}, on one text and one seed. Calibrated on {calibrated}
-of {recipe.text} (sha256 {result.provenance["tokens"]["calibration"][:12]}).
+of {recipe.text} (sha256 {result.provenance["tokens"]["calibration"][:12]}).{_nearest(result)}
 It has the {limits} of the model it was made from. The recipe, {spec_hash(recipe.spec())}:
 
 ```yaml
@@ -87,6 +87,13 @@ def _fused(recipe: Recipe) -> str:
         return ""
     family, _ = outline(recipe.model)
     return _FUSED + ("" if family.has_R1 else _WITHOUT_R1.format(norm=family.against_R1))
+
+
+def _nearest(result: Result) -> str:
+    """A line about weights that GPTQ had to round to nearest, if there are some."""
+    count = result.metrics.get("fallbacks", 0)
+    told = f"\n{count} of its weight matrices are rounded to nearest: too few tokens reached them."
+    return told if count else ""
 
 
 def _dequantized(model: str) -> str:
@@ -104,8 +111,10 @@ def _in_vllm(recipe: Recipe) -> bool:
     """Whether the grid is one that vLLM's Marlin kernel lists.
 
     It lists symmetric grids or those of 4 bits, in whole rows or usual groups. Nobody has seen it
-    read a scale with a sign.
+    read a scale with a sign, or these experts.
     """
+    if outline(recipe.model)[0].experts:
+        return False
     listed = recipe.grid not in FP4 and (recipe.symmetric or recipe.bits <= 4)
     return listed and recipe.convention != "signed" and recipe.group_size in (None, 32, 64, 128)
 

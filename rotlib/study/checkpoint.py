@@ -13,7 +13,7 @@ import torch
 
 from rotlib.checkpoints.folder import check_room, checked_folder
 from rotlib.checkpoints.gguf_file import check_family, check_holds, cut_of
-from rotlib.checkpoints.packed import check_fp4_dtype
+from rotlib.checkpoints.packed import check_experts_grid, check_fp4_dtype
 from rotlib.checkpoints.write import FORMATS, check_dtype, check_vocabulary, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.content import weights_sample
@@ -59,6 +59,8 @@ def export_recipe(
             "leave the online rotations out of the recipe"
         )
     family, _ = memory.outline(recipe.model)
+    if format == "compressed-tensors":
+        check_experts_grid(family, recipe.grid in FP4, recipe.symmetric)
     if format == "gguf":
         check_family(family)
         check_holds(family, recipe.quant)

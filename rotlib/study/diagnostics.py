@@ -16,7 +16,7 @@ from rotlib.measure.outliers import WINDOWS, input_outliers, weight_histogram, w
 from rotlib.measure.slopes import slope_agreement
 from rotlib.measure.weights import SHOWN_LAYER, group_spread
 from rotlib.measure.zeroshot import check_limit, load_tasks, task_names, zero_shot
-from rotlib.models.supported import adapt
+from rotlib.models.supported import adapt, check_no_experts
 from rotlib.models.text import fingerprint
 from rotlib.models.zoo import pick_device
 from rotlib.quantization.activations import quantized_activations
@@ -48,10 +48,10 @@ def outliers(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
     def compute(record: Record) -> None:
         calibration = calibration_tokens(recipe)
         model, _ = load(recipe.model, str(picked))
+        check_no_experts(family := adapt(model), "outliers")
         rotation = rotation_of(recipe, model, record)
         if rotation is not None:
             fuse(model, rotation)
-        family = adapt(model)
         with record.timed("weights"):
             record.metrics["modules"] = weight_outliers(family)
             record.metrics["histogram"] = weight_histogram(family).tolist()
@@ -111,6 +111,7 @@ def bounds(recipe: Recipe, every: int = 1, device: str = "auto", run: bool = Tru
         calibration = calibration_tokens(recipe)
         model, _ = load(recipe.model, str(picked))
         family = adapt(model)
+        check_no_experts(family, "bounds")
         check_quantizable(family, recipe.quant)
         check_online(family, recipe.online)
         rotation = rotation_of(recipe, model, record) or Rotation(None, None)

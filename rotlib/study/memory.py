@@ -24,7 +24,7 @@ from rotlib.learning.spinquant import SPINQUANT_PRESETS
 from rotlib.learning.tuning import HELD_OUT
 from rotlib.measure.fidelity import CHUNK
 from rotlib.models.content import model_content
-from rotlib.models.families import Family
+from rotlib.models.families import Family, kind_of
 from rotlib.models.joined import open_joined
 from rotlib.models.supported import adapt
 from rotlib.models.walk import BATCH_TOKENS
@@ -143,10 +143,11 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
     """What each stage of a recipe holds; raises like `estimate`."""
     family, dtype = outline(recipe.model)
     layers, d = len(family.layers), family.width
-    sizes = {name: linear.weight.numel() for name, linear in family.linears(0).items()}
-    wide = family.linears(0)["down"].in_features
+    # an expert is like the others
+    sizes = {kind_of(name): linear.weight.numel() for name, linear in family.linears(0).items()}
+    wide = family.inner_width
     head = family.lm_head.weight.numel()
-    linears = layers * sum(sizes.values())
+    linears = layers * _of_a_layer(family)
     codes = linears if recipe.rounding != "none" else 0
 
     def states(windows: int) -> float:
@@ -210,7 +211,7 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         # one batch: further ones wait in a quarter of the memory that is free, or start anew
         working, streams = layer_run(at_once * recipe.window), 1
         if recipe.asymmetry:  # the original layer, what it computes, and the drift of what is read
-            working = 2 * working + _FLOAT * (sum(sizes.values()) + 2 * wide**2)
+            working = 2 * working + _FLOAT * (_of_a_layer(family) + 2 * wide**2)
             streams = 2
         found["quantize"] = Stage(working + solve, beside=streams * 2 * states(windows), host=codes)
     if recipe.tuning:  # the original's states and head are there from before the rotation on

@@ -1,11 +1,11 @@
 """Does a recipe suit its model? The config alone tells, before any work."""
 
 from rotlib.checks import window_fits
-from rotlib.models.supported import check_has_R1
+from rotlib.models.supported import check_has_R1, check_no_experts
 from rotlib.rotations.drawn import gsr_rotation
 from rotlib.rotations.online import check_online
 from rotlib.study.memory import outline
-from rotlib.study.recipe import LEARNED, Recipe
+from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
 
 
 def check_suits(recipe: Recipe) -> None:
@@ -23,5 +23,9 @@ def check_suits(recipe: Recipe) -> None:
         check_has_R1(family, recipe.rotation)
     if "gsr" in (recipe.rotation, recipe.start):
         gsr_rotation(family.model, recipe.R1_order, recipe.block)
+    if recipe.rotation in {*THROUGH_NETWORK, "optrot+"}:
+        check_no_experts(family, recipe.rotation)
+    if recipe.sinks:
+        check_no_experts(family, "leaving sinks alone")
     check_online(family, recipe.online)
     window_fits("the recipe", recipe.window, family.model)

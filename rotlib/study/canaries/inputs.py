@@ -9,11 +9,14 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from rotlib.models.joined import open_joined
 from rotlib.models.supported import adapt
 from rotlib.rotations import drawn, rotation
 from rotlib.rotations.rotation import Rotation
@@ -52,8 +55,10 @@ def token_windows(windows: int = 2, length: int = 12) -> Tensor:
     return torch.from_numpy(ids).to(_device)
 
 
-def tiny(dtype: torch.dtype = torch.float64, qwen3: bool = False, **other: int) -> PreTrainedModel:
-    """Two layers with random norms, and biases everywhere or norms on queries and keys."""
+def tiny(
+    dtype: torch.dtype = torch.float64, qwen3: bool = False, experts: int = 0, **other: int
+) -> PreTrainedModel:
+    """Two layers with random norms; biases everywhere, norms on queries and keys, or experts."""
     shape = {
         "vocab_size": 40,
         "hidden_size": 24,
@@ -67,13 +72,15 @@ def tiny(dtype: torch.dtype = torch.float64, qwen3: bool = False, **other: int) 
     } | other
     if qwen3:
         model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))
+    elif experts:
+        model = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=experts))
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape, attention_bias=True, mlp_bias=True))
     model = model.to(_device, dtype).eval().requires_grad_(False)
     for number, (name, parameter) in enumerate(model.named_parameters()):
         values = noise(*parameter.shape, seed=number)
         parameter.copy_(1 + 0.2 * values if "norm" in name else 0.2 * values)
-    return model
+    return open_joined(model)
 
 
 def covariance(n: int, seed: int = 1) -> Tensor:

@@ -114,7 +114,9 @@ def _solved(solve: solver.Solver, C: Tensor | None = None) -> dict:
     return {"codes": profile(Q.codes), "scale": profile(Q.scale), "error": error, "fell": fallback}
 
 
-@canary("gptq", gptq.gptq, solver.Solver, tolerance=5e-3, ties=("errors", "again"))
+@canary(
+    "gptq", gptq.gptq, solver.Solver, least=gptq.LEAST, tolerance=5e-3, ties=("errors", "again")
+)
 def _gptq() -> dict:
     numbers = {}
     for name, settings, how in (
@@ -139,6 +141,10 @@ def _gptq() -> dict:
             numbers[f"{name}errors"] = [module.error for module in report.modules]
             numbers[f"{name}again"] = [module.error for module in again.modules]
             numbers[f"{name}fallbacks"] = report.fallbacks
+            mixture = tiny(torch.float32, experts=4)
+            report = gptq.gptq(mixture, token_windows(4), quant)
+            numbers[f"{name}fallbacks of experts"] = [one.fallback for one in report.modules]
+            numbers[f"errors, {name}of experts"] = [one.error for one in report.modules]
     finally:
         walk.BATCH_TOKENS = batch
     return numbers

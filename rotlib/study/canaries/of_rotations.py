@@ -52,6 +52,12 @@ def _fusing() -> dict:
         for name, parameter in model.named_parameters():
             if ".0." not in name:
                 numbers[f"{name}, qwen3 {qwen3}"] = profile(parameter)
+    model = fuse.fuse(mixture := tiny(experts=4), with_scales(mixture))
+    for name, module in model.model.layers[1].mlp.named_modules():
+        if hasattr(module, "weight"):
+            numbers[f"{name} of experts"] = profile(module.weight)
+    with walk.norms_in_model_dtype(model):
+        numbers["logits of experts"] = profile(model(token_windows()).logits)
     blocks = drawn.gsr_rotation(tiny(), block=8)
     learned = Rotation(rotation.as_blocks(blocks.R1) + 1e-8, None)
     numbers["projected"] = profile(learned.projected().R1)
