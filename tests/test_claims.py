@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 
 import pandas
 import pytest
@@ -31,6 +32,8 @@ def test_every_claim_has_a_verdict_or_says_that_it_was_not_run(results):
     row = by_claim.loc[("OptRot is better than Hadamard", "W4A16 GPTQ")]
     assert row["verdict"] == "reproduced"
     assert row["effect, nats"] == pytest.approx(0.11)
+    assert row["KL, %"] == pytest.approx(-35.5, abs=0.1)
+    assert row["from"] < row["KL, %"] < row["to"] < 0
     assert row["seeds"] == 3
     assert not row["stale"]
     assert by_claim.loc[("OptRot is better than SpinQuant", "W4A16 GPTQ"), "verdict"] == "not run"
@@ -47,6 +50,25 @@ def test_arms_without_a_seed_in_common_decide_nothing(results):
     files.local_path(Recipe(rotation="hadamard", seed=2).spec()).unlink()
     found, _ = claims.verdicts("smollm2-135m")
     assert set(found["verdict"]) == {"not run"}
+
+
+def test_the_claims_of_a_paper_are_judged_together(results, monkeypatch):
+    one = Claim("OptRot", "once", Recipe(rotation="optrot"), Recipe(rotation="hadamard"))
+    alone = [one, replace(one, paper="GSR")]
+    monkeypatch.setattr(claims, "claims", lambda model, settings: alone)
+    single = claims.verdicts("smollm2-135m")[0]["adjusted p"]
+    assert single[0] == single[1]
+    monkeypatch.setattr(claims, "claims", lambda model, settings: [*alone, replace(one, text="b")])
+    together = claims.verdicts("smollm2-135m")[0]["adjusted p"]
+    assert together.tolist() == pytest.approx([2 * single[0], single[0], 2 * single[0]])
+
+
+def test_the_noise_of_every_class_is_told_with_what_seeds_can_show(results):
+    told = claims.noise_by_class("smollm2-135m").set_index("class")
+    row = told.loc["W4A16 GPTQ"]
+    assert row["arms"] == "all"
+    assert row["degrees of freedom"] == 2
+    assert row["3 seeds, %"] > row["5 seeds, %"] > row["10 seeds, %"] > 0
 
 
 def test_the_claims_are_about_arms_that_differ_in_what_is_claimed_alone():

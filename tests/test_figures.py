@@ -23,6 +23,12 @@ FUNCTIONS = [
 ]
 
 
+CLAIM = {
+    **{"paper": "OptRot", "claim": "first", "setting": "W4A16 GPTQ", "verdict": "reproduced"},
+    **{"KL, %": -14.0, "from": -20.0, "to": -7.0},
+}
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
@@ -103,12 +109,9 @@ def example(name):
             },
         )
     if name == "claims":
-        return (
-            ["first", "second"],
-            [0.1, float("nan")],
-            [0.02, float("nan")],
-            ["reproduced", "not run"],
-        )
+        nan = float("nan")
+        unknown = {"KL, %": nan, "from": nan, "to": nan, "verdict": "not run", "paper": "GSR"}
+        return ([CLAIM, CLAIM | {"KL, %": 8.0, "from": nan, "to": nan}, CLAIM | unknown],)
     if name == "ladder":
         step = [arm("none", 0.9), arm("optrot", 0.2, seeds=1)]
         return ({"first": step, "second": [arm("optrot", bits=3)]},)
@@ -287,7 +290,7 @@ def test_a_figure_of_ones_own_or_a_file_of_another_version_is_refused_in_one_sen
         figures.save(plt.figure(), "mine")
     plt.close("all")
     with pytest.raises(TypeError, match="not from a set"):
-        figures.save(plots.claims(["a"], [1.0], [0.1], {"reproduced"}), "odd")
+        figures.save(plots.claims([CLAIM | {"seeds": {0}}]), "odd")
     path = files.results_folder() / "local" / "figures" / "old.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"function": "pie", "arguments": {}}')

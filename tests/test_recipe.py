@@ -2,6 +2,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -492,10 +493,11 @@ def test_arms_measured_on_other_text_are_not_compared():
 def test_a_claim_about_arms_that_were_not_run_says_so():
     arms = {
         ("optrot", 4): fake_arm("optrot", [0.1, 0.2, 0.3]),
-        ("hadamard", 4): fake_arm("hadamard", [0.2, 0.3, 0.4]),
+        ("hadamard", 4): fake_arm("hadamard", [0.2, 0.3, 0.5]),
     }
     assert tables.verdict(arms, ("optrot", 4), ("random", 4)) == "undecided (no run of random, 4)"
-    assert tables.verdict(arms, ("optrot", 4), ("hadamard", 4)).startswith("reproduced (+0.100 ±")
+    said = tables.verdict(arms, ("optrot", 4), ("hadamard", 4))
+    assert re.fullmatch(r"yes \(KL -42 %, -\d+ to -\d+; p = 0\.0\d+, 3 seeds\)", said)
 
 
 def test_a_result_of_another_version_is_named(recipe):
@@ -537,14 +539,34 @@ def fake_arm(rotation, kls):
 @pytest.mark.parametrize(
     ("better", "worse", "verdict"),
     [
-        ([0.10, 0.11, 0.12], [0.20, 0.22, 0.21], "reproduced"),
-        ([0.20, 0.22, 0.21], [0.10, 0.11, 0.12], "not reproduced"),
+        ([0.10, 0.11, 0.12], [0.20, 0.22, 0.21], "yes"),
+        ([0.20, 0.22, 0.21], [0.10, 0.11, 0.12], "no"),
         ([0.10, 0.30, 0.20], [0.21, 0.22, 0.20], "undecided"),
-        ([0.10, 0.11], [0.20, 0.22], "undecided"),
+        ([0.10, 0.101, 0.10], [0.10, 0.10, 0.101], "equivalent"),
+        ([0.10, 0.11], [0.20, 0.22], "undecided, 2 seeds"),
     ],
 )
 def test_the_verdict_rule(better, worse, verdict):
-    assert tables.judge(fake_arm("optrot", better), fake_arm("hadamard", worse)).verdict == verdict
+    both = fake_arm("optrot", better), fake_arm("hadamard", worse)
+    assert tables.judge(*both, among=[]).word == verdict
+
+
+def test_other_arms_of_the_class_tell_the_noise():
+    both = fake_arm("optrot", [0.10, 0.11, 0.12]), fake_arm("hadamard", [0.12, 0.14, 0.13])
+    alone = tables.judge(*both, among=[]).difference
+    noisy = [fake_arm("random", [0.10, 0.20, 0.30]), fake_arm("kurtail", [0.30, 0.20, 0.10])]
+    assert tables.judge(*both, among=noisy).difference.p > alone.p
+    calm = [fake_arm("random", [0.20, 0.23, 0.23]), fake_arm("kurtail", [0.30, 0.34, 0.34])]
+    assert tables.judge(*both, among=calm).difference.p < alone.p
+    coarser = replace(noisy[0], recipe=replace(noisy[0].recipe, bits=3))  # of another class
+    assert tables.judge(*both, among=[coarser]).difference.p == alone.p
+
+
+def test_arms_of_other_machines_decide_nothing():
+    here, there = fake_arm("optrot", [0.10, 0.11, 0.12]), fake_arm("hadamard", [0.2, 0.22, 0.21])
+    for result in there.results:
+        result.provenance["device"] = "NVIDIA H100"
+    assert tables.judge(here, there).word == "undecided, on other machines"
 
 
 def test_the_table_has_a_line_a_rotation_and_a_column_a_precision():

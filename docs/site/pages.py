@@ -29,7 +29,7 @@ CHAPTERS = {
         *("docs/gpu", "docs/commands", "docs/api"),
     ),
     "The project": (
-        "docs/code",
+        *("docs/code", "docs/statistics"),
         "docs/results",
         ".github/CONTRIBUTING",
         "SECURITY",
@@ -47,15 +47,17 @@ def write() -> None:
     for (_, row), claim in zip(judged.iterrows(), claims.claims(MODEL), strict=True):
         title = f"{claim.text[0].upper()}{claim.text[1:]} ({row.setting})"
         name = re.sub("[^a-z0-9]+", "-", title.lower().replace("+", " plus")).strip("-")
-        named[name] = f"| [{title}]({name}.md) | {row.verdict} | {_effect(row)} |"
+        cells = (row.verdict, _effect(row), _p(row), row.seeds)
+        named[name] = f"| [{title}]({name}.md) | {' | '.join(map(str, cells))} |"
         (CLAIMS / f"{name}.md").write_text(_claim_page(title, claim, row), encoding="utf-8")
     text = f"""# Every claim
 
-On `{MODEL}`, whose weights were [4-bit already](../results.md#the-packaged-model-and-text). An
-effect above zero is in favour of the claim; with it stands one standard error.
+On `{MODEL}`, whose weights were [4-bit already](../results.md#the-packaged-model-and-text). The
+effect is what the first side's divergence (KL) has over the other's: below zero is in favour of the
+claim. With it stand its 95 % interval and the p-value after [Holm's correction](../statistics.md).
 
-| claim | verdict | effect, nats |
-|---|---|---|
+| claim | verdict | KL, % | adjusted p | seeds |
+|---|---|---|---|---|
 {LINE.join(named.values())}
 
 ```{{toctree}}
@@ -81,15 +83,21 @@ def contents() -> str:
 def _effect(row: pandas.Series) -> str:
     if not row["seeds"]:
         return "–"
-    return f"{row['effect, nats']:+.3f} ± {row['standard error']:.3f}"
+    interval = f" ({row['from']:+.0f} to {row['to']:+.0f})" if row["from"] == row["from"] else ""
+    return f"{row['KL, %']:+.0f}{interval}"
+
+
+def _p(row: pandas.Series) -> str:
+    p = row["adjusted p"]
+    return "–" if p != p else f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
 def _claim_page(title: str, claim: claims.Claim, row: pandas.Series) -> str:
     text = f"# {title}\n\nA claim of {claim.paper}'s paper, on `{MODEL}`: **{row.verdict}**."
     if row.seeds:
         text += (
-            f" Over {row.seeds} seeds the divergence (KL) from the original is smaller on the "
-            f"first side by {_effect(row)} nats, with one standard error."
+            f" Over {row.seeds} seeds the divergence (KL) from the original is {_effect(row)} % on "
+            f"the first side, adjusted p {_p(row)} ([how that is judged](../statistics.md))."
         )
     sides = {
         "The side that should be nearer to the original": claim.better,

@@ -1,15 +1,17 @@
 """The verdict on every claim, from stored results alone: which hold, on which model, how surely.
 
-A claim says that one recipe stays closer to the original than another; the rule of `tables.judge`,
-fixed before the data, decides it on their KL divergences. Where the papers' own grid is noise on a
-small model, a claim is judged on grids that carry information there, and its setting says which.
-Published figures stand in columns of their own, with the model that they are of. Tables come as
-Markdown, CSV and LaTeX, and a manifest says which results each file was made from.
+A claim says that one recipe stays closer to the original than another; `tables.judge` compares
+their KL divergences, and the claims of one paper on one model are judged together (Holm). Where the
+papers' own grid is noise on a small model, a claim is judged on grids that carry information there,
+and its setting says which. Published figures stand in columns of their own, with the model that
+they are of. Tables come as Markdown, CSV and LaTeX, and a manifest says which results each file was
+made from.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import nan
 
 import pandas
 
@@ -18,8 +20,10 @@ from rotlib.disk import file_digest, write_text
 from rotlib.study import store
 from rotlib.study.figures import figures_folder
 from rotlib.study.files import results_folder, saved
+from rotlib.study.inference import holm, smallest_effect
 from rotlib.study.recipe import LEARNED, Recipe
-from rotlib.study.tables import Arm, judge, stored
+from rotlib.study.store import load_results
+from rotlib.study.tables import Arm, Verdict, arms, class_noise, judge, of_class, stored
 
 _RIVAL = {"steps": 32}  # the study's laptop preset
 _SHORT = {"steps": 16, "learning_windows": 16}  # and what it could afford below four bits
@@ -133,27 +137,73 @@ def _claims() -> Iterator[Claim]:
 def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame, list[Arm]]:
     """(a row a claim, the arms that they were judged on).
 
-    A claim whose arms haven't been run, or on no seed in common, is "not run".
+    A claim is *reproduced* or *not reproduced* by the p-value that Holm's method leaves it among
+    its paper's, *equivalent*, *undecided*, or "not run" where its arms share no seed.
     """
-    rows, used = [], []
-    nan = float("nan")
+    rows, used, among = [], [], arms(load_results())
     for claim in claims(model, settings):
-        arms = stored([claim.better, claim.worse])
-        used += arms
+        pair = stored([claim.better, claim.worse])
+        used += [*pair, *(of_class(pair[0], among) if pair else ())]
         setting = _setting(Arm(claim.better, ()))
         row = {"paper": claim.paper, "claim": claim.text, "model": model, "setting": setting}
-        if len(arms) == 2 and arms[0].values("kl").keys() & arms[1].values("kl").keys():
-            found = judge(*arms)
-            row |= {
-                "effect, nats": found.effect,
-                "standard error": found.standard_error,
-                "seeds": found.seeds,
-                "verdict": found.verdict,
-            }
+        if len(pair) == 2 and pair[0].values("kl").keys() & pair[1].values("kl").keys():
+            found = judge(*pair, among=among)
         else:
-            row |= {"effect, nats": nan, "standard error": nan, "seeds": 0, "verdict": "not run"}
-        rows.append(row | {"stale": any(arm.stale for arm in arms)})
-    return pandas.DataFrame(rows), used
+            found = Verdict(nan, nan, 0, against="not run")
+        rows.append(row | {"stale": any(arm.stale for arm in pair), "found": found})
+    for paper in {row["paper"] for row in rows}:
+        judged = [row for row in rows if row["paper"] == paper and row["found"].difference]
+        adjusted = holm([row["found"].difference.p for row in judged])
+        for row, p in zip(judged, adjusted, strict=True):
+            row["p"] = p
+    return pandas.DataFrame([_told(**row) for row in rows]), used
+
+
+def _told(found: Verdict, stale: bool, p: float = nan, **row: str) -> dict[str, object]:
+    """A claim's row: the change of KL in per cent, with its interval, and the verdict."""
+    low = high = nan
+    if found.difference:
+        low, high = (100 * (end - 1) for end in (found.difference.low, found.difference.high))
+        word = found.difference.word(p)
+        verdict = {"yes": "reproduced", "no": "not reproduced"}.get(word, word)
+    else:
+        verdict = "not run" if not found.seeds else found.word
+    return row | {
+        "KL, %": 100 * (found.ratio - 1),
+        "from": low,
+        "to": high,
+        "adjusted p": p,
+        "effect, nats": found.effect,
+        "seeds": found.seeds,
+        "verdict": verdict,
+        "stale": stale,
+    }
+
+
+def noise_by_class(model: str, settings: dict | None = None) -> pandas.DataFrame:
+    """A row a class of the claims and kind of arm: its noise, and the least change that it shows.
+
+    Noise is the standard deviation of a run about arm and seed, in per cent of KL. The least change
+    is one that 3, 5 or 10 seeds show four times of five, by the first of Holm's levels.
+    """
+    judged, among, rows = claims(model, settings), arms(load_results()), {}
+    for claim in judged:
+        tests = sum(other.paper == claim.paper for other in judged)
+        for arm in stored([claim.better, claim.worse]):
+            spreads = class_noise(arm, among)
+            if (spread := spreads.get(arm.runs.kind)) is None:
+                continue
+            alone = len(set(spreads.values())) > 1
+            row = {"class": _setting(replace(arm, recipe=replace(arm.recipe, R3=False, R4=False)))}
+            row |= {
+                "arms": arm.runs.kind if alone else "all",
+                "noise, %": 100 * spread.variance**0.5,
+            }
+            row |= {"degrees of freedom": spread.freedom}
+            for seeds in (3, 5, 10):
+                row[f"{seeds} seeds, %"] = 100 * smallest_effect(spread, seeds, tests)
+            rows[row["class"], row["arms"]] = row
+    return pandas.DataFrame(rows.values())
 
 
 def compared(

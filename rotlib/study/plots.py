@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from rotlib.measure.outliers import HISTOGRAM_EDGES
@@ -409,10 +410,9 @@ def coordinate_energies(named: dict[str, Result], group_size: int) -> Figure:
 
 @_figure
 def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]]) -> Figure:
-    """What a change brings, in nats saved, with two standard errors.
+    """What a change makes of KL, as a ratio, with its 95 % interval.
 
-    There is a panel a change, a line a grid with the arms after and before it. Right of zero it
-    helps.
+    There is a panel a change, a line a grid with the arms after and before it. Left of 1 it helps.
     """
     grids = list(dict.fromkeys(grid for pairs in changes.values() for grid in pairs))
     size = (WIDTH, 0.9 + 0.22 * len(grids))
@@ -420,47 +420,66 @@ def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]]) -> Figure:
         1, len(changes), figsize=size, layout="constrained", sharey=True, squeeze=False
     )
     for axis, (change, pairs) in zip(axes[0], changes.items(), strict=True):
-        axis.axvline(0, color="0.7", lw=0.8, zorder=0)
+        axis.axvline(1, color="0.7", lw=0.8, zorder=0)
         for grid, pair in pairs.items():
             found = judge(*pair)
-            error = found.standard_error
-            spread = 2 * error if error == error else None
-            place = grids.index(grid)
-            style = {"fmt": "o", "ms": 4, "capsize": 2, "lw": 0.9, "color": "#0072B2"}
-            axis.errorbar(found.effect, place, xerr=spread, **style)
+            ends = (found.difference.low, found.difference.high) if found.difference else None
+            _ratio(axis, found.ratio, ends, grids.index(grid), "#0072B2")
         axis.set_title(change)
         axis.xaxis.set_major_locator(MaxNLocator(2))
     axes[0][0].set_yticks(range(len(grids)), grids)
     axes[0][0].invert_yaxis()
     axes[0][0].margins(y=0.15)
-    figure.supxlabel("nats of KL divergence saved, ± two standard errors", fontsize=9)
+    figure.supxlabel(
+        "KL divergence behind the change over that before it, 95 % interval", fontsize=9
+    )
     return figure
 
 
 @_figure
-def claims(
-    labels: Sequence[str],
-    effects: Sequence[float],
-    errors: Sequence[float],
-    verdicts: Sequence[str],
-) -> Figure:
-    """Every claim's effect with two standard errors, a line a claim.
+def claims(found: Sequence[dict]) -> Figure:
+    """Every claim's ratio of divergences with its 95 % interval, a line a claim, by paper.
 
-    Right of zero it goes the claimed way.
+    `found` are the rows of `claims.verdicts`.
+    Left of 1 it goes the claimed way.
     """
-    colors = {"reproduced": "#009E73", "not reproduced": "#D55E00"}
-    size = (WIDTH, 0.8 + 0.2 * len(labels))
+    colors = {"reproduced": "#009E73", "not reproduced": "#D55E00", "equivalent": "#0072B2"}
+    papers = dict.fromkeys(row["paper"] for row in found)
+    size = (WIDTH, 1.0 + 0.2 * (len(found) + len(papers)))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
-    axis.axvline(0, color="0.7", lw=0.8, zorder=0)
-    for place, (effect, error, verdict) in enumerate(zip(effects, errors, verdicts, strict=True)):
-        spread = 2 * error if error == error else None
-        color = colors.get(verdict, "0.5")
-        axis.errorbar(effect, place, xerr=spread, fmt="o", ms=4, capsize=2, lw=0.9, color=color)
+    axis.axvline(1, color="0.7", lw=0.8, zorder=0)
+    labels = []
+    for paper in papers:
+        labels.append(f"{paper}’s paper")
+        for row in (row for row in found if row["paper"] == paper):
+            ratio, *ends = (1 + row[name] / 100 for name in ("KL, %", "from", "to"))
+            color = colors.get(row["verdict"], "0.5")
+            _ratio(axis, ratio, ends if ends[0] == ends[0] else None, len(labels), color)
+            labels.append(f"{row['claim']}, {row['setting'].split(' GPTQ')[0]}")
     axis.set_yticks(range(len(labels)), labels)
+    for text in axis.get_yticklabels():
+        if text.get_text().endswith("’s paper"):
+            text.set_fontweight("bold")
+    axis.tick_params(axis="y", length=0, labelsize=8)
     axis.invert_yaxis()
-    label = "nats of KL divergence in the claimed direction, ± two standard errors"
-    figure.supxlabel(label, fontsize=9)
+    axis.set_xscale("log")
+    _plain_log_ticks(axis.xaxis, (1, 3, 5, 7))
+    figure.supxlabel(
+        "KL divergence of the side that should be nearer, over the other’s (95 % interval)",
+        fontsize=9,
+    )
+    handles = [
+        Line2D([], [], marker="o", ls="", ms=4, color=color, label=word)
+        for word, color in (colors | {"undecided": "0.5"}).items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure
+
+
+def _ratio(axis: Axes, ratio: float, ends: Sequence[float] | None, place: int, color: str) -> None:
+    """A point with its interval, where it has one."""
+    spread = None if ends is None else [[ratio - ends[0]], [ends[1] - ratio]]
+    axis.errorbar(ratio, place, xerr=spread, fmt="o", ms=4, capsize=2, lw=0.9, color=color)
 
 
 @_figure

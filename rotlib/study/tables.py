@@ -1,9 +1,8 @@
 """Arms of a comparison, runs that differ only in their seed, and verdicts between two arms.
 
-A claim "A is better than B" is judged by a rule fixed before the data: on the difference of KL
-divergences, paired by seed, it is *reproduced* if A is lower by more than two standard errors, *not
-reproduced* if it is higher by more than two, and *undecided* otherwise, with fewer than three
-seeds, or where an arm has diverged. With a margin m it reads "A is below m times B".
+"Is A better than B?" is answered on the logarithms of their KL divergences (`inference.py`): *yes*,
+*no*, *equivalent*, or *undecided*, so with fewer than three seeds, on other machines, or where an
+arm has diverged. With a margin m it reads "is A below m times B?".
 """
 
 import logging
@@ -11,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import isfinite, sqrt
-from statistics import fmean, stdev
+from math import isfinite, nan, sqrt
+from statistics import fmean, geometric_mean, stdev
 
 from rotlib.checks import positive
 from rotlib.study.files import content_of
-from rotlib.study.recipe import OWN, Recipe, rotations
+from rotlib.study.inference import Difference, Runs, Spread, compare, noise
+from rotlib.study.recipe import LEARNED, OWN, Recipe, rotations
 from rotlib.study.store import DIVERGED, Result, load_results
 
 _HEADER = (
@@ -29,6 +29,11 @@ _NAMED = (
     *("R3", "R4", "rounding", "act_order", "bits", "grid", "activation_bits", "activation_grid"),
     *("kv_bits", "seed"),
 )
+# what makes the rotation: arms that differ in nothing else are of one class
+_OF_ROTATION = {
+    *("rotation", "seed", "R3", "R4", "block", "R1_order", "signs", "start", "local", "grouped"),
+    *("activation_share", "form", "learning_windows", "learned_on", "preset", "steps", "lr"),
+}
 _YARDSTICK = ("model", "text", "window", "test_windows")  # what two arms must share to be compared
 
 
@@ -82,6 +87,25 @@ class Arm:
         """
         return any(not result.metrics["perplexity"] < DIVERGED for result in self.results)
 
+    @property
+    def machines(self) -> set[str]:
+        """The kinds of device that its runs computed on."""
+        devices = (result.provenance.get("device", "") for result in self.results)
+        return {device.split(",")[0] for device in devices}
+
+    @property
+    def runs(self) -> Runs:
+        """Its divergences, as statistics have them."""
+        recipe, kind = self.recipe, "drawn"
+        if recipe.rotation == "none" or (recipe.rotation == "gsr" and not recipe.signs):
+            kind = "fixed"
+        elif recipe.rotation in LEARNED:
+            kind = "learned"
+        windows = {
+            recipe_of(result).seed: result.metrics.get("kl_windows", ()) for result in self.results
+        }
+        return Runs(kind, self.values("kl"), windows)
+
     def values(self, metric: str) -> dict[int, float]:
         """A metric of every seed."""
         return {recipe_of(result).seed: result.metrics[metric] for result in self.results}
@@ -97,21 +121,30 @@ class Arm:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison of two arms says."""
+    """What a comparison of two arms says: `word`, or why there is none (`against`)."""
 
     effect: float  # mean of (margin · worse − better) in nats of KL, paired by seed
-    standard_error: float
-    ratio: float  # of the two mean divergences
+    ratio: float  # of the two divergences, the geometric mean over the seeds
     seeds: int
-    verdict: str
+    difference: Difference | None = None
+    against: str = ""
+
+    @property
+    def word(self) -> str:
+        if self.difference is None:
+            return f"undecided, {self.against}"
+        return self.difference.word()
 
     def __str__(self) -> str:
-        if self.effect != self.effect:
-            return self.verdict
-        spread = " nats, one seed"
-        if self.seeds > 1:
-            spread = f" ± {self.standard_error:.3f} nats over {self.seeds} seeds"
-        return f"{self.verdict} ({self.effect:+.3f}{spread}, ratio of the means {self.ratio:.2f})"
+        if self.ratio != self.ratio:
+            return self.word
+        change = f"KL {100 * (self.ratio - 1):+.0f} %"
+        if self.difference is None:
+            return f"{self.word} ({change})"
+        low, high, p = self.difference.low, self.difference.high, self.difference.p
+        interval = f"{100 * (low - 1):+.0f} to {100 * (high - 1):+.0f}"
+        surely = "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+        return f"{self.word} ({change}, {interval}; {surely}, {self.seeds} seeds)"
 
 
 def _hadamard_R1(recipe: Recipe) -> str:
@@ -203,10 +236,13 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else float("nan")
 
 
-def judge(better: Arm, worse: Arm, margin: float = 1.0) -> Verdict:
+def judge(
+    better: Arm, worse: Arm, margin: float = 1.0, among: Iterable[Arm] | None = None
+) -> Verdict:
     """Is `better` better, by the rule above?
 
-    Raises ValueError where the arms share no seed, or were measured on other text.
+    The noise is that of all arms of their class, those stored or the ones given. Raises ValueError
+    where the arms share no seed, or were measured on other text.
     """
     positive("margin", margin)
     for name in _YARDSTICK:
@@ -219,18 +255,46 @@ def judge(better: Arm, worse: Arm, margin: float = 1.0) -> Verdict:
     a, b = better.values("kl"), worse.values("kl")
     seeds = sorted(a.keys() & b.keys())
     if diverged := [arm.rotation for arm in (better, worse) if arm.diverged]:
-        return Verdict(*[float("nan")] * 3, len(seeds), f"undecided, {diverged[0]} diverged")
+        return Verdict(nan, nan, len(seeds), against=f"{diverged[0]} diverged")
     if not seeds:
         raise ValueError(
             f"{better.rotation} and {worse.rotation} have no seed in common: "
             "run both on the same seeds"
         )
-    effect, error = mean_and_error(margin * b[seed] - a[seed] for seed in seeds)
-    verdict = "undecided"
-    if len(seeds) >= 3 and abs(effect) > 2 * error:
-        verdict = "reproduced" if effect > 0 else "not reproduced"
-    ratio = fmean(a[seed] for seed in seeds) / fmean(b[seed] for seed in seeds)
-    return Verdict(effect, error, ratio, len(seeds), verdict)
+    effect = fmean(margin * b[seed] - a[seed] for seed in seeds)
+    ratio = geometric_mean(a[seed] / (margin * b[seed]) for seed in seeds)
+    if better.machines != worse.machines:
+        return Verdict(effect, ratio, len(seeds), against="on other machines")
+    spreads = None
+    if _class_of(better) == _class_of(worse):
+        among = arms(load_results()) if among is None else among
+        # what is asked for may not be stored
+        beside = (*of_class(better, among), better, worse)
+        once = {_but_for_the_seed(arm.recipe.spec()): arm for arm in beside}
+        spreads = noise([arm.runs for arm in once.values()])
+    found = compare(better.runs, worse.runs, spreads, margin)
+    if isinstance(found, str):
+        return Verdict(effect, ratio, len(seeds), against=found)
+    return Verdict(effect, found.ratio, len(seeds), found)
+
+
+def class_noise(of: Arm, among: Iterable[Arm]) -> dict[str, Spread]:
+    """The noise of the class that an arm is of, by kind of arm."""
+    return noise([arm.runs for arm in of_class(of, among)])
+
+
+def of_class(of: Arm, among: Iterable[Arm]) -> list[Arm]:
+    """The sound arms that differ from one in the rotation alone."""
+    own = _class_of(of)
+    sound = (arm for arm in among if not arm.stale and not arm.diverged)
+    return [arm for arm in sound if _class_of(arm) == own]
+
+
+def _class_of(arm: Arm) -> tuple:
+    """All but what makes the rotation: precision, quantizer, model and text, and the machine."""
+    spec = arm.recipe.spec().items()
+    settings = ((name, value) for name, value in spec if name not in _OF_ROTATION)
+    return (*sorted(settings), _content(arm.results[0]), *sorted(arm.machines))
 
 
 def verdict(arms: Mapping[tuple, Arm], better: tuple, worse: tuple, margin: float = 1.0) -> str:
