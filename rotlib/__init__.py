@@ -11,7 +11,7 @@ _PUBLIC = {
     "learning.network": ("LearningFailed",),
     "learning.optrot": ("kurtail", "mixed", "optrot"),
     "learning.optrot_plus": ("optrot_plus",),
-    "learning.ostquant": ("ostquant",),
+    "learning.ostquant": ("klt_rotation", "ostquant"),
     "learning.spinquant": ("spinquant",),
     "learning.tuning": ("Tuning", "tune"),
     "measure.fidelity": ("evaluate", "kl_divergence", "perplexity"),

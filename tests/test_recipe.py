@@ -208,7 +208,7 @@ def test_a_learned_rotation_is_learned_once(recipe, monkeypatch):
         ({"learning_windows": 4}, "learning_windows belongs to the rotations"),
         (
             {"learned_on": "activations", "rotation": "spinquant"},
-            "learned_on 'activations' needs activation_bits or kv_bits below 16",
+            "learned_on 'activations' needs activation_bits, kv_bits or learned_bits",
         ),
         (
             {"rounding": "none", "rotation": "ostquant"},

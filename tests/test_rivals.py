@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -291,3 +292,50 @@ def test_bad_input_is_one_sentence_before_any_work(learn, settings, message, tok
     monkeypatch.setattr(Student, "__init__", lambda *args: pytest.fail("learning had begun"))
     with pytest.raises(ValueError, match=message):
         learn(tiny_model(dtype=torch.float32), tokens, **settings)
+
+
+def test_the_klt_turns_what_r1_reads_into_uncorrelated_coordinates_before_hadamard(tokens):
+    model = tiny_model(dtype=torch.float32)
+    rotation = rl.klt_rotation(model, tokens, seed=3)
+    start = starting_point(adapt(model), seed=3)
+    KLT = eigenvectors(adapt(model), tokens, 48)
+    torch.testing.assert_close(rotation.R1 @ start.R1.double().T, KLT, atol=1e-6, rtol=0)
+    torch.testing.assert_close(rotation.R2.float(), start.R2)
+
+
+def test_a_rotation_can_be_learned_on_rounded_activations_and_evaluated_without(folder):
+    how = {"steps": 2, "learning_windows": 2, "learned_on": "activations"}
+    weights_alone = rl.Recipe(
+        model=str(folder / "model"), text="wikitext2", rotation="spinquant", window=32,
+        calibration_windows=2, test_windows=2, learned_bits=4, **how,
+    )  # fmt: skip
+    rounded = replace(weights_alone, learned_bits=None, activation_bits=4)
+    model, _ = rl.load(str(folder / "model"))
+    one, other = (rl.make_rotation(recipe, model)[0] for recipe in (weights_alone, rounded))
+    assert torch.equal(one.R1, other.R1)
+    assert weights_alone.precision == "W4A16"
+    assert replace(weights_alone, activation_bits=8).rotation_reads == weights_alone.rotation_reads
+    assert rl.run(weights_alone).metrics["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learned_bits": 4}, "learned_bits belongs to the rotations spinquant, ostquant"),
+        ({"learned_bits": 4, "rotation": "spinquant"}, "needs learned_on 'activations'"),
+        (
+            {"learned_bits": 1, "rotation": "spinquant", "learned_on": "activations"},
+            r"learned_bits \(unless it is None\)",
+        ),
+        (
+            {
+                **{"learned_bits": 8, "activation_bits": 8},
+                **{"rotation": "spinquant", "learned_on": "activations"},
+            },
+            "learned_bits 8 are the activation_bits",
+        ),
+    ],
+)
+def test_bits_that_nothing_is_learned_on_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rl.Recipe(**settings)

@@ -14,8 +14,11 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rotlib.checks import token_ids
 from rotlib.learning.network import Preset, Student, chosen, learn_through, prepare
+from rotlib.learning.start import finished, original, starting_point
 from rotlib.models.families import Family
+from rotlib.models.sound import check_not_hooked
 from rotlib.models.walk import final_hidden
 from rotlib.precision import coarse_products
 from rotlib.quantization.activations import ActivationQuant
@@ -77,6 +80,32 @@ def ostquant(
         return kl_top_loss(logits, truth)
 
     return learn_through(student, optimizer, calibration, activations, loss, settings, seed)
+
+
+@torch.no_grad()
+def klt_rotation(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "windows length"],
+    seed: int = 0,
+    R3: bool = False,
+    R4: bool = False,
+) -> Rotation:
+    """Where `ostquant` starts, with nothing learned: the KLT times a random Hadamard matrix.
+
+    R2 is a random Hadamard matrix a KV head. Raises ValueError like `ostquant`.
+
+    >>> rotation = klt_rotation(model, tokens)
+    >>> rotation.orthogonality_error() < 1e-6
+    True
+    """
+    token_ids("calibration", calibration, 2, model)
+    family = original(model, needs_R1="the KLT")
+    check_not_hooked(model)
+    rotation = starting_point(family, seed, R3, R4)
+    with coarse_products():
+        KLT = eigenvectors(family, calibration, block=family.width)
+    rotation.R1 = KLT @ rotation.R1.double()
+    return finished(rotation).to("cpu", torch.float64)
 
 
 def kl_top_loss(

@@ -38,6 +38,7 @@ _OF_ROTATION = {
     "mixed": (*_OPTROT, "token sample"),
     "spinquant": ("network", "spinquant"),
     "ostquant": ("network", "ostquant", "covariance"),
+    "klt": ("ostquant", "covariance"),
 }
 _OF_TASK = {
     "quantize": ("evaluation",),
@@ -76,7 +77,8 @@ def stages_of(spec: dict) -> list[str]:
         stages.add("online rotations")
     rounded = ActivationQuant(setting("activation_bits"), setting("kv_bits")).rounds
     learned_on = setting("learned_on") if rotation in THROUGH_NETWORK else None
-    if rounded and (task in ("quantize", "zero-shot", "weights") or learned_on == "activations"):
+    measured = rounded and task in ("quantize", "zero-shot", "weights")
+    if measured or learned_on == "activations":
         stages.add("activations")
     if learned_on == "weights":
         stages.add("grids")

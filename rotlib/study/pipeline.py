@@ -22,7 +22,7 @@ from rotlib.disk import write_atomically
 from rotlib.learning.network import LearningFailed
 from rotlib.learning.optrot import kurtail, mixed, optrot
 from rotlib.learning.optrot_plus import optrot_plus
-from rotlib.learning.ostquant import ostquant
+from rotlib.learning.ostquant import klt_rotation, ostquant
 from rotlib.learning.spinquant import spinquant
 from rotlib.learning.tuning import HELD_OUT, check_tunable, set_gains, tune
 from rotlib.measure.fidelity import evaluate
@@ -321,11 +321,14 @@ def make_rotation(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation | No
 
 def rotation_of(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation | None:
     """The recipe's rotation, as `make_rotation` has it; what it took goes into the record."""
-    if recipe.rotation in LEARNED:
+    if recipe.rotation in LEARNED and recipe.rotation != "klt":
         return _learned(recipe, model, record)
     with record.timed("rotate"):
         if recipe.rotation == "none":
             return Rotation(None, None, recipe.R3, recipe.R4) if recipe.R3 or recipe.R4 else None
+        if recipe.rotation == "klt":
+            how = {"seed": recipe.seed, "R3": recipe.R3, "R4": recipe.R4}
+            return klt_rotation(model, learning_tokens(recipe), **how)
         return _drawn(recipe.rotation, recipe, model)
 
 

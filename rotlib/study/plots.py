@@ -41,6 +41,7 @@ STYLE = {
     "optrot+": ("#005F45", "d"),
     "spinquant": ("#D55E00", "X"),
     "ostquant": ("#7F6BB3", "p"),
+    "klt": ("#999933", "h"),
     "GH": ("#E69F00", "^"),
     "GW": ("#A86F00", "<"),
     "LH": ("#56B4E9", "s"),
@@ -55,6 +56,7 @@ NAMES = {
     "kurtail": "KurTail",
     "spinquant": "SpinQuant",
     "ostquant": "OSTQuant",
+    "klt": "KLT × Hadamard",
 }
 # the inputs of a layer, by the first weight that reads each
 _INPUTS = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}

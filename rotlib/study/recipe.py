@@ -47,18 +47,19 @@ LEARNED = {
     "mixed": ("activation_share", "R4", *_CALIBRATION),
     "spinquant": ("learned_on", "preset", "R4", *_LEARNING, *_STARTING),
     "ostquant": ("learned_on", "preset", "R4", *_LEARNING, *_STARTING),
+    "klt": ("text", "window", "learning_windows"),  # OSTQuant's start, with nothing learned
 }
 # the settings that some learned rotations read and nothing else does
 _LEARNERS_OWN = (
-    *("activation_share", "form", "learned_on", "preset", "learning_windows", "steps", "lr"),
-    *("grouped", "start", "local"),
+    *("activation_share", "form", "learned_on", "learned_bits", "preset", "learning_windows"),
+    *("steps", "lr", "grouped", "start", "local"),
 )
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _FIXED_BY_FP4 = ("bits", "group_size", "symmetric", "convention")
 _GPTQ = ("act_order", "asymmetry", "static_groups", "scale_search", "descent", "refit")
 _ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol", "sinks")
 # what was kept before there were these settings keeps its name
-_LATER = ("lr", "activation_grid", "clip_norm")
+_LATER = ("lr", "activation_grid", "clip_norm", "learned_bits")
 
 SHIPPED = ("none", *DRAWN, "gsr", *LEARNED)  # the rotations that come with rotlib
 # rotations of one's own, by name: `own.register_rotation` fills it
@@ -87,7 +88,8 @@ class Recipe:
     from the `start` "gsr" begins there, and where it is `local` stays in those blocks. `grouped`
     learns OptRot's objective for the grid's groups. `activation_share` is λ of "mixed", `form`
     OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
-    recipe's grid, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none" keeps
+    recipe's grid, or activations to `learned_bits` whatever is evaluated, by a `preset` whose
+    `steps` and `lr` can be replaced. `rounding` "none" keeps
     16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search`, `descent` and `refit`
     are `gptq`'s; `tuning` is how many steps scales and gains are tuned for, each on a window of its
     own, and further ones are held out. `order` "weights-first" calibrates GPTQ on unrounded
@@ -110,6 +112,7 @@ class Recipe:
     activation_share: float | None = None
     form: str = FORMS[0]
     learned_on: str = "weights"
+    learned_bits: int | None = None
     preset: str = "laptop"
     steps: int | None = None
     lr: float | None = None
@@ -168,6 +171,8 @@ class Recipe:
         for name in ("steps", "block"):
             if getattr(self, name) is not None:
                 whole_number(f"{name} (unless it is None)", getattr(self, name), 1)
+        if self.learned_bits is not None:
+            whole_number("learned_bits (unless it is None)", self.learned_bits, 2, 8)
         if self.lr is not None:
             positive("lr (unless it is None)", self.lr)
             object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 are one arm
@@ -233,7 +238,7 @@ class Recipe:
             yield "R3", "turns keys for their quantizer: it needs kv_bits below 16"
         if self.activation_bits == FULL:
             yield "sinks", "needs activation_bits below 16"
-        if not rounded:
+        if not rounded and self.learned_bits is None:
             needs = "it needs activation_bits or kv_bits below 16"
             yield "protocol", f"says how activations are rounded: {needs}"
         if self.activation_grid in FP4 and self.kv_bits == FULL:
@@ -244,7 +249,7 @@ class Recipe:
                 yield name, f"describes a Hadamard R1: {needs}"
         for name in _LEARNERS_OWN:
             methods = [rotation for rotation, read in LEARNED.items() if name in read]
-            methods = THROUGH_NETWORK if name == "lr" else methods
+            methods = THROUGH_NETWORK if name in ("lr", "learned_bits") else methods
             if self.rotation not in methods:
                 belongs = f"belongs to the rotations {', '.join(methods)}"
                 yield name, f"{belongs}, not to {self.rotation!r}"
@@ -258,9 +263,18 @@ class Recipe:
         if self.grouped and self.quant.group_size is None:
             raise ValueError("grouped learns for groups of weights: it needs a group_size")
         if self.rotation in THROUGH_NETWORK:
-            if self.learned_on == "activations" and not self.activations.rounds:
+            if self.learned_on == "activations" and not self.learned_activations.rounds:
                 raise ValueError(
-                    "learned_on 'activations' needs activation_bits or kv_bits below 16"
+                    "learned_on 'activations' needs activation_bits, kv_bits or learned_bits below "
+                    "16"
+                )
+            if self.learned_bits is not None and self.learned_on == "weights":
+                raise ValueError(
+                    "learned_bits are of activations: it needs learned_on 'activations'"
+                )
+            if self.learned_bits == self.activation_bits:
+                raise ValueError(
+                    f"learned_bits {self.learned_bits} are the activation_bits: leave it out"
                 )
             if self.learned_on == "weights" and self.grid in FP4:
                 raise ValueError(
@@ -334,13 +348,23 @@ class Recipe:
             return ("group_size",) if self.grouped else ()
         if self.learned_on == "weights":
             return tuple(name for name in _WEIGHT_GRID if name != "grid")  # always integers
-        return (*_ACTIVATION_GRID, "R3")
+        if self.learned_bits is None:
+            return (*_ACTIVATION_GRID, "R3")
+        return ("learned_bits", *_ACTIVATION_GRID[1:], "R3")
 
     @property
     def learned_grid(self) -> dict:
         """What is rounded while a rotation is learned through the network, by its keyword there."""
-        on_weights = self.learned_on == "weights"
-        return {"quant": self.quant} if on_weights else {"activations": self.activations}
+        if self.learned_on == "weights":
+            return {"quant": self.quant}
+        return {"activations": self.learned_activations}
+
+    @property
+    def learned_activations(self) -> ActivationQuant:
+        """The activation grids that a rotation is learned through."""
+        if self.learned_bits is None:
+            return self.activations
+        return replace(self.activations, bits=self.learned_bits)
 
     @property
     def online(self) -> list[str]:

@@ -32,7 +32,8 @@ _NAMED = (
 # what makes the rotation: arms that differ in nothing else are of one class
 _OF_ROTATION = {
     *("rotation", "seed", "R3", "R4", "block", "R1_order", "signs", "start", "local", "grouped"),
-    *("activation_share", "form", "learning_windows", "learned_on", "preset", "steps", "lr"),
+    *("activation_share", "form", "learning_windows", "learned_on", "learned_bits", "preset"),
+    *("steps", "lr"),
 }
 _YARDSTICK = ("model", "text", "window", "test_windows")  # what two arms must share to be compared
 
@@ -99,7 +100,7 @@ class Arm:
         recipe, kind = self.recipe, "drawn"
         if recipe.rotation == "none" or (recipe.rotation == "gsr" and not recipe.signs):
             kind = "fixed"
-        elif recipe.rotation in LEARNED:
+        elif recipe.rotation in LEARNED and recipe.rotation != "klt":
             kind = "learned"
         windows = {
             recipe_of(result).seed: result.metrics.get("kl_windows", ()) for result in self.results
