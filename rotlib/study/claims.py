@@ -17,7 +17,6 @@ import pandas
 
 from rotlib.checks import one_of
 from rotlib.disk import file_digest, write_text
-from rotlib.study import store
 from rotlib.study.figures import figures_folder
 from rotlib.study.files import results_folder, saved
 from rotlib.study.inference import holm, smallest_effect
@@ -260,7 +259,7 @@ def _digest(used: str) -> str | None:
 
 
 def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[str]]) -> None:
-    """figures/manifest.json: of every file named, its sha256, its results' and the commit.
+    """figures/manifest.json: of every file named, its sha256 and its results'.
 
     `redrawn` names its files' results already, as `figures.redraw` does.
     """
@@ -273,6 +272,6 @@ def save_manifest(made_from: dict[str, Iterable[Arm]], redrawn: dict[str, list[s
         results = {used: _digest(used) for used in names}
         for path in sorted(figures_folder().glob(f"{name}.*")):
             files[path.name] = {"results": results, "sha256": file_digest(path)}
-    manifest = {"commit": store.commit(), "files": files}
+    manifest = {"files": files}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     write_text(figures_folder() / "manifest.json", text)
