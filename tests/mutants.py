@@ -48,7 +48,6 @@ MUTANTS = {
     ),
     "experts get others' tokens": ("models.joined", "chosen == number", "chosen >= number"),
     "experts' weights": ("models.joined", "* weights[token, place, None]", ""),
-    "starved experts": ("quantization.gptq", "LEAST = 1.0", "LEAST = 2.0"),
     "a router's gain": (
         "rotations.rotation",
         '["mlp_norm"].weight\n            yield',

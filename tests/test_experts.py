@@ -1,5 +1,7 @@
 """Mixtures of experts: each quantized by the tokens it is given, and written apart."""
 
+import re
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 
@@ -84,19 +86,30 @@ def test_an_expert_is_quantized_by_the_tokens_it_is_given(mixture, tokens):
     assert same > 0.99
 
 
-def test_an_expert_with_too_few_tokens_is_rounded_to_nearest_with_a_warning(mixture, tokens):
+def test_an_expert_without_tokens_is_rounded_to_nearest_and_few_are_told_of(mixture, tokens):
     family = adapt(mixture)
-    for layer in range(2):  # the router gives the last expert nothing
-        router = family.router(layer)
-        router.weight[-1] = -router.weight[:-1].mean(0) * 50
+    same = tokens[:1, :1].repeat(1, 8)  # one token over and over goes to the same two experts
     rounded = rl.rtn(deepcopy(mixture), rl.WeightQuant())
-    with pytest.warns(UserWarning, match=r"of 8 experts were given too few tokens .* layers\."):
-        report = rl.gptq(mixture, tokens[:1, :8], rl.WeightQuant())
-    starved = {one.name for one in report.modules if one.fallback}
-    assert report.fallbacks == len(starved) > 0
-    assert all("experts" in name for name in starved)
+    told = (
+        rf"experts were given fewer .* inputs \({family.inner_width}\), layers\..* the fewest, 0;"
+    )
+    with pytest.warns(UserWarning, match=told):
+        report = rl.gptq(mixture, same, rl.WeightQuant())
+    starved = {one.name for one in report.modules if not one.tokens}
+    assert {one.name for one in report.modules if one.fallback} == starved
+    assert len(starved) == report.fallbacks > 0
     for name in starved:
         assert torch.equal(report.weights[name].codes, rounded[name].codes)
+    by_name = {one.name: one.tokens for one in report.modules}
+    assert by_name["layers.0.q"] == 8
+    every = [by_name[f"layers.0.experts.{expert}.up"] for expert in range(family.experts)]
+    assert sum(every) == 8 * family.config.num_experts_per_tok
+
+
+def test_experts_with_enough_tokens_are_no_reason_to_warn(mixture, tokens):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rl.gptq(mixture, tokens.repeat(8, 1), rl.WeightQuant())
 
 
 @pytest.mark.parametrize("group_size", [None, 16])
@@ -126,17 +139,17 @@ def test_rounded_activations_pass_an_expert_without_tokens(mixture, tokens):
     assert torch.equal(mixture(tokens[:1, :2]).logits, before)
 
 
-@pytest.mark.filterwarnings("ignore:.*experts were given too few tokens")
+@pytest.mark.filterwarnings("ignore:.*experts were given fewer")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_exported_with_a_card_that_says_what_was_rounded(name, folder, tmp_path):
     save_tiny_model(folder / "model", name)
     recipe = rl.Recipe(
-        model=str(folder / "model"), text="wikitext2", window=32, calibration_windows=1
+        model=str(folder / "model"), text="wikitext2", window=2, calibration_windows=1
     )
     recipe = replace(recipe, test_windows=2, rotation="kurtail", asymmetry=0.25, tuning=1)
     rl.export_recipe(recipe, tmp_path / "W4")
     card = " ".join((tmp_path / "W4" / "README.md").read_text().split())
-    assert "24 of its weight matrices are rounded to nearest" in card
+    assert re.search(r"\d+ of its weight matrices are rounded to nearest: no tokens", card)
     assert "vLLM" not in card
 
 

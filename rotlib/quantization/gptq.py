@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import keeper, positive, share, shown, token_ids, whole_number, yes_or_no
-from rotlib.models.families import Family
+from rotlib.models.families import Family, kind_of
 from rotlib.models.marks import changing
 from rotlib.models.sound import check_can_be_copied
 from rotlib.models.supported import adapt
@@ -40,17 +40,19 @@ from rotlib.quantization.quantized import (
 )
 from rotlib.quantization.solver import Solver
 
-LEAST = 1.0  # tokens an input, below which an expert's covariance isn't trusted
-
 
 @dataclass
 class ModuleReport:
-    """One quantized weight: tr(ΔW H ΔWᵀ) an output, the damping it took, whether it fell to RTN."""
+    """One quantized weight: tr(ΔW H ΔWᵀ) an output, the damping it took, whether it fell to RTN.
+
+    `tokens` is how many of the calibration's it read.
+    """
 
     name: str
     error: float
     damping: float
     fallback: bool
+    tokens: int = 0
 
 
 @dataclass
@@ -110,8 +112,8 @@ def gptq(
     `descent` sweeps of coordinate descent follow; `refit` then gives the codes the scales of least
     error, and the sweeps follow once more. Layers that `kept` holds are put back instead of
     quantized, and the others are handed to it. An expert is quantized by the tokens that it is
-    given, without GPTAQ; where those are fewer than `LEAST` times its inputs it is rounded to
-    nearest, with a warning. Raises ValueError before any work for unsuitable models, grids or
+    given, without GPTAQ, and rounded to nearest where that is none; a warning says how many have
+    fewer tokens than inputs. Raises ValueError before any work for unsuitable models, grids or
     tokens.
 
     >>> report = gptq(model, tokens, WeightQuant(bits=4, group_size=16))
@@ -161,14 +163,28 @@ def gptq(
                 if kept is not None:
                     kept.put(layer, done)
             report.add(done)
-    short = (one.name for one in report.modules if one.fallback and ".experts." in one.name)
-    if starved := sorted({name.rpartition(".")[0] for name in short}):
-        warnings.warn(
-            f"{len(starved)} of {len(family.layers) * family.experts} experts were given too few "
-            f"tokens and rounded to nearest, such as {starved[0]}: give more calibration text",
-            stacklevel=2,
-        )
+    _warn_of_starved(family, report)
     return report
+
+
+def _warn_of_starved(family: Family, report: Report) -> None:
+    """Say it where experts were given fewer tokens than they have inputs."""
+    given = {
+        one.name.removesuffix(".down"): one.tokens
+        for one in report.modules
+        if ".experts." in one.name and kind_of(one.name) == "down"
+    }
+    short = {name: tokens for name, tokens in given.items() if tokens < family.inner_width}
+    if not short:
+        return
+    least = min(short, key=short.get)
+    none = sum(not tokens for tokens in short.values())
+    warnings.warn(
+        f"{len(short)} of {len(given)} experts were given fewer calibration tokens than they have "
+        f"inputs ({family.inner_width}), {least} the fewest, {short[least]}; {none} were given "
+        "none and are rounded to nearest: give more calibration text",
+        stacklevel=3,
+    )
 
 
 def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -> Report | None:
@@ -260,10 +276,10 @@ def _quantize_layer(
                         drift.add(x)
                 together = {f"layers.{index}.{site}": linears[site] for site in sites}
                 C = drift.take() if drift else None
-                least = LEAST * linears[sites[0]].in_features if of_expert else 0
-                H = hessian.take() if hessian.tokens >= least else None
+                tokens = hessian.tokens
+                H = hessian.take() if tokens else None
                 with exact_products():
-                    _quantize_together(together, H, C, solve, report)
+                    _quantize_together(together, H, C, solve, report, tokens)
         return passes.outputs()
 
 
@@ -273,6 +289,7 @@ def _quantize_together(
     C: Float[Tensor, "in in"] | None,
     solve: Solver,
     report: Report,
+    tokens: int,
 ) -> None:
     """Quantize the weights that read one input as a single tall matrix.
 
@@ -285,4 +302,5 @@ def _quantize_together(
     report.weights |= stored
     sizes = [len(weight.codes) for weight in stored.values()]
     for name, e in zip(stored, error.split(sizes), strict=True):
-        report.modules.append(ModuleReport(name, e.mean().item(), damping, fallback or H is None))
+        fell = fallback or H is None
+        report.modules.append(ModuleReport(name, e.mean().item(), damping, fell, tokens))

@@ -114,9 +114,7 @@ def _solved(solve: solver.Solver, C: Tensor | None = None) -> dict:
     return {"codes": profile(Q.codes), "scale": profile(Q.scale), "error": error, "fell": fallback}
 
 
-@canary(
-    "gptq", gptq.gptq, solver.Solver, least=gptq.LEAST, tolerance=5e-3, ties=("errors", "again")
-)
+@canary("gptq", gptq.gptq, solver.Solver, tolerance=5e-3, ties=("errors", "again"))
 def _gptq() -> dict:
     numbers = {}
     for name, settings, how in (
