@@ -13,7 +13,7 @@ from statistics import fmean, variance
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import nct, t
+from scipy.special import nctdtr, stdtr, stdtrit
 
 LEVEL = 0.05  # of errors, two-sided
 OF_INTEREST = 0.03  # a change of KL by less is none
@@ -122,8 +122,8 @@ def compare(
     # Satterthwaite's
     freedom = total**2 / sum(part.variance**2 / part.freedom for part in parts)
     error = total**0.5
-    half = error * t.ppf(1 - LEVEL / 2, freedom)
-    p = 2 * t.sf(abs(effect) / error, freedom)
+    half = error * stdtrit(freedom, 1 - LEVEL / 2)
+    p = 2 * stdtr(freedom, -abs(effect) / error)
     return Difference(exp(effect), exp(effect - half), exp(effect + half), float(p), len(seeds))
 
 
@@ -162,14 +162,14 @@ def smallest_effect(spread: Spread, seeds: int, tests: int = 1, power: float = 0
     0.101
     """
     error = (2 * spread.variance / seeds) ** 0.5
-    edge = t.ppf(1 - LEVEL / tests / 2, spread.freedom)
+    edge = stdtrit(spread.freedom, 1 - LEVEL / tests / 2)
     low, high = 0.0, 1.0
-    while nct.sf(edge, spread.freedom, high / error) < power:
+    while nctdtr(spread.freedom, high / error, edge) > 1 - power:
         high *= 2
         if high == inf:
             return inf
     for _ in range(40):
         middle = (low + high) / 2
-        enough = nct.sf(edge, spread.freedom, middle / error) >= power
+        enough = nctdtr(spread.freedom, middle / error, edge) <= 1 - power
         low, high = (low, middle) if enough else (middle, high)
     return exp(high) - 1
