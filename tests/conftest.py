@@ -20,6 +20,7 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
@@ -78,6 +79,9 @@ CONFIGS = {
         num_experts=4,
         num_experts_per_tok=2,
         tie_word_embeddings=True,
+    ),
+    "olmoe, experts, norms over all heads": OlmoeConfig(
+        **SHAPE, num_experts=4, num_experts_per_tok=2
     ),
     "smollm3, a layer without RoPE": SmolLM3Config(
         **SHAPE, no_rope_layers=[1, 0], tie_word_embeddings=True

@@ -107,6 +107,7 @@ def example(name):
                     "one seed": [arm("optrot", seeds=1, bits=3), arm("random")],
                 }
             },
+            [arm("random")],
         )
     if name == "claims":
         nan = float("nan")

@@ -567,6 +567,19 @@ def test_arms_of_other_machines_decide_nothing():
     for result in there.results:
         result.provenance["device"] = "NVIDIA H100"
     assert tables.judge(here, there).word == "undecided, on other machines"
+    for result in there.results[1:]:  # the seeds that both have on one machine count
+        result.provenance["device"] = ""
+    assert tables.judge(here, there, among=[]).word == "undecided, 2 seeds"
+
+
+def test_a_divergence_of_nothing_is_not_compared():
+    both = fake_arm("optrot", [0.10, 0.11, 0.0]), fake_arm("hadamard", [0.2, 0.22, 0.21])
+    assert tables.judge(*both).word == "undecided, no divergence to compare"
+
+
+def test_a_margin_is_not_in_the_ratio_that_is_told():
+    both = fake_arm("optrot", [0.101, 0.111, 0.121]), fake_arm("hadamard", [0.10, 0.11, 0.12])
+    assert str(tables.judge(*both, margin=1.1, among=[])).startswith("yes (KL +1 %")
 
 
 def test_the_table_has_a_line_a_rotation_and_a_column_a_precision():

@@ -100,7 +100,10 @@ def kurtail(
     token_ids("calibration", calibration, 2, model)
     whole_number("tokens", tokens, 1)
     rotation = starting_point(family, seed, R3, R4)
-    return _learn(token_matrices(family, calibration, seed, tokens), rotation, seed)
+    matrices = token_matrices(family, calibration, seed, tokens)
+    if not any(matrix.values.any() for matrix in matrices):
+        raise ValueError("what the weights read is all zero on these tokens: nothing to learn on")
+    return _learn(matrices, rotation, seed)
 
 
 @torch.no_grad()

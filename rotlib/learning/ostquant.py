@@ -126,11 +126,15 @@ def eigenvectors(
     Each input counts at unit variance. They are taken block by block; a single block, as wide as
     the model, is a matrix.
     """
-    total = sum(
-        H[site] / H[site].diagonal().mean()
-        for H in hessians(family, calibration)
-        for site in ("q", "gate")
-    )
+    total = 0
+    for H in hessians(family, calibration):
+        for site in ("q", "gate"):
+            size = H[site].diagonal().mean()
+            if not size > 0:
+                raise ValueError(
+                    f"what {site} reads is all zero on these tokens: give other calibration text"
+                )
+            total = total + H[site] / size
     blocks = [total[i : i + block, i : i + block].double() for i in range(0, len(total), block)]
     return torch.linalg.eigh(blocks[0] if len(blocks) == 1 else torch.stack(blocks)).eigenvectors
 

@@ -30,6 +30,7 @@ from rotlib.checks import keeper, positive, whole_number
 from rotlib.learning.network import check_learnable
 from rotlib.models.content import weights_sample
 from rotlib.models.families import Family
+from rotlib.models.marks import changing
 from rotlib.models.reference import Reference, check_reference
 from rotlib.models.sound import check_not_rounding, check_own_forward, check_sound
 from rotlib.models.supported import adapt
@@ -74,10 +75,23 @@ class Tuning:
     def put_into(self, model: PreTrainedModel) -> PreTrainedModel:
         """Give a model prepared as the tuned one was its weights and its gains, in place.
 
-        Raises like `restore`.
+        Raises like `restore`, before touching anything, and for gains that aren't its norms'.
         """
+        gains = gains_of(adapt(model))
+        wanted = [gain.shape for gain in gains]
+        numbers = isinstance(self.gains, list) and all(
+            isinstance(gain, Tensor) and gain.is_floating_point() and torch.isfinite(gain).all()
+            for gain in self.gains
+        )
+        if not numbers or [gain.shape for gain in self.gains] != wanted:
+            raise ValueError(
+                f"these gains belong to another model: it takes {len(wanted)} floating-point "
+                "tensors, as many and as wide as its norms, and finite"
+            )
         restore(model, self.weights)
-        set_gains(model, self.gains)
+        with changing(model, "rotlib_quantized"), torch.no_grad():
+            for gain, value in zip(gains, self.gains, strict=True):
+                gain.copy_(value)
         return model
 
 
@@ -208,8 +222,12 @@ def _is_whole(state: object, student: "_Student") -> bool:
         and all(torch.isfinite(value).all() for value in values)
         for values in lists
     )
-    settings = {"state", "param_groups"}
-    return sound and isinstance(state["held_out"], dict) and settings == {*state["adam"]}
+    steps = len(state["kl"]) if numbers else 0
+    looks = state["held_out"]
+    sound &= isinstance(looks, dict) and {*looks} <= {*range(steps + 1)}
+    adam = state["adam"]
+    sound &= isinstance(adam, dict) and {*adam} == {"state", "param_groups"}
+    return sound and [len(group["params"]) for group in adam["param_groups"]] == [len(shapes)]
 
 
 def _order(count: int, steps: int) -> list[int]:

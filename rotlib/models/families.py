@@ -29,6 +29,11 @@ def kind_of(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def is_experts(name: str) -> bool:
+    """Whether a linear is one expert's, by its name in its layer or in the model."""
+    return "experts" in name.split(".")
+
+
 class Family:
     """The Llama layout, which Mistral, Qwen2, SmolLM3 and some others share.
 

@@ -152,7 +152,7 @@ def check_no_experts(family: Family, what: str) -> None:
     if family.experts:
         raise ValueError(
             f"{what} doesn't know mixtures of experts such as {family.config.model_type}: "
-            "rl.optrot, rl.hadamard_rotation, rl.random_rotation, rl.gsr_rotation and rl.gptq do"
+            "of rotations OptRot, KurTail and what is drawn do"
         )
 
 
@@ -172,6 +172,21 @@ def _check_shapes(family: Family) -> None:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < 1:
         raise ValueError(f"the config's sliding_window is {window}, in which no token is seen")
+    if window is None and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            "the config has layers of sliding attention and no sliding_window for them"
+        )
+    ahead = getattr(config, "use_bidirectional_attention", None)
+    if ahead or getattr(config, "is_causal", True) is False:
+        raise ValueError(
+            "the config lets tokens see those behind them, and what is measured here is how the "
+            "next one is foretold: it is of an embedding model"
+        )
+    scalar = getattr(config, "query_pre_attn_scalar", 1)
+    if not isinstance(scalar, int | float) or not scalar > 0:
+        raise ValueError(f"the config's query_pre_attn_scalar is {scalar!r}, no number above 0")
+    if family.experts:
+        _check_experts(family)
     heads, keys = (
         count * family.head_dim for count in (config.num_attention_heads, family.kv_heads)
     )
@@ -198,6 +213,24 @@ def _check_shapes(family: Family) -> None:
     kind = nn.Embedding if family.has_R1 else type(family.embedding)  # which then stays as it is
     _check_shape("the embedding", family.embedding, kind, words)
     _check_shape("lm_head", family.lm_head, nn.Linear, words)
+
+
+def _check_experts(family: Family) -> None:
+    """Raises ValueError for a router or a number of experts that isn't the config's."""
+    top, count = family.config.num_experts_per_tok, family.experts
+    if type(top) is not int or not 0 < top <= count:
+        raise ValueError(
+            f"the config's num_experts_per_tok is {top!r}, and a layer has {count} experts"
+        )
+    for layer in range(len(family.layers)):
+        router = family.router(layer)
+        found = len(router.weight), len(family.layers[layer].mlp.experts)
+        if found != (count, count) or router.weight.shape[1] != family.width:
+            raise ValueError(
+                f"layers.{layer} has {found[1]} experts and a router of "
+                f"{tuple(router.weight.shape)}, and the config says {count} of {family.width} "
+                "inputs: one of them was changed since the model was loaded"
+            )
 
 
 def _check_norm(name: str, norm: Module, family: Family) -> None:

@@ -248,6 +248,11 @@ def one_sentence(name: str, what: str = "causal language model"):
         reason = re.split(r"(?<=[a-z]\.) ", " ".join(str(error).split()))[0]
         if isinstance(error, KeyError):
             reason = f"its files say {reason}, which transformers doesn't know"
+        if "automatic conversion" in reason:
+            reason = (
+                "the weights of its experts don't belong together: one is missing, of another "
+                "shape, or there twice"
+            )
         if isinstance(error, SafetensorError):
             reason += ": the weights are damaged, or only a pointer to them: download them again"
         raise ValueError(

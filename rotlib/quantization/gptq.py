@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rotlib.checks import keeper, positive, share, shown, token_ids, whole_number, yes_or_no
-from rotlib.models.families import Family, kind_of
+from rotlib.models.families import Family, is_experts, kind_of
 from rotlib.models.marks import changing
 from rotlib.models.sound import check_can_be_copied
 from rotlib.models.supported import adapt
@@ -45,7 +45,7 @@ from rotlib.quantization.solver import Solver
 class ModuleReport:
     """One quantized weight: tr(ΔW H ΔWᵀ) an output, the damping it took, whether it fell to RTN.
 
-    `tokens` is how many of the calibration's it read.
+    `tokens` is how many of the calibration's it read; without any the error is Σ ΔW² an output.
     """
 
     name: str
@@ -169,20 +169,21 @@ def gptq(
 
 def _warn_of_starved(family: Family, report: Report) -> None:
     """Say it where experts were given fewer tokens than they have inputs."""
+    wide = max(family.width, family.inner_width)
     given = {
         one.name.removesuffix(".down"): one.tokens
         for one in report.modules
-        if ".experts." in one.name and kind_of(one.name) == "down"
+        if is_experts(one.name) and kind_of(one.name) == "down"
     }
-    short = {name: tokens for name, tokens in given.items() if tokens < family.inner_width}
+    short = {name: tokens for name, tokens in given.items() if tokens < wide}
     if not short:
         return
     least = min(short, key=short.get)
     none = sum(not tokens for tokens in short.values())
     warnings.warn(
         f"{len(short)} of {len(given)} experts were given fewer calibration tokens than they have "
-        f"inputs ({family.inner_width}), {least} the fewest, {short[least]}; {none} were given "
-        "none and are rounded to nearest: give more calibration text",
+        f"inputs ({wide}), {least} the fewest, {short[least]}; {none} were given none and are "
+        "rounded to nearest: give more calibration text",
         stacklevel=3,
     )
 
@@ -266,9 +267,8 @@ def _quantize_layer(
     with closing(Passes(family.layers[index], batches, waiting)) as passes:
         with beside as drift_at:
             for sites in family.readers:
-                of_expert = sites[0].startswith("experts.")
                 # the unquantized model gives an expert other tokens
-                has_twin = unrounded and not of_expert
+                has_twin = unrounded and not is_experts(sites[0])
                 hessian, drift = Hessian(), drift_at(sites[0]) if has_twin else None
                 for x in passes.inputs(linears[sites[0]]):
                     hessian.add(x)
@@ -278,6 +278,8 @@ def _quantize_layer(
                 C = drift.take() if drift else None
                 tokens = hessian.tokens
                 H = hessian.take() if tokens else None
+                # nothing was read but zeros: they tell as little as no tokens do
+                H = None if H is None or not H.any() else H
                 with exact_products():
                     _quantize_together(together, H, C, solve, report, tokens)
         return passes.outputs()
@@ -296,8 +298,8 @@ def _quantize_together(
     Without H they are rounded to nearest, as GPTQ does where no input tells of another.
     """
     W = tall(linears, next(iter(linears.values())).weight.device)
-    eye = torch.eye(W.shape[1], device=W.device)
-    Q, error, damping, fallback = solve(W, eye if H is None else H, C)
+    known = torch.eye(W.shape[1], device=W.device) if H is None else H
+    Q, error, damping, fallback = solve(W, known, C)
     stored = set_together(linears, Q)
     report.weights |= stored
     sizes = [len(weight.codes) for weight in stored.values()]

@@ -31,6 +31,7 @@ from rotlib.quantization.fp4 import (
 )
 
 CLIP_NORM = 2.4
+HIGH_POWER = 4.0
 CLIP_FACTORS = 1.0 - torch.arange(80) / 100  # 1.00 … 0.21
 # coarse to fine: steps from the best so far
 SEARCH = (tuple(range(0, 80, 8)), (-6, -4, -2, 0, 2, 4, 6), (-1, 0, 1))
@@ -180,7 +181,7 @@ def fit_grid(W: Float[Tensor, "rows n"], quant: WeightQuant) -> Grid:
     if not quant.clip_search:
         return grid_at(W, quant, 1.0)
     rows = max(1, _CHUNK[W.device.type] // W.shape[1])
-    factors = torch.cat([_best_factor(_in_reach(part), quant) for part in W.split(rows)])
+    factors = torch.cat([_best_factor(_in_reach(part, quant), quant) for part in W.split(rows)])
     return grid_at(W, quant, factors)
 
 
@@ -217,13 +218,14 @@ def grid_at(W: Float[Tensor, "rows n"], quant: WeightQuant, factor: Tensor | flo
     return Grid(torch.where(scale != 0, scale, 1), zero, quant)
 
 
-def _in_reach(W: Tensor) -> Tensor:
+def _in_reach(W: Tensor, quant: WeightQuant) -> Tensor:
     """W with rows of extreme size brought to one, by a power of two, which changes no code.
 
-    The power of an error would overflow there, or vanish.
+    The power of an error would overflow there, or vanish, as a high power does anywhere.
     """
     largest = W.abs().amax(dim=1, keepdim=True)
     extreme = (largest > 0) & ((largest < 1e-8) | (largest > 1e8))
+    extreme |= (largest > 0) & (quant.clip_norm > HIGH_POWER)
     exponent = torch.where(extreme, torch.frexp(largest).exponent, 0)
     return torch.ldexp(W, -exponent) if extreme.any() else W
 

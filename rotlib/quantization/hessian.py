@@ -10,6 +10,7 @@ part; det(Rᵀ H R) = det(H), so the product of the pivots stays and tr(D) ≥ n
 """
 
 from collections.abc import Callable, Iterator
+from math import inf, isfinite
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,11 @@ from rotlib.models.walk import NOT_FINITE, hooks, layer_inputs, walk_layer
 DAMPING = 0.01  # of the mean of H's diagonal, which no rotation changes
 LADDER = (1, 10, 100)  # factors on the damping, tried until the Cholesky factorisation succeeds
 _BLOCK = 384
+LEAST_INPUT = 1e-15  # of an input's largest entries, below which their squares vanish
+_OUT_OF_RANGE = (
+    "what a linear reads is of size {:.0e} in the calibration, and float32 can't hold its squares: "
+    "scale the weight before it and the one that reads it"
+)
 
 
 class Hessian:
@@ -30,7 +36,7 @@ class Hessian:
     """
 
     def __init__(self):
-        self._sum, self.tokens = None, 0
+        self._sum, self._largest, self.tokens = None, None, 0
 
     def add(self, x: Float[Tensor, "... n"]) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
@@ -40,11 +46,19 @@ class Hessian:
         for c in range(0, n, _BLOCK):
             self._sum[c:, c : c + _BLOCK].addmm_(x[:, c:].T, x[:, c : c + _BLOCK])
         self.tokens += len(x)
+        if len(x):
+            largest = torch.linalg.vector_norm(x, inf)
+            known = self._largest
+            self._largest = largest if known is None else torch.maximum(known, largest)
 
     def take(self) -> Float[Tensor, "n n"]:
         """The Hessian of what was seen; the next starts from nothing."""
-        if not torch.isfinite(self._sum.diagonal()).all():
+        largest = self._largest.item()
+        overflown = not torch.isfinite(self._sum.diagonal()).all()
+        if overflown and not isfinite(largest):
             raise ValueError(NOT_FINITE)
+        if overflown or 0 < largest < LEAST_INPUT:
+            raise ValueError(_OUT_OF_RANGE.format(largest))
         lower = self._sum.tril()
         H = (lower + lower.tril(-1).T) / self.tokens
         self.__init__()

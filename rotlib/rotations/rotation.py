@@ -318,17 +318,19 @@ def scale_shapes(family: Family) -> dict[str, tuple[int, ...]]:
 
     attention_norm and mlp_norm lie between a norm and its readers, up between up and down, value
     between v and o for every KV head, query_key between q and k, one for each pair of coordinates
-    that RoPE turns, where it turns them all. A family without R1 takes up and value, a mixture of
-    experts all but up.
+    that RoPE turns, where it turns them all and no norm spans the heads. A family without R1 takes
+    up and value, a mixture of experts all but up.
     """
     layers, heads = len(family.layers), family.kv_heads
     shapes = dict.fromkeys(family.norm_paths, (layers, family.width))
     if not family.experts:
         shapes["up"] = (layers, family.inner_width)
     shapes["value"] = (layers, heads, family.head_dim)
-    if family.rotary and family.has_R1:
+    norms = family.query_key_norms(0)
+    by_head = all(norm.weight.numel() == family.head_dim for norm in norms)  # OLMoE's span all
+    if family.rotary and family.has_R1 and by_head:
         pairs = family.head_dim // 2
-        shapes["query_key"] = (layers, 1 if family.query_key_norms(0) else heads, pairs)
+        shapes["query_key"] = (layers, 1 if norms else heads, pairs)
     return shapes
 
 

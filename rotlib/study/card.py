@@ -92,7 +92,10 @@ def _fused(recipe: Recipe) -> str:
 def _nearest(result: Result) -> str:
     """A line about weights that GPTQ had to round to nearest, if there are some."""
     count = result.metrics.get("fallbacks", 0)
-    told = f"\n{count} of its weight matrices are rounded to nearest: no tokens reached them."
+    told = (
+        f"\n{count} of its weight matrices are rounded to nearest: no tokens, or no usable "
+        "covariance of them, reached GPTQ."
+    )
     return told if count else ""
 
 

@@ -19,10 +19,10 @@ from rotlib.checks import one_of
 from rotlib.disk import file_digest, write_text
 from rotlib.study.figures import figures_folder
 from rotlib.study.files import results_folder, saved
-from rotlib.study.inference import holm, smallest_effect
-from rotlib.study.recipe import LEARNED, Recipe
+from rotlib.study.inference import Spread, holm, noise, smallest_effect, text_spread
+from rotlib.study.recipe import READS, Recipe
 from rotlib.study.store import load_results
-from rotlib.study.tables import Arm, Verdict, arms, class_noise, judge, of_class, stored
+from rotlib.study.tables import Arm, Verdict, arms, beside, judge, of_class, stored
 
 _RIVAL = {"steps": 32}  # the study's laptop preset
 _SHORT = {"steps": 16, "learning_windows": 16}  # and what it could afford below four bits
@@ -32,6 +32,8 @@ _READ_BY_LEARNERS = ("learning_windows", "preset", "steps")  # read by some rota
 SETTINGS = ("text", "window", "calibration_windows", "test_windows", *_READ_BY_LEARNERS)
 _W4A4KV4 = {"activation_bits": 4, "kv_bits": 4, "R3": True, "R4": True}
 _W2A4 = {"activation_bits": 4, "R4": True, **_GSR_GRIDS[0]}
+
+PLANNED = {"seeds": 10, "windows": 32}  # of what is computed next
 
 # (paper, measure, of which model, setting) -> {arm: what its authors print}; method.md's list, none
 # of them ours. OptRot's own tables were not available when this was written
@@ -81,7 +83,7 @@ def claims(model: str, settings: dict | None = None) -> list[Claim]:
         one_of("setting", name, SETTINGS)
 
     def there(recipe: Recipe) -> Recipe:
-        unread = set(_READ_BY_LEARNERS) - set(LEARNED.get(recipe.rotation, ()))
+        unread = set(_READ_BY_LEARNERS) - set(READS.get(recipe.rotation, ()))
         read = {name: value for name, value in (settings or {}).items() if name not in unread}
         return replace(recipe, **read, model=model)
 
@@ -142,7 +144,7 @@ def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame
     rows, used, among = [], [], arms(load_results())
     for claim in claims(model, settings):
         pair = stored([claim.better, claim.worse])
-        used += [*pair, *(of_class(pair[0], among) if pair else ())]
+        used += pair
         setting = _setting(Arm(claim.better, ()))
         row = {"paper": claim.paper, "claim": claim.text, "model": model, "setting": setting}
         if len(pair) == 2 and pair[0].values("kl").keys() & pair[1].values("kl").keys():
@@ -155,7 +157,7 @@ def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame
         adjusted = holm([row["found"].difference.p for row in judged])
         for row, p in zip(judged, adjusted, strict=True):
             row["p"] = p
-    return pandas.DataFrame([_told(**row) for row in rows]), used
+    return pandas.DataFrame([_told(**row) for row in rows]), [*used, *beside(used)]
 
 
 def _told(found: Verdict, stale: bool, p: float = nan, **row: str) -> dict[str, object]:
@@ -180,29 +182,40 @@ def _told(found: Verdict, stale: bool, p: float = nan, **row: str) -> dict[str, 
 
 
 def noise_by_class(model: str, settings: dict | None = None) -> pandas.DataFrame:
-    """A row a class of the claims and kind of arm: its noise, and the least change that it shows.
+    """A row a class of the claims: its noise, and the least change of KL that a claim there shows.
 
-    Noise is the standard deviation of a run about arm and seed, in per cent of KL. The least change
-    is one that 3, 5 or 10 seeds show four times of five, by the first of Holm's levels.
+    Noise is the standard deviation of a run about arm and seed, in per cent of KL, of its arms and
+    of the windows of text, in the median over the claims. The least change is one that so many
+    seeds show four times of five, by the first of Holm's levels, on this text or on more.
     """
-    judged, among, rows = claims(model, settings), arms(load_results()), {}
+    judged, among, found = claims(model, settings), arms(load_results()), {}
     for claim in judged:
-        tests = sum(other.paper == claim.paper for other in judged)
-        for arm in stored([claim.better, claim.worse]):
-            spreads = class_noise(arm, among)
-            if (spread := spreads.get(arm.runs.kind)) is None:
-                continue
-            alone = len(set(spreads.values())) > 1
-            row = {"class": _setting(replace(arm, recipe=replace(arm.recipe, R3=False, R4=False)))}
-            row |= {
-                "arms": arm.runs.kind if alone else "all",
-                "noise, %": 100 * spread.variance**0.5,
-            }
-            row |= {"degrees of freedom": spread.freedom}
-            for seeds in (3, 5, 10):
-                row[f"{seeds} seeds, %"] = 100 * smallest_effect(spread, seeds, tests)
-            rows[row["class"], row["arms"]] = row
-    return pandas.DataFrame(rows.values())
+        pair = stored([claim.better, claim.worse])
+        if len(pair) == 2 and not any(arm.diverged for arm in pair):
+            plain = replace(claim.better, R3=False, R4=False)
+            found.setdefault((claim.paper, _setting(Arm(plain, ()))), []).append(pair)
+    rows = []
+    for (paper, setting), pairs in found.items():
+        several = [arm for arm in of_class(pairs[0][0], among) if len(arm.results) > 1]
+        shared = noise([arm.runs for arm in several])
+        texts = [text for a, b in pairs if (text := text_spread(a.runs, b.runs))]
+        if shared is None:
+            continue
+        text = sorted(texts)[len(texts) // 2] if texts else None
+        arm = sorted(shared.arms)[len(shared.arms) // 2]
+        row = {"class": setting, "arms": len(shared.arms), "noise, %": 100 * arm.variance**0.5}
+        row |= {"degrees of freedom": arm.freedom, "alike": shared.whole.freedom}
+        row["text, %"] = 100 * text.variance**0.5 if text else nan
+        tests = sum(other.paper == paper for other in judged)
+        for seeds in (3, 5):
+            row[f"{seeds} seeds, %"] = 100 * smallest_effect(arm, seeds, text, tests)
+        if text:  # more windows of the same kind
+            more = text.variance * (text.freedom + 1) / PLANNED["windows"]
+            text = Spread(more, PLANNED["windows"] - 1)
+        planned = f"{PLANNED['seeds']} seeds, {PLANNED['windows']} windows, %"
+        row[planned] = 100 * smallest_effect(arm, PLANNED["seeds"], text, tests)
+        rows.append(row)
+    return pandas.DataFrame(rows)
 
 
 def compared(

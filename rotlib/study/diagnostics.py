@@ -26,6 +26,7 @@ from rotlib.rotations.fuse import fuse
 from rotlib.rotations.online import check_online, load
 from rotlib.rotations.rotation import Rotation, placed_weights
 from rotlib.study import store
+from rotlib.study.memory import outline
 from rotlib.study.pipeline import build, calibration_tokens, learning_tokens, rotation_of
 from rotlib.study.recipe import THROUGH_NETWORK, Recipe, check_recipe
 from rotlib.study.store import Record, Result
@@ -46,12 +47,13 @@ def outliers(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
 
     @torch.no_grad()
     def compute(record: Record) -> None:
+        check_no_experts(outline(recipe.model)[0], "outliers")
         calibration = calibration_tokens(recipe)
         model, _ = load(recipe.model, str(picked))
-        check_no_experts(family := adapt(model), "outliers")
         rotation = rotation_of(recipe, model, record)
         if rotation is not None:
             fuse(model, rotation)
+        family = adapt(model)
         with record.timed("weights"):
             record.metrics["modules"] = weight_outliers(family)
             record.metrics["histogram"] = weight_histogram(family).tolist()
@@ -108,10 +110,10 @@ def bounds(recipe: Recipe, every: int = 1, device: str = "auto", run: bool = Tru
     spec = recipe.spec() | {"task": "bounds"} | ({"every": every} if every > 1 else {})
 
     def compute(record: Record) -> None:
+        check_no_experts(outline(recipe.model)[0], "bounds")
         calibration = calibration_tokens(recipe)
         model, _ = load(recipe.model, str(picked))
         family = adapt(model)
-        check_no_experts(family, "bounds")
         check_quantizable(family, recipe.quant)
         check_online(family, recipe.online)
         rotation = rotation_of(recipe, model, record) or Rotation(None, None)

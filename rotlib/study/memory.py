@@ -41,6 +41,7 @@ SURE = 0.8  # of an estimate: what it may be too high by is no reason to refuse
 # against measured peaks
 _ROWS, _HEADS, _WIDE, _HESSIANS, _WEIGHTS = 2, 3, 3, 7, 6
 _TUNED = 10, 5  # widths and inner widths that a layer keeps of a token for going back
+_REFIT = 32  # bytes of an entry of refit's systems
 _LOGITS = {"evaluate": 6, "spinquant": 3, "ostquant": 5}
 
 
@@ -189,6 +190,11 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         at_once = windows_at_once("cuda", family.config.vocab_size * recipe.window)
         at_once = min(preset.batch, at_once)
         found["rotate"] = Stage(here := learning(1), max(0.0, learning(at_once) - here))
+    elif recipe.rotation == "klt":
+        covariances = _FLOAT * (3 * d**2 + wide**2)
+        found["rotate"] = Stage(
+            layer_run(BATCH_TOKENS) + covariances, beside=2 * states(recipe.learning_windows)
+        )
     elif recipe.rotation in LEARNED:
         rows = min(STEPS_A_DRAW * BATCH, STEPS_A_DRAW * linears // d) * d
         heads = layers * (sizes["o"] + sizes["v"])
@@ -208,6 +214,12 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             hessians * wide**2 + _WEIGHTS * sizes["down"],
             hessians * d**2 + _WEIGHTS * (sizes["gate"] + sizes["up"]),
         )
+        if recipe.refit:  # a system of equations a row, in float32 and float64, and its solution
+            of = {"down": d, "gate": 2 * wide}
+            groups = {"down": wide, "gate": d}
+            size = recipe.group_size
+            systems = (of[site] * (groups[site] // size if size else 1) ** 2 for site in of)
+            solve += _REFIT * max(systems)
         # one batch: further ones wait in a quarter of the memory that is free, or start anew
         working, streams = layer_run(at_once * recipe.window), 1
         if recipe.asymmetry:  # the original layer, what it computes, and the drift of what is read

@@ -159,7 +159,7 @@ def _compute(recipe: Recipe, latest: _Latest, record: Record) -> None:
         "order": recipe.order,
         "perplexity": evaluation.perplexity,
         "kl": evaluation.kl_divergence,
-        "kl_windows": [round(kl, 6) for kl in evaluation.kl],
+        "kl_windows": [float(f"{kl:.6g}") for kl in evaluation.kl],
         "reference_perplexity": evaluation.reference_perplexity,
     }
     if not evaluation.perplexity < DIVERGED:
@@ -321,7 +321,7 @@ def make_rotation(recipe: Recipe, model: PreTrainedModel) -> tuple[Rotation | No
 
 def rotation_of(recipe: Recipe, model: PreTrainedModel, record: Record) -> Rotation | None:
     """The recipe's rotation, as `make_rotation` has it; what it took goes into the record."""
-    if recipe.rotation in LEARNED and recipe.rotation != "klt":
+    if recipe.rotation in LEARNED:
         return _learned(recipe, model, record)
     with record.timed("rotate"):
         if recipe.rotation == "none":

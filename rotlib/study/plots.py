@@ -411,10 +411,11 @@ def coordinate_energies(named: dict[str, Result], group_size: int) -> Figure:
 
 
 @_figure
-def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]]) -> Figure:
+def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]], among: Sequence[Arm]) -> Figure:
     """What a change makes of KL, as a ratio, with its 95 % interval.
 
     There is a panel a change, a line a grid with the arms after and before it. Left of 1 it helps.
+    `among` are the arms that tell the noise, as `tables.beside` finds them.
     """
     grids = list(dict.fromkeys(grid for pairs in changes.values() for grid in pairs))
     size = (WIDTH, 0.9 + 0.22 * len(grids))
@@ -424,7 +425,7 @@ def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]]) -> Figure:
     for axis, (change, pairs) in zip(axes[0], changes.items(), strict=True):
         axis.axvline(1, color="0.7", lw=0.8, zorder=0)
         for grid, pair in pairs.items():
-            found = judge(*pair)
+            found = judge(*pair, among=among)
             ends = (found.difference.low, found.difference.high) if found.difference else None
             _ratio(axis, found.ratio, ends, grids.index(grid), "#0072B2")
         axis.set_title(change)

@@ -47,13 +47,16 @@ LEARNED = {
     "mixed": ("activation_share", "R4", *_CALIBRATION),
     "spinquant": ("learned_on", "preset", "R4", *_LEARNING, *_STARTING),
     "ostquant": ("learned_on", "preset", "R4", *_LEARNING, *_STARTING),
-    "klt": ("text", "window", "learning_windows"),  # OSTQuant's start, with nothing learned
 }
+# and the making of any
+READS = LEARNED | {"gsr": _HADAMARD_R1, "klt": ("text", "window", "learning_windows")}
 # the settings that some learned rotations read and nothing else does
 _LEARNERS_OWN = (
     *("activation_share", "form", "learned_on", "learned_bits", "preset", "learning_windows"),
     *("steps", "lr", "grouped", "start", "local"),
 )
+# what makes a rotation: recipes that differ in nothing else share all but that
+MAKES = {"rotation", "seed", "R3", "R4", *_HADAMARD_R1, *_LEARNERS_OWN}
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _FIXED_BY_FP4 = ("bits", "group_size", "symmetric", "convention")
 _GPTQ = ("act_order", "asymmetry", "static_groups", "scale_search", "descent", "refit")
@@ -61,7 +64,7 @@ _ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol",
 # what was kept before there were these settings keeps its name
 _LATER = ("lr", "activation_grid", "clip_norm", "learned_bits")
 
-SHIPPED = ("none", *DRAWN, "gsr", *LEARNED)  # the rotations that come with rotlib
+SHIPPED = ("none", *DRAWN, "gsr", *LEARNED, "klt")  # the rotations that come with rotlib
 # rotations of one's own, by name: `own.register_rotation` fills it
 OWN: dict[str, Callable[..., Rotation]] = {}
 
@@ -176,7 +179,7 @@ class Recipe:
         if self.lr is not None:
             positive("lr (unless it is None)", self.lr)
             object.__setattr__(self, "lr", float(self.lr))  # 1 and 1.0 are one arm
-        if self.activations.rounds and self.sinks >= self.window:
+        if self.learned_activations.rounds and self.sinks >= self.window:
             raise ValueError(
                 f"{self.sinks} sinks leave nothing to round in windows of {self.window} tokens: "
                 "take fewer sinks or longer windows"
@@ -236,7 +239,7 @@ class Recipe:
             yield "convention", "belongs to symmetric grids"
         if self.kv_bits == FULL:
             yield "R3", "turns keys for their quantizer: it needs kv_bits below 16"
-        if self.activation_bits == FULL:
+        if self.activation_bits == FULL and self.learned_bits is None:
             yield "sinks", "needs activation_bits below 16"
         if not rounded and self.learned_bits is None:
             needs = "it needs activation_bits or kv_bits below 16"
@@ -248,7 +251,7 @@ class Recipe:
                 needs = "it needs the rotation 'gsr' or the start 'gsr'"
                 yield name, f"describes a Hadamard R1: {needs}"
         for name in _LEARNERS_OWN:
-            methods = [rotation for rotation, read in LEARNED.items() if name in read]
+            methods = [rotation for rotation, read in READS.items() if name in read]
             methods = THROUGH_NETWORK if name in ("lr", "learned_bits") else methods
             if self.rotation not in methods:
                 belongs = f"belongs to the rotations {', '.join(methods)}"
@@ -270,7 +273,7 @@ class Recipe:
                 )
             if self.learned_bits is not None and self.learned_on == "weights":
                 raise ValueError(
-                    "learned_bits are of activations: it needs learned_on 'activations'"
+                    "learned_bits are of activations: they need learned_on 'activations'"
                 )
             if self.learned_bits == self.activation_bits:
                 raise ValueError(
@@ -326,7 +329,7 @@ class Recipe:
     @property
     def rotation_reads(self) -> dict:
         """The settings that this recipe's rotation depends on, R3 and R4 apart."""
-        read = _HADAMARD_R1 if self.rotation == "gsr" else LEARNED.get(self.rotation, ())
+        read = READS.get(self.rotation, ())
         names = {"lr", "model", "rotation", "seed", *read, *self.learned_through}
         given = self.spec()
         found = {

@@ -216,14 +216,15 @@ def _missing(result: Result) -> list[str]:
     named = ("perplexity", "reference_perplexity", "kl")
     numbers = {name: metrics[name] for name in named if name in metrics}
     windows = metrics.get("kl_windows", [])
-    if not isinstance(windows, list) or not all(isinstance(one, int | float) for one in windows):
+    if not isinstance(windows, list) or not all(map(_is_number, windows)):
         missing.append("numbers as its kl_windows")
     elif windows and len(windows) != result.spec.get("test_windows", Recipe.test_windows):
         missing.append("number for each of its windows")
+    versions = result.provenance.get("versions") or {}
+    missing += [] if isinstance(versions, dict) else ["versions by their names"]
     others = result.seconds | {"peak_memory_mb": result.peak_memory_mb}
     for name, value in (numbers | others).items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        number = number and not (isinstance(value, int) and abs(value) > sys.float_info.max)
+        number = _is_number(value)
         # a broken model's may be NaN
         least = -1e-3 if name == "kl" else 1
         below = name in numbers and not value >= least and numbers["perplexity"] < inf
@@ -231,6 +232,13 @@ def _missing(result: Result) -> list[str]:
         if not number or below or beyond:
             missing.append(f"number as its {name}")
     return missing
+
+
+def _is_number(value: object) -> bool:
+    """Whether this is a number that a float holds; a broken model's is NaN or infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def commit() -> str | None:

@@ -19,7 +19,7 @@ def check_suits(recipe: Recipe) -> None:
     if recipe.rounding != "none":
         for site, linear in family.linears(0).items():
             recipe.quant.check_width(linear.in_features, f"{site}_proj")
-    if recipe.rotation in {*LEARNED} - {"optrot"}:
+    if recipe.rotation in {*LEARNED, "klt"} - {"optrot"}:
         check_has_R1(family, recipe.rotation)
     if "gsr" in (recipe.rotation, recipe.start):
         gsr_rotation(family.model, recipe.R1_order, recipe.block)

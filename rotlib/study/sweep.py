@@ -25,7 +25,7 @@ from rotlib.models.zoo import pick_device
 from rotlib.study import memory, numerics, store
 from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.files import check_results_folder, local_path, results_folder
-from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe
+from rotlib.study.recipe import LEARNED, READS, THROUGH_NETWORK, Recipe
 from rotlib.study.suits import check_suits
 from rotlib.study.sweep_file import FIELDS, read_sweep
 from rotlib.study.yaml_file import word_of
@@ -139,7 +139,7 @@ def estimate(recipe: Recipe, finished: list[store.Result], device: str = "auto")
     settings = settings_of(result)
     if recipe.rotation in THROUGH_NETWORK:
         memory_gb = max(memory_gb or 0, result.peak_memory_mb * 2**20 / memory.GB)
-    learns_on_text = "learning_windows" in LEARNED.get(recipe.rotation, ())
+    learns_on_text = "learning_windows" in READS.get(recipe.rotation, ())
     scale = {
         step: recipe.window * wanted[name] / (settings["window"] * settings[name])
         for step, name in _TOKENS.items()

@@ -15,8 +15,8 @@ from statistics import fmean, geometric_mean, stdev
 
 from rotlib.checks import positive
 from rotlib.study.files import content_of
-from rotlib.study.inference import Difference, Runs, Spread, compare, noise
-from rotlib.study.recipe import LEARNED, OWN, Recipe, rotations
+from rotlib.study.inference import Difference, Runs, compare, noise
+from rotlib.study.recipe import MAKES, OWN, Recipe, rotations
 from rotlib.study.store import DIVERGED, Result, load_results
 
 _HEADER = (
@@ -29,12 +29,6 @@ _NAMED = (
     *("R3", "R4", "rounding", "act_order", "bits", "grid", "activation_bits", "activation_grid"),
     *("kv_bits", "seed"),
 )
-# what makes the rotation: arms that differ in nothing else are of one class
-_OF_ROTATION = {
-    *("rotation", "seed", "R3", "R4", "block", "R1_order", "signs", "start", "local", "grouped"),
-    *("activation_share", "form", "learning_windows", "learned_on", "learned_bits", "preset"),
-    *("steps", "lr"),
-}
 _YARDSTICK = ("model", "text", "window", "test_windows")  # what two arms must share to be compared
 
 
@@ -88,24 +82,17 @@ class Arm:
         """
         return any(not result.metrics["perplexity"] < DIVERGED for result in self.results)
 
-    @property
-    def machines(self) -> set[str]:
-        """The kinds of device that its runs computed on."""
-        devices = (result.provenance.get("device", "") for result in self.results)
-        return {device.split(",")[0] for device in devices}
+    def on(self, machine: str | None) -> "Arm":
+        """The arm of those seeds alone that ran on one kind of machine, such as "cpu"."""
+        return replace(self, results=tuple(r for r in self.results if machine_of(r) == machine))
 
     @property
     def runs(self) -> Runs:
         """Its divergences, as statistics have them."""
-        recipe, kind = self.recipe, "drawn"
-        if recipe.rotation == "none" or (recipe.rotation == "gsr" and not recipe.signs):
-            kind = "fixed"
-        elif recipe.rotation in LEARNED and recipe.rotation != "klt":
-            kind = "learned"
         windows = {
             recipe_of(result).seed: result.metrics.get("kl_windows", ()) for result in self.results
         }
-        return Runs(kind, self.values("kl"), windows)
+        return Runs(self.values("kl"), windows)
 
     def values(self, metric: str) -> dict[int, float]:
         """A metric of every seed."""
@@ -124,7 +111,7 @@ class Arm:
 class Verdict:
     """What a comparison of two arms says: `word`, or why there is none (`against`)."""
 
-    effect: float  # mean of (margin · worse − better) in nats of KL, paired by seed
+    effect: float  # mean of (worse − better) in nats of KL, paired by seed
     ratio: float  # of the two divergences, the geometric mean over the seeds
     seeds: int
     difference: Difference | None = None
@@ -153,6 +140,11 @@ def _hadamard_R1(recipe: Recipe) -> str:
     names = {"hadamard": ("GH", "LH"), "walsh": ("GW", "GSR")}[recipe.R1_order]
     name = f"{names[1]} {recipe.block}" if recipe.block else names[0]
     return name + " ±" * recipe.signs
+
+
+def machine_of(result: Result) -> str:
+    """The kind of device that a result was computed on: all processors are one."""
+    return str(result.provenance.get("device", "")).split(",")[0]
 
 
 def recipe_of(result: Result) -> Recipe:
@@ -242,8 +234,9 @@ def judge(
 ) -> Verdict:
     """Is `better` better, by the rule above?
 
-    The noise is that of all arms of their class, those stored or the ones given. Raises ValueError
-    where the arms share no seed, or were measured on other text.
+    The seeds are those that ran on one kind of machine; the noise is that of all arms of the class
+    there, those stored or the ones given. Raises ValueError where the arms share no seed, or were
+    measured on other text.
     """
     positive("margin", margin)
     for name in _YARDSTICK:
@@ -253,8 +246,7 @@ def judge(
                 f"{better.rotation} and {worse.rotation} differ in {name}: "
                 "compare arms with the same"
             )
-    a, b = better.values("kl"), worse.values("kl")
-    seeds = sorted(a.keys() & b.keys())
+    seeds = better.values("kl").keys() & worse.values("kl").keys()
     if diverged := [arm.rotation for arm in (better, worse) if arm.diverged]:
         return Verdict(nan, nan, len(seeds), against=f"{diverged[0]} diverged")
     if not seeds:
@@ -262,40 +254,68 @@ def judge(
             f"{better.rotation} and {worse.rotation} have no seed in common: "
             "run both on the same seeds"
         )
-    effect = fmean(margin * b[seed] - a[seed] for seed in seeds)
-    ratio = geometric_mean(a[seed] / (margin * b[seed]) for seed in seeds)
-    if better.machines != worse.machines:
-        return Verdict(effect, ratio, len(seeds), against="on other machines")
+    machine = _shared_machine(better, worse)
+    if machine is None:
+        return Verdict(nan, nan, len(seeds), against="on other machines")
+    pair = better.on(machine), worse.on(machine)
+    a, b = (arm.values("kl") for arm in pair)
+    seeds = sorted(a.keys() & b.keys())
+    if not all(map(_is_sound, pair)):
+        return Verdict(nan, nan, len(seeds), against="no divergence to compare")
     spreads = None
     if _class_of(better) == _class_of(worse):
         among = arms(load_results()) if among is None else among
-        # what is asked for may not be stored
-        beside = (*of_class(better, among), better, worse)
-        once = {_but_for_the_seed(arm.recipe.spec()): arm for arm in beside}
-        spreads = noise([arm.runs for arm in once.values()])
-    found = compare(better.runs, worse.runs, spreads, margin)
-    if isinstance(found, str):
-        return Verdict(effect, ratio, len(seeds), against=found)
-    return Verdict(effect, found.ratio, len(seeds), found)
+        beside = (*of_class(better, among), better, worse)  # these two may not be stored
+        once = {_but_for_the_seed(arm.recipe.spec()): arm.on(machine) for arm in beside}
+        found = noise([arm.runs for arm in once.values()])
+        if found is None:
+            return _undecided(a, b, seeds, "no degree of freedom in its class")
+        by_name = dict(zip(once, found.arms, strict=True))
+        spreads = tuple(by_name[_but_for_the_seed(arm.recipe.spec())] for arm in pair)
+    difference = compare(*(arm.runs for arm in pair), spreads, margin)
+    if isinstance(difference, str):
+        return _undecided(a, b, seeds, difference)
+    return replace(_undecided(a, b, seeds, ""), difference=difference)
 
 
-def class_noise(of: Arm, among: Iterable[Arm]) -> dict[str, Spread]:
-    """The noise of the class that an arm is of, by kind of arm."""
-    return noise([arm.runs for arm in of_class(of, among)])
+def _undecided(a: dict[int, float], b: dict[int, float], seeds: list[int], why: str) -> Verdict:
+    """The change alone."""
+    effect = fmean(b[seed] - a[seed] for seed in seeds)
+    ratio = geometric_mean(a[seed] / b[seed] for seed in seeds)
+    return Verdict(effect, ratio, len(seeds), against=why)
+
+
+def _shared_machine(better: Arm, worse: Arm) -> str | None:
+    """The kind of machine that most seeds of both ran on; None where no seed did."""
+    on = [{recipe_of(r).seed: machine_of(r) for r in arm.results} for arm in (better, worse)]
+    same = Counter(name for seed, name in on[0].items() if on[1].get(seed) == name)
+    return same.most_common(1)[0][0] if same else None
 
 
 def of_class(of: Arm, among: Iterable[Arm]) -> list[Arm]:
     """The sound arms that differ from one in the rotation alone."""
     own = _class_of(of)
-    sound = (arm for arm in among if not arm.stale and not arm.diverged)
-    return [arm for arm in sound if _class_of(arm) == own]
+    alike = (arm for arm in among if _class_of(arm) == own)
+    return [arm for arm in alike if _is_sound(arm) and not arm.stale and not arm.diverged]
+
+
+def _is_sound(arm: Arm) -> bool:
+    """Whether all its divergences, and its windows', are numbers above 0: they have logarithms."""
+    runs = arm.runs
+    every = (*runs.kl.values(), *(kl for kls in runs.windows.values() for kl in kls))
+    return all(isfinite(kl) for kl in every) and min(runs.kl.values()) > 0
+
+
+def beside(asked: Iterable[Arm]) -> list[Arm]:
+    """The sound arms stored that are of a class with one of these."""
+    own = {_class_of(arm) for arm in asked}
+    return [arm for arm in arms(load_results()) if _class_of(arm) in own and not arm.stale]
 
 
 def _class_of(arm: Arm) -> tuple:
-    """All but what makes the rotation: precision, quantizer, model and text, and the machine."""
-    spec = arm.recipe.spec().items()
-    settings = ((name, value) for name, value in spec if name not in _OF_ROTATION)
-    return (*sorted(settings), _content(arm.results[0]), *sorted(arm.machines))
+    """All but what makes the rotation: precision, quantizer, model and text."""
+    settings = ((name, value) for name, value in arm.recipe.spec().items() if name not in MAKES)
+    return (*sorted(settings), _content(arm.results[0]))
 
 
 def verdict(arms: Mapping[tuple, Arm], better: tuple, worse: tuple, margin: float = 1.0) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 from copy import copy, deepcopy
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from random import Random
@@ -23,6 +24,7 @@ from rotlib.models.text import text_content
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.activations import round_tokens
 from rotlib.quantization.gptq import Report
+from rotlib.quantization.grids import round_to_nearest
 from rotlib.study import gpu, numerics, store, sweep, tables
 from rotlib.study.canaries.inputs import WORDS
 from rotlib.study.engines import ENGINES, NoCluster
@@ -935,3 +937,98 @@ def test_a_tokenizer_of_another_model_is_told_before_the_run(folder, tmp_path, m
     recipe = rl.Recipe(model=str(folder / "model"), text="wikitext2", window=32)
     with refused("this tokenizer has 49152 tokens and the model 96"):
         rl.export_recipe(recipe, tmp_path / "out")
+
+
+def test_an_olmoe_takes_no_scale_of_its_heads(model):
+    mixture = tiny_model("olmoe, experts, norms over all heads", dtype=torch.float32)
+    rotation = rl.hadamard_rotation(mixture)
+    rotation.scales = {"query_key": torch.full((2, 1, 4), 2.0)}
+    before = {name: value.clone() for name, value in mixture.state_dict().items()}
+    with refused("unknown scale 'query_key'"):
+        rl.fuse(mixture, rotation)
+    assert all(torch.equal(value, before[name]) for name, value in mixture.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda gains: gains[:-1],
+        lambda gains: [gain[:1] for gain in gains],
+        lambda gains: [gain.long() for gain in gains],
+        lambda gains: [gain * float("nan") for gain in gains],
+        lambda gains: [gain.numpy() for gain in gains],
+    ],
+)
+def test_gains_of_another_model_are_refused_before_its_codes_are_put_in(model, tokens, spoil):
+    quantized, fresh = deepcopy(model), deepcopy(model)
+    rl.rtn(quantized, rl.WeightQuant(bits=3))
+    tuning = rl.tune(quantized, rl.Reference(model, tokens), steps=2, held_out=2)
+    with refused("these gains belong to another model"):
+        replace(tuning, gains=spoil(tuning.gains)).put_into(fresh)
+    assert torch.equal(fresh(tokens).logits, model(tokens).logits)
+    assert torch.equal(tuning.put_into(fresh)(tokens).logits, quantized(tokens).logits)
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e20])
+def test_inputs_whose_squares_float32_cant_hold_are_refused(model, tokens, size):
+    for layer in model.model.layers:  # the model computes the same
+        layer.self_attn.v_proj.weight.mul_(size)
+        layer.self_attn.o_proj.weight.mul_(1 / size)
+    with refused("float32 can't hold its squares"):
+        rl.gptq(model, tokens, rl.WeightQuant(bits=8))
+
+
+def test_weights_that_read_nothing_but_zeros_are_rounded_to_nearest(model):
+    model.model.embed_tokens.weight[0] = 0
+    rounded = deepcopy(model)
+    rl.rtn(rounded, rl.WeightQuant())
+    pads = torch.zeros(2, 16, dtype=torch.long)
+    report = rl.gptq(model, pads, rl.WeightQuant())
+    assert report.fallbacks == len(report.modules)
+    both = (one.model.layers[1].mlp.down_proj.weight for one in (model, rounded))
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("learn", [rl.klt_rotation, rl.kurtail])
+def test_nothing_is_learned_on_zeros(model, learn):
+    model.model.embed_tokens.weight[0] = 0
+    with refused("all zero on these tokens"):
+        learn(model, torch.zeros(2, 16, dtype=torch.long))
+
+
+@pytest.mark.parametrize("power", [6, 10])
+@pytest.mark.parametrize("size", [2.0**-12, 2.0**20])
+def test_a_high_clip_norm_finds_the_same_for_weights_of_any_size(power, size):
+    W = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) / 20
+    quant = rl.WeightQuant(clip_norm=power)
+    codes = (round_to_nearest(values, quant).codes for values in (W, size * W, W.double()))
+    one, other, exact = codes
+    assert torch.equal(one, other)
+    assert torch.equal(one, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "says"),
+    [
+        ("llama", {"is_causal": False}, "lets tokens see those behind them"),
+        ("gemma3, tied", {"use_bidirectional_attention": True}, "lets tokens see those behind"),
+        ("olmo3", {"sliding_window": None}, "no sliding_window for them"),
+        ("gemma3, tied", {"query_pre_attn_scalar": -4}, "query_pre_attn_scalar is -4"),
+        ("mixtral, experts", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+        ("mixtral, experts", {"num_experts_per_tok": 5}, "a layer has 4 experts"),
+        ("mixtral, experts", {"num_local_experts": 5}, "has 4 experts and a router of"),
+    ],
+)
+def test_a_config_under_which_a_model_is_another_is_refused(name, edit, says, tokens):
+    model = tiny_model(name, dtype=torch.float32)
+    for key, value in edit.items():
+        setattr(model.config, key, value)
+    with refused(says):
+        rl.rtn(model, rl.WeightQuant())
+
+
+def test_a_sound_mixture_in_sixteen_bits_is_no_other_model(tmp_path):
+    for seed in range(3):  # rounding gives a token to another expert
+        model = tiny_model("olmoe, experts, norms over all heads", seed, torch.float32)
+        rl.rtn(rl.fuse(model, rl.hadamard_rotation(model)), rl.WeightQuant(bits=3))
+        rl.export(model, tmp_path / str(seed), dtype=torch.float16)

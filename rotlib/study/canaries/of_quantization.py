@@ -16,6 +16,7 @@ from rotlib.study.canaries.register import canary
     "grids",
     grids.WeightQuant,
     clip_norm=grids.CLIP_NORM,
+    high_power=grids.HIGH_POWER,
     clip_factors=grids.CLIP_FACTORS,
     search=grids.SEARCH,
     conventions=grids.CONVENTIONS[:2],  # a further choice makes no result stale
