@@ -90,6 +90,7 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_few_are_told_of(mixt
     family = adapt(mixture)
     same = tokens[:1, :1].repeat(1, 8)  # one token over and over goes to the same two experts
     rounded = rl.rtn(deepcopy(mixture), rl.WeightQuant())
+    wide = max(family.width, family.inner_width)
     told = rf"experts were given fewer .* inputs \({wide}\), layers\..* the fewest, 0;"
     with pytest.warns(UserWarning, match=told):
         report = rl.gptq(mixture, same, rl.WeightQuant())

@@ -324,7 +324,7 @@ def test_a_rotation_can_be_learned_on_rounded_activations_and_evaluated_without(
     ("settings", "message"),
     [
         ({"learned_bits": 4}, "learned_bits belongs to the rotations spinquant, ostquant"),
-        ({"learned_bits": 4, "rotation": "spinquant"}, "needs learned_on 'activations'"),
+        ({"learned_bits": 4, "rotation": "spinquant"}, "they need learned_on 'activations'"),
         (
             {"learned_bits": 1, "rotation": "spinquant", "learned_on": "activations"},
             r"learned_bits \(unless it is None\)",
