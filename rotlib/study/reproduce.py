@@ -204,6 +204,7 @@ def execute(path: Path, target: Path, parameters: dict, in_place: bool) -> None:
         os.environ.setdefault("ROTLIB_FIGURES", str(ROOT / "figures"))
         _show_kernel_progress()
     how = {"progress_bar": False, "log_output": not in_place, "config": _KERNEL}
+    how |= {"coalesce_streams": in_place}  # what is printed is stored as one, whatever its pace
     papermill.execute_notebook(str(path), str(target), parameters, cwd=str(NOTEBOOKS), **how)
     if in_place:
         notebook = nbformat.read(target, as_version=4)

@@ -15,7 +15,7 @@ from statistics import fmean, geometric_mean, stdev
 
 from rotlib.checks import positive
 from rotlib.study.files import content_of
-from rotlib.study.inference import Difference, Runs, compare, noise
+from rotlib.study.inference import LEAST_SEEDS, Difference, Runs, compare, noise
 from rotlib.study.recipe import MAKES, OWN, Recipe, rotations
 from rotlib.study.store import DIVERGED, Result, load_results
 
@@ -263,7 +263,7 @@ def judge(
     if not all(map(_is_sound, pair)):
         return Verdict(nan, nan, len(seeds), against="no divergence to compare")
     spreads = None
-    if _class_of(better) == _class_of(worse):
+    if len(seeds) >= LEAST_SEEDS and _class_of(better) == _class_of(worse):
         among = arms(load_results()) if among is None else among
         beside = (*of_class(better, among), better, worse)  # these two may not be stored
         once = {_but_for_the_seed(arm.recipe.spec()): arm.on(machine) for arm in beside}
