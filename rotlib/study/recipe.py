@@ -88,16 +88,16 @@ class Recipe:
     """One run; what differs from the defaults is its name.
 
     The rotation "gsr" is `gsr_rotation` with `block`, `R1_order` and `signs`; one that is learned
-    from the `start` "gsr" begins there, and where it is `local` stays in those blocks. `grouped`
-    learns OptRot's objective for the grid's groups. `activation_share` is λ of "mixed", `form`
-    OptRot+'s; "spinquant" and "ostquant" learn with what `learned_on` names rounded on this
-    recipe's grid, or activations to `learned_bits` whatever is evaluated, by a `preset` whose
-    `steps` and `lr` can be replaced. `rounding` "none" keeps
-    16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search`, `descent` and `refit`
-    are `gptq`'s; `tuning` is how many steps scales and gains are tuned for, each on a window of its
-    own, and further ones are held out. `order` "weights-first" calibrates GPTQ on unrounded
-    activations, "activations-first" on rounded ones. Raises ValueError at construction for a value
-    outside the choices, or one that would go unread.
+    from the `start` "gsr" begins there, and where it is `local` stays in those blocks. "klt" is
+    `klt_rotation` of the learning windows. `grouped` learns OptRot's objective for the grid's
+    groups. `activation_share` is λ of "mixed", `form` OptRot+'s; "spinquant" and "ostquant" learn
+    with what `learned_on` names rounded on this recipe's grid, or activations to `learned_bits`
+    whatever is evaluated, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none"
+    keeps 16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search`, `descent` and
+    `refit` are `gptq`'s; `tuning` is how many steps scales and gains are tuned for, each on a
+    window of its own, and further ones are held out. `order` "weights-first" calibrates GPTQ on
+    unrounded activations, "activations-first" on rounded ones. Raises ValueError at construction
+    for a value outside the choices, or one that would go unread.
 
     >>> Recipe(rotation="optrot", bits=3).spec()
     {'task': 'quantize', 'rotation': 'optrot', 'bits': 3}
