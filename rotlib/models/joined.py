@@ -7,6 +7,7 @@ all experts' weights in two tensors, and keeps each expert's apart on disk.
 """
 
 from collections.abc import Callable
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +56,7 @@ class Expert(nn.Module):
             self.add_module(names[site], linear)
         self._names, self._act = names, act
 
+    @no_type_check  # batches wait inside (`walk.Passes`), and jaxtyping's notes are a thread's
     def forward(self, x: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
         gate, up, down = (self.get_submodule(self._names[site]) for site in ("gate", "up", "down"))
         return down(self._act(gate(x)) * up(x))
@@ -80,6 +82,7 @@ class Experts(nn.ModuleList):
         )
         self.train(packed.training)
 
+    @no_type_check
     def forward(
         self,
         x: Float[Tensor, "tokens n"],

@@ -221,6 +221,9 @@ def _spinquant() -> dict:
 def _ostquant() -> dict:
     logits, truth = noise(3, 9, seed=1), noise(3, 9, seed=2)
     numbers = {"loss": ostquant.kl_top_loss(logits, truth, top=4)}
+    start = ostquant.klt_rotation(tiny(torch.float32), token_windows(4))
+    numbers["start's defect"] = start.orthogonality_error() < 1e-6
+    numbers["start's R2"] = profile(start.R2)
     KLT = ostquant.eigenvectors(adapt(tiny()), token_windows(4), 8)
     numbers["KLT"] = profile(KLT.abs())  # an eigenvector's sign is anyone's
     turned = with_scales(tiny())
