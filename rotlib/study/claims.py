@@ -157,7 +157,7 @@ def verdicts(model: str, settings: dict | None = None) -> tuple[pandas.DataFrame
         adjusted = holm([row["found"].difference.p for row in judged])
         for row, p in zip(judged, adjusted, strict=True):
             row["p"] = p
-    return pandas.DataFrame([_told(**row) for row in rows]), [*used, *beside(used)]
+    return pandas.DataFrame([_told(**row) for row in rows]), [*used, *beside(used, among)]
 
 
 def _told(found: Verdict, stale: bool, p: float = nan, **row: str) -> dict[str, object]:

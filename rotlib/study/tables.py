@@ -265,8 +265,8 @@ def judge(
     spreads = None
     if len(seeds) >= LEAST_SEEDS and _class_of(better) == _class_of(worse):
         among = arms(load_results()) if among is None else among
-        beside = (*of_class(better, among), better, worse)  # these two may not be stored
-        once = {_but_for_the_seed(arm.recipe.spec()): arm.on(machine) for arm in beside}
+        every = (*of_class(better, among), better, worse)  # these two may not be stored
+        once = {_but_for_the_seed(arm.recipe.spec()): arm.on(machine) for arm in every}
         found = noise([arm.runs for arm in once.values()])
         if found is None:
             return _undecided(a, b, seeds, "no degree of freedom in its class")
@@ -306,10 +306,11 @@ def _is_sound(arm: Arm) -> bool:
     return all(isfinite(kl) for kl in every) and min(runs.kl.values()) > 0
 
 
-def beside(asked: Iterable[Arm]) -> list[Arm]:
-    """The sound arms stored that are of a class with one of these."""
+def beside(asked: Iterable[Arm], among: Iterable[Arm] | None = None) -> list[Arm]:
+    """The arms of a class with one of these, stale ones apart: among those stored, or given."""
     own = {_class_of(arm) for arm in asked}
-    return [arm for arm in arms(load_results()) if _class_of(arm) in own and not arm.stale]
+    among = arms(load_results()) if among is None else among
+    return [arm for arm in among if _class_of(arm) in own and not arm.stale]
 
 
 def _class_of(arm: Arm) -> tuple:
