@@ -15,6 +15,10 @@ UV := uv==0.13.9
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 8589934592
 
+# containers like to forbid them, and without compiled files every notebook's and every test's process
+# takes twice as long to import torch and transformers
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: setup model reproduce quick figures test test-fast test-lab site test-site test-vllm lab gpu gpu-bundle notebooks numerics lint lock
 setup: $(READY)
 

@@ -13,7 +13,7 @@ dtypes than float32 are never touched.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -33,12 +33,12 @@ def slope_dtype(device: torch.device) -> torch.dtype:
 
 
 def model_products(device: torch.device) -> AbstractContextManager:
-    """Of passes through the model: TF32 on CUDA."""
-    return _products("high") if device.type == "cuda" else nullcontext()
+    """Of passes through the model: TF32 on CUDA, whatever the process has set."""
+    return _products("high" if device.type == "cuda" else "highest")
 
 
 def exact_products() -> AbstractContextManager:
-    """Of what decides about codes: float32, also within a pass through the model."""
+    """Of what decides about codes and rotations: float32, also within a pass through the model."""
     return _products("highest")
 
 
@@ -58,7 +58,13 @@ _coarsest: str | None = None
 
 @contextmanager
 def _products(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch has a second way to say it, and refuses to be asked for both
+        raise ValueError(
+            "torch's fp32_precision says how float32 is multiplied, which rotlib decides stage by "
+            "stage: set torch.backends.fp32_precision and those of its parts back to 'none'"
+        ) from None
     torch.set_float32_matmul_precision(_coarsest or precision)
     try:
         yield

@@ -32,7 +32,7 @@ MUTANTS = {
     "norm gain kept": ("quantization.hessian", "if hasattr(module, ", "if not hasattr(module, "),
     "error's sign": ("quantization.solver", "U.T[to, done] @ E[done]", "-U.T[to, done] @ E[done]"),
     "strip off by one": ("quantization.solver", "U[:j, j] @ E[:j]", "U[1:j, j] @ E[1:j]"),
-    "GPTAQ within a strip": ("quantization.solver", "X[j] += P[:j, j]", "X[j] -= P[:j, j]"),
+    "GPTAQ within a strip": ("quantization.solver", "x += P[:j, j]", "x -= P[:j, j]"),
     "act-order ascending": ("quantization.solver", "descending=True", "descending=False"),
     "stale groups": (
         "quantization.solver",

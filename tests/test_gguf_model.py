@@ -88,6 +88,19 @@ def test_the_same_file_is_dequantized_once_and_another_of_its_name_anew(file, mo
     rl.load(str(path))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_what_was_dequantized_and_then_changed_is_dequantized_anew(file, name):
+    path, *_ = file()
+    folder = gguf_model.unpacked_gguf(path)
+    whole = (folder / name).read_bytes()
+    for changed in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:50], None):
+        (folder / name).unlink()
+        if changed is not None:
+            (folder / name).write_bytes(changed)
+        rl.load(str(path))
+        assert (folder / name).read_bytes() == whole
+
+
 @pytest.mark.parametrize("cut", CUTS.values())
 def test_text_is_cut_as_the_file_says(file, cut):
     path, *_ = file("qwen2, biases" if cut == "qwen2" else "llama")

@@ -27,8 +27,8 @@ from rotlib.learning.start import finished, original, starting_point
 from rotlib.models.families import Family
 from rotlib.models.sound import check_not_hooked
 from rotlib.models.supported import adapt, check_no_experts
-from rotlib.models.walk import hooks
-from rotlib.precision import coarse_products
+from rotlib.models.walk import NOT_FINITE, hooks
+from rotlib.precision import coarse_products, exact_products
 from rotlib.quantization.activations import (
     ActivationQuant,
     check_activations,
@@ -192,6 +192,7 @@ class Student:
         return grid_at(rows, self._quant, self._clip[linear]).round(rows).view_as(W)
 
 
+@exact_products()
 def learn_through(
     student: Student,
     optimizer: Optimizer,
@@ -247,8 +248,9 @@ def windows_at_once(device: str, logits: int) -> int:
 
 
 def _failure(what: str, preset: Preset, good: Rotation | None) -> LearningFailed:
-    message = f"{what}: learn with a lower rate than {preset.lr:g}"
-    return LearningFailed(message, good and good.projected())
+    if good is None:  # nothing has moved yet
+        return LearningFailed(f"{what}, where learning starts: {NOT_FINITE}", None)
+    return LearningFailed(f"{what}: learn with a lower rate than {preset.lr:g}", good.projected())
 
 
 def _kept(rotation: Rotation, history: list[float]) -> Rotation:
@@ -270,6 +272,18 @@ def check_learnable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"learning through the network needs a float32 model, not {model.dtype}: "
             "load it with dtype=torch.float32"
+        )
+
+
+def check_rounds(family: Family, quant: WeightQuant | None, activations: ActivationQuant) -> None:
+    """Raises ValueError where nothing is rounded, or the model can't be rounded so."""
+    check_activations(family, activations)
+    if quant is not None:
+        check_quantizable(family, quant)
+    elif not activations.rounds:
+        raise ValueError(
+            "nothing is rounded, so there is nothing to learn from: "
+            "give a WeightQuant, or activations below 16 bits"
         )
 
 
@@ -300,14 +314,7 @@ def prepare(
     family = original(model, needs_R1="learning through the network")
     check_no_experts(family, "learning through the network")
     check_not_hooked(model)
-    check_activations(family, activations)
-    if quant is not None:
-        check_quantizable(family, quant)
-    elif not activations.rounds:
-        raise ValueError(
-            "nothing is rounded, so there is nothing to learn from: "
-            "give a WeightQuant, or activations below 16 bits"
-        )
+    check_rounds(family, quant, activations)
     if len(calibration) < preset.batch:
         raise ValueError(
             f"{len(calibration)} calibration windows are too few for batches of {preset.batch}"

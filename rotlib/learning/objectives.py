@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rotlib.models.families import Family
+from rotlib.models.reference import check_finite
 from rotlib.models.walk import hooks, run_decoder
 from rotlib.rotations.rotation import (
     SITES,
@@ -110,6 +111,7 @@ def token_matrices(
             here = chosen[chosen // length == number] % length
             if len(here):
                 run_decoder(family, ids[None])
+    check_finite([one for sample in samples.values() for one in sample])
     return [
         Matrix(SITES[site]._replace(writes=None), layer, torch.cat(sample))
         for (site, layer), sample in samples.items()

@@ -32,7 +32,7 @@ from rotlib.learning.objectives import (
 )
 from rotlib.learning.sampling import STEPS_A_DRAW, R2Rows, RowSampler, fourth_power
 from rotlib.learning.start import finished, original, starting_point
-from rotlib.precision import coarse_products, slope_dtype
+from rotlib.precision import coarse_products, exact_products, slope_dtype
 from rotlib.rotations.rotation import Rotation
 
 PASSES = 2  # times that a draw is used
@@ -133,6 +133,7 @@ def mixed(
     return _learn(blended(weights, samples, share, rotation), rotation, seed)
 
 
+@exact_products()
 def _learn(
     matrices: list[Matrix],
     rotation: Rotation,

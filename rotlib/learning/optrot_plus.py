@@ -27,6 +27,7 @@ from rotlib.learning.optrot import learn_sampled
 from rotlib.learning.start import finished, original, starting_point
 from rotlib.models.families import READERS, Family
 from rotlib.models.supported import check_no_experts
+from rotlib.precision import exact_products
 from rotlib.quantization.hessian import damped, hessians, pivots, pivots_and_slope
 from rotlib.rotations.hadamard import apply_hadamard
 from rotlib.rotations.rotation import Rotation, placed_in_layer, times
@@ -41,6 +42,7 @@ TOKENS_PER_INPUT = 2  # fewer tokens than this for every input leave the covaria
 
 
 @torch.no_grad()
+@exact_products()
 def optrot_plus(
     model: PreTrainedModel,
     calibration: Int[Tensor, "windows length"],

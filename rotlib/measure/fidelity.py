@@ -133,8 +133,10 @@ def kl_divergence(
     True
     """
     ids = _all_windows(tokens, window)
-    family, of_reference = adapt(model), adapt(reference)
-    if is_quantized(model) and family.layers[0] is of_reference.layers[0]:
+    layers, of_reference = (adapt(one).layers for one in (model, reference))
+    held = {parameter.data_ptr() for parameter in layers.parameters()}
+    shared = any(parameter.data_ptr() in held for parameter in of_reference.parameters())
+    if is_quantized(model) and shared:
         raise ValueError(
             "the reference is the quantized model itself, or shares its layers: load the original "
             "again, or take a copy.deepcopy of it before it is quantized"

@@ -16,15 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotlib.checks import token_ids
-from rotlib.learning.network import Student, check_learnable
+from rotlib.learning.network import Student, check_learnable, check_rounds
 from rotlib.learning.start import original, starting_point
 from rotlib.models.families import Family
 from rotlib.models.sound import check_not_hooked
+from rotlib.models.supported import check_no_experts
+from rotlib.precision import exact_products
 from rotlib.quantization.activations import ActivationQuant, quantized_activations
 from rotlib.quantization.grids import WeightQuant
-from rotlib.quantization.quantized import check_quantizable
 
 
+@exact_products()
 def slope_agreement(
     model: PreTrainedModel,
     calibration: Int[Tensor, "windows length"],
@@ -35,7 +37,8 @@ def slope_agreement(
 ) -> float:
     """Mean correlation between the slopes of every two windows; 1: they agree, 0: they are noise.
 
-    Raises ValueError for fewer than two windows, or tokens that the model can't take.
+    Raises ValueError for fewer than two windows, tokens that the model can't take, a mixture of
+    experts, or where nothing is rounded.
 
     >>> -1 <= slope_agreement(model, tokens, quant=WeightQuant(bits=3)) <= 1
     True
@@ -45,9 +48,9 @@ def slope_agreement(
         raise ValueError("the agreement of slopes is between windows: give at least two")
     check_learnable(model)
     family = original(model, needs_R1="the agreement of slopes")
+    check_no_experts(family, "the agreement of slopes")
     check_not_hooked(model)
-    if quant is not None:
-        check_quantizable(family, quant)
+    check_rounds(family, quant, activations or ActivationQuant())
     found = slopes(family, calibration, quant, activations, seed, R4)
     if not all(slope.norm() > 0 for slope in found):
         raise ValueError(

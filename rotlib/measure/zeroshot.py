@@ -24,6 +24,7 @@ from rotlib.models.sound import check_sound
 from rotlib.models.supported import adapt
 from rotlib.models.text import check_text, check_tokenizer
 from rotlib.models.zoo import on_hub
+from rotlib.precision import model_products
 
 # inferred: the papers behind this project say six, eight or nine tasks, and these are the ones that
 # such papers usually average
@@ -98,7 +99,7 @@ def zero_shot(
             f"this tokenizer has {len(tokenizer)} tokens, but the model knows "
             f"{model.config.vocab_size}: use the model's own"
         )
-    with _quiet():
+    with _quiet(), model_products(model.device):
         from lm_eval.evaluator import evaluate  # slow to import, and only needed here
         from lm_eval.models.huggingface import HFLM
 

@@ -24,7 +24,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rotlib.disk import cache_folder, check_writable, known_digest, scratch_beside
+from rotlib.disk import (
+    cache_folder,
+    check_writable,
+    file_digest,
+    known_digest,
+    scratch_beside,
+    write_json,
+)
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
@@ -42,8 +49,7 @@ _NUMBERS = (
     *("rope.dimension_count", "rope.freq_base"),
 )
 _KNOWN = {*_NEEDED, *_NUMBERS, "rope.scaling.type", "attention.causal"}
-# the files of an unpacked folder
-_WHOLE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_SUMS = "rotlib_sums.json"  # of an unpacked folder: the sha256 of each of its files
 PLAIN, SPLIT, DIGITS = "ByteLevel, by its own rule", "ByteLevel", "Digits"
 # how a tokenizer cuts text before its merges, and llama.cpp's name for it
 CUTS = {
@@ -61,11 +67,18 @@ def unpacked_gguf(file: Path) -> Path:
     transformers would leave something out.
     """
     folder = cache_folder() / f"{file.stem[:80]}-{known_digest(file)[:12]}"
-    if not all((folder / name).is_file() for name in _WHOLE):
-        shutil.rmtree(folder, ignore_errors=True)  # something of it was deleted
+    if not as_unpacked(folder):
         reader = read(file)
         unpack(file, folder, reader, _check_keys(reader))
     return folder
+
+
+def as_unpacked(folder: Path) -> bool:
+    """Whether a folder is there, and its files are still those that `unpack` wrote."""
+    with suppress(OSError, ValueError, AttributeError):
+        sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
+        return bool(sums) and all(known_digest(folder / name) == sums[name] for name in sums)
+    return False
 
 
 def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = None) -> None:
@@ -73,6 +86,7 @@ def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = 
 
     Every tensor must find its place; with `cut` the tokenizer cuts text so.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # something of it was deleted or changed
     size = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
     room = f"let ROTLIB_CACHE name a folder with room for {size / 1e9:.1f} GB"
     check_writable(folder.parent, room)
@@ -104,6 +118,8 @@ def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = 
                 f"transformers' tokenizer of {config['model_type']} models doesn't cut text like "
                 f"{cut!r}, as the file asks for: load the original model"
             )
+        sums = {path.name: file_digest(path) for path in scratch.iterdir()}
+        write_json(scratch / _SUMS, sums)
         with suppress(OSError):  # another process may have finished first
             os.replace(scratch, folder)
 

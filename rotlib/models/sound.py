@@ -15,6 +15,8 @@ def check_sound(model: PreTrainedModel) -> None:
         found = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
         raise ValueError(f"this model has parameters of several dtypes, {found}: give it one")
     _check_surroundings()
+    if getattr(model.config, "return_dict", True) is False:
+        raise ValueError("the config's return_dict is false, where outputs have no names: set it")
     if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{meta[0]} lies on the device 'meta', where weights have no values")
     if any(module.training for module in model.modules()):
@@ -29,7 +31,8 @@ def check_sound(model: PreTrainedModel) -> None:
             raise ValueError(f"the entries of {name} share memory: give it a copy of its own")
         if not torch.isfinite(parameter).all():
             raise ValueError(
-                f"{name} holds NaN or infinite weights: reload the model from a sound checkpoint"
+                f"{name} holds NaN or infinite weights: load the model from a sound checkpoint, "
+                "in a dtype that has room for it"
             )
 
 

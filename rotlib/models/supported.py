@@ -164,6 +164,15 @@ def _check_shapes(family: Family) -> None:
             f"this model has {len(family.layers)} decoder layers, and its config says "
             f"{config.num_hidden_layers}: load it again"
         )
+    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
+        count = getattr(config, name, 1)
+        if type(count) is not int or count < 1:
+            raise ValueError(f"the config's {name} is {count!r}, no number above 0")
+    types = getattr(config, "layer_types", None)
+    if types is not None and len(types) != len(family.layers):
+        raise ValueError(
+            f"the config's layer_types are {len(types)}, and there are {len(family.layers)} layers"
+        )
     if config.num_attention_heads % family.kv_heads:
         raise ValueError(
             f"the config has {config.num_attention_heads} heads of queries and {family.kv_heads} "

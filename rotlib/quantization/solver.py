@@ -182,11 +182,11 @@ def round_strip(
     Returns what they were when they were rounded, their codes, their errors over the pivots.
     """
     X, codes, E = X.clone(), torch.empty_like(X), torch.empty_like(X)
-    for j in range(len(X)):
-        X[j] -= U[:j, j] @ E[:j]
+    for j, x in enumerate(X.unbind()):
+        x -= U[:j, j] @ E[:j]
         if P is not None:
-            X[j] += P[:j, j] @ X[:j]
+            x += P[:j, j] @ X[:j]
         grid = Grid(scale[j], zero[j], quant)
-        codes[j] = grid.codes(X[j])
-        E[j] = (X[j] - (codes[j] - grid.zero).mul_(grid.scale)) / U[j, j]
+        codes[j] = rounded = grid.codes(x)
+        E[j] = (x - rounded.sub_(grid.zero).mul_(grid.scale)).div_(U[j, j])
     return X, codes, E

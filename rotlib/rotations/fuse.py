@@ -22,6 +22,7 @@ from rotlib.rotations.online import attach, check_online
 from rotlib.rotations.rotation import Rotation, norm_gains, placed_weights, scale_shapes
 
 ORTHOGONALITY_TOLERANCE = 1e-6
+LARGEST = 1e30  # of a rotated weight: sums of larger ones leave float32's range
 
 
 @torch.no_grad()
@@ -76,19 +77,22 @@ def fuse(model: PreTrainedModel, rotation: Rotation) -> PreTrainedModel:
 
 
 def _check_range(family: Family, rotation: Rotation) -> None:
-    """Raises ValueError where a rotated weight is beyond float16, which a rotation can make of it.
+    """Raises ValueError where a rotated weight is beyond the model's dtype, or sums of it are.
 
-    A first pass tells before any weight is changed; wider types need none.
+    A rotation can make that of a float16 weight, and a norm's gain of any. A pass of its own tells
+    before any weight is changed, where the largest numbers don't rule it out.
     """
-    largest = torch.finfo(family.model.dtype).max
-    if largest > 1e6:
+    largest = min(torch.finfo(family.model.dtype).max, LARGEST)
+    size = max(parameter.abs().max().item() for parameter in family.model.parameters())
+    scales = max((scale.abs().max().item() for scale in rotation.scales.values()), default=1.0)
+    if (size + 1) ** 2 * scales**2 * max(family.width, family.inner_width) < largest:
         return
     for placed in placed_weights(family):
         for name, value in placed.rotated(rotation, family.device):
-            if value.abs().max() > largest:
+            if not value.abs().max() <= largest:
                 raise ValueError(
                     f"the rotated {name} of {placed.name} is beyond {family.model.dtype}: "
-                    "load the model with dtype=torch.bfloat16 or torch.float32"
+                    "load the model with a dtype that has room for it"
                 )
 
 

@@ -41,7 +41,7 @@ def hadamard(n: int) -> Float[Tensor, "n n"]:
     >>> torch.allclose(H @ H.T, torch.eye(12, dtype=torch.float64))
     True
     """
-    factors = hadamard_factors(n)
+    factors = hadamard_factors(whole_number("a Hadamard matrix's order", n, 1, LARGEST))
     if n > MOST_ROWS:
         gigabytes = 8 * n * n / 1e9
         raise ValueError(f"a matrix of order {n} takes {gigabytes:.0f} GB: use apply_hadamard")
@@ -95,6 +95,7 @@ class BlockHadamard:
         if self.signs is not None and (
             self.signs.shape != (self.n,)
             or self.signs.is_meta
+            or self.signs.layout != torch.strided
             or self.signs.dtype not in _SIGNS
             or not self.signs.abs().eq(1).all()
         ):

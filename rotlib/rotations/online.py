@@ -56,7 +56,15 @@ def load(
     """
     model, tokenizer = open_model(name, device, dtype)
     write_no_scores(model)
-    if online := online_of(model):
+    online, told = online_of(model), getattr(model.config, "rotation", None)
+    at_runtime = told.get("at_runtime") if isinstance(told, dict) else None
+    if isinstance(at_runtime, dict) and {*online} != at_runtime.keys():
+        raise ValueError(
+            f"the config.json of {name!r} contradicts itself: its rotlib_online is "
+            f"{', '.join(online) or 'empty'}, and its rotation has at_runtime "
+            f"{', '.join(at_runtime) or 'empty'}; export or save the model again"
+        )
+    if online:
         if not is_rotated(model):
             raise ValueError(
                 f"{name!r} asks for the online rotations {', '.join(online)}, but no rotation was "

@@ -256,14 +256,23 @@ class PlacedWeight(NamedTuple):
 
 
 def check_sizes(family: Family, least: float, most: float, beyond: str) -> None:
-    """Raises ValueError for a linear whose largest weight isn't between these, unless it is 0."""
+    """Raises ValueError for a linear whose largest weight isn't between these, unless it is 0.
+
+    So it does where it isn't once the gain of the norm before it is folded in.
+    """
     for placed in placed_weights(family, quantized_only=True):
         largest = placed.module.weight.abs().max().item()
-        if largest and not least < largest < most:
-            raise ValueError(
-                f"{placed.name} has weights of size {largest:.0e}, beyond what {beyond}: "
-                "scale the model first"
-            )
+        sizes = {"": largest}
+        if placed.gain is not None:
+            low, high = (gain.item() for gain in placed.gain.abs().aminmax())
+            if not least < largest * low <= largest * high < most:  # else there's no need to fold
+                sizes[" with its norm's gain"] = placed.folded().abs().max().item()
+        for what, size in sizes.items():
+            if size and not least < size < most:
+                raise ValueError(
+                    f"{placed.name} has weights of size {size:.0e}{what}, beyond what {beyond}: "
+                    "scale the model first"
+                )
 
 
 def placed_weights(family: Family, quantized_only: bool = False) -> Iterator[PlacedWeight]:

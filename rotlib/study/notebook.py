@@ -63,6 +63,13 @@ def check_parameters() -> Recipe:
         _refuse_strangers(namespace)
         check_results_folder()
         check_writable(figures_folder(), "let ROTLIB_FIGURES name a writable folder")
+    recipe = check_given(given)
+    namespace["_parameters_checked"] = True
+    return recipe
+
+
+def check_given(given: dict[str, object]) -> Recipe:
+    """Check a notebook's parameters, all of them; returns and raises like `check_parameters`."""
     for name, value in given.items():
         check_type(name, value)
     learning = {name: value for name, value in given.items() if name in _LEARNING}
@@ -83,7 +90,6 @@ def check_parameters() -> Recipe:
         resolve(recipe.model)
     if "test_windows" in given and given.get("seeds", [0]):  # without seeds nothing is run
         check_fits(recipe, pick_device())
-    namespace["_parameters_checked"] = True
     return recipe
 
 

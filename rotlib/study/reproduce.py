@@ -12,6 +12,7 @@ verdicts.
 """
 
 import argparse
+import ast
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ from rotlib.disk import ROOT, write_atomically, write_text
 from rotlib.models.zoo import resolve
 from rotlib.study import claims, store
 from rotlib.study.files import results_folder
-from rotlib.study.notebook import check_type
+from rotlib.study.notebook import check_given, check_type
 from rotlib.study.tables import arms, markdown, provenance
 from rotlib.study.yaml_file import read_yaml, value_of
 
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         plan = make_plan(options.scale, options.only)
         batch = [(model, plan_for(model, plan, options.seeds)) for model in options.model]
         places = folders_for(options.model)
+        for planned in [planned for _, planned in batch] or [plan]:
+            check_plan(planned)
     except ValueError as error:
         parser.error(str(error))
     scale = options.scale + "-in-place" * options.in_place
@@ -112,6 +115,17 @@ def make_plan(scale: str, only: list[str] | None = None) -> list[tuple[Path, dic
         for name, path in notebooks.items()
         if not only or name in only
     ]
+
+
+def check_plan(plan: list[tuple[Path, dict]]) -> None:
+    """Raises ValueError for what a notebook's first cell would refuse, hours later perhaps."""
+    for path, given in plan:
+        declared = papermill.inspect_notebook(str(path))
+        own = {name: ast.literal_eval(found["default"]) for name, found in declared.items()}
+        try:
+            check_given(own | given)
+        except ValueError as error:
+            raise ValueError(f"{path.stem}: {error}") from error
 
 
 def _run_batch(

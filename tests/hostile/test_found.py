@@ -25,7 +25,7 @@ from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.activations import round_tokens
 from rotlib.quantization.gptq import Report
 from rotlib.quantization.grids import round_to_nearest
-from rotlib.study import gpu, numerics, store, sweep, tables
+from rotlib.study import gpu, numerics, reproduce, store, sweep, tables
 from rotlib.study.canaries.inputs import WORDS
 from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.own import read_rotations, source_digest
@@ -1032,3 +1032,157 @@ def test_a_sound_mixture_in_sixteen_bits_is_no_other_model(tmp_path):
         model = tiny_model("olmoe, experts, norms over all heads", seed, torch.float32)
         rl.rtn(rl.fuse(model, rl.hadamard_rotation(model)), rl.WeightQuant(bits=3))
         rl.export(model, tmp_path / str(seed), dtype=torch.float16)
+
+
+def test_slopes_of_a_mixture_of_experts_are_refused_as_learning_on_them_is(tokens):
+    mixture = tiny_model("mixtral, experts", dtype=torch.float32)
+    with refused("doesn't know mixtures of experts"):
+        rl.slope_agreement(mixture, tokens, rl.WeightQuant())
+
+
+def test_slopes_of_a_network_that_rounds_nothing_are_refused(model, tokens):
+    with refused("nothing is rounded"):
+        rl.slope_agreement(model, tokens)
+
+
+@pytest.fixture
+def coarse_process():
+    torch.set_float32_matmul_precision("medium")  # as training scripts do
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_how_a_process_multiplies_changes_no_measure_and_no_learning(model, tokens, coarse_process):
+    seen = set()
+    watch = model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda *_: seen.add(torch.get_float32_matmul_precision())
+    )
+    rl.perplexity(model, tokens.flatten(), 32)
+    watch.remove()
+    assert seen == {"highest"}
+    assert rl.optrot(model, steps=20).orthogonality_error() < 1e-6
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_torchs_second_way_to_say_how_to_multiply_is_refused_before_any_work(model, tokens):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        for use in (rl.optrot, lambda model: rl.gptq(model, tokens, rl.WeightQuant())):
+            with refused("set torch.backends.fp32_precision and those of its parts back to 'none'"):
+                use(model)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    rl.gptq(model, tokens, rl.WeightQuant())  # the model was left as it was
+
+
+@pytest.mark.parametrize(("fused", "claimed"), [(["R4"], None), ([], ["R4"]), (["R4"], ["R3"])])
+def test_a_config_that_contradicts_itself_about_online_rotations_is_refused(
+    fused, claimed, tmp_path
+):
+    save_tiny_model(tmp_path)
+    model, _ = rl.load(str(tmp_path))
+    rl.fuse(model, rl.hadamard_rotation(model, R4="R4" in fused)).save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {"rotlib_online": claimed}))
+    with refused("contradicts itself: its rotlib_online is"):
+        rl.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("shared", ["all", "one layer"])
+def test_a_reference_that_shares_weights_with_the_quantized_model_is_none(model, tokens, shared):
+    reference = LlamaForCausalLM(model.config).eval().requires_grad_(False)
+    reference.load_state_dict(model.state_dict(), assign=shared == "all")
+    if shared == "one layer":
+        reference.model.layers[1] = model.model.layers[1]
+    rl.rtn(model, rl.WeightQuant(bits=2))
+    with refused("is the quantized model itself, or shares its layers"):
+        rl.kl_divergence(reference, model, tokens.flatten(), 32)
+
+
+def test_a_gain_that_brings_weights_out_of_reach_is_seen_before_they_are_folded(model):
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.fill_(1e12)
+    with refused(r"layers\.0\.q has weights of size .* with its norm's gain, beyond what a"):
+        rl.optrot(model, steps=2)
+
+
+def test_a_folded_weight_beyond_float32_is_refused_before_any_is_changed(model):
+    model.model.norm.weight[0] = 1e38
+    model.lm_head.weight[:, 0] = 10
+    before = deepcopy(model.state_dict())
+    with refused(r"the rotated weight of lm_head is beyond torch\.float32"):
+        rl.fuse(model, rl.hadamard_rotation(model))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("learn", "says"),
+    [
+        (lambda model, tokens: rl.kurtail(model, tokens), "computes NaN or infinite states"),
+        (
+            lambda model, tokens: rl.spinquant(model, tokens, rl.WeightQuant(), steps=1),
+            "where learning starts: this model computes NaN",
+        ),
+    ],
+)
+def test_learning_on_a_model_that_computes_nan_blames_the_model(model, tokens, learn, says):
+    model.model.rotary_emb.inv_freq.fill_(float("nan"))
+    with pytest.raises((ValueError, rl.LearningFailed), match=says):
+        learn(model, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "says"),
+    [
+        ("llama", {"return_dict": False}, "return_dict is false"),
+        ("llama", {"num_key_value_heads": 0}, "num_key_value_heads is 0, no number above 0"),
+        ("gemma3, tied", {"layer_types": ["full_attention"]}, "layer_types are 1, and there are 2"),
+    ],
+)
+def test_a_config_changed_in_memory_is_named(name, edit, says, tokens):
+    model = tiny_model(name, dtype=torch.float32)
+    for key, value in edit.items():
+        setattr(model.config, key, value)
+    with refused(says):
+        rl.perplexity(model, tokens.flatten(), 32)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"rope_parameters": {"rope_theta": "x"}}, "says rope_theta 'x' in rope_parameters"),
+        ({"model_type": ["llama"]}, r"says model_type \['llama'\], no word"),
+        ({"dtype": "foo"}, "says dtype 'foo', no dtype of torch"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_named(edit, says, tmp_path):
+    save_tiny_model(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | edit))
+    with refused(says):
+        rl.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("make", [rl.hadamard, rl.walsh])
+def test_an_order_that_is_a_list_is_no_whole_number(make):
+    with refused("order must be a whole number"):
+        make([12])
+
+
+@pytest.mark.parametrize(
+    ("notebook", "given", "says"),
+    [
+        ("13_your_model", {"quality": "ultra"}, "quality"),
+        ("13_your_model", {"window": 1}, "window must be"),
+        ("10_export", {"bits": 99}, "bits must be"),
+        ("90_report", {"settings": {"foo": 1}}, "foo"),
+        ("12_fp4", {"text": "nope"}, "nope"),
+        ("07_bounds", {"every": 0}, "every must be"),
+    ],
+)
+def test_a_scale_that_a_late_notebook_would_refuse_is_refused_before_the_first(
+    notebook, given, says
+):
+    plan = [(reproduce.NOTEBOOKS / f"{notebook}.ipynb", given)]
+    with refused(f"{notebook}: .*{says}"):
+        reproduce.check_plan(plan)

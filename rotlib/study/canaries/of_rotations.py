@@ -39,7 +39,7 @@ def _drawn_rotations() -> dict:
     return numbers | {"block sizes": hadamard.block_sizes(48)}
 
 
-@canary("fusing", Rotation, orthogonality=fuse.ORTHOGONALITY_TOLERANCE)
+@canary("fusing", Rotation, orthogonality=fuse.ORTHOGONALITY_TOLERANCE, largest=fuse.LARGEST)
 def _fusing() -> dict:
     numbers = {"sites": {name: list(site) for name, site in rotation.SITES.items()}}
     for qwen3 in (False, True):
