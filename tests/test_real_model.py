@@ -41,18 +41,23 @@ def test_optrot_reaches_its_objective():
     assert rotation.history[-1] < 1.007 * 120_049
 
 
-def test_all_four_rotations_leave_four_digits_of_the_perplexity():
+@pytest.fixture(scope="module")
+def rotated():
+    """(the model with all four rotations, its tokenizer, some text, its perplexity before)"""
     model, tokenizer = rl.load("smollm2-135m")
     tokens = rl.load_tokens("wikipedia-mini", tokenizer, "test")[:256]
     before = rl.perplexity(model, tokens, 256)
     fused = rl.fuse(model, rl.hadamard_rotation(model, R3=True, R4=True))
-    after = rl.perplexity(fused, tokens, 256)
-    assert after == pytest.approx(before, rel=5e-5)
+    return fused, tokenizer, tokens, before
 
 
-def test_the_cache_changes_nothing_in_what_a_model_with_quantized_keys_writes():
-    model, tokenizer = rl.load("smollm2-135m")
-    rl.fuse(model, rl.hadamard_rotation(model, R3=True, R4=True))
+def test_all_four_rotations_leave_four_digits_of_the_perplexity(rotated):
+    fused, _, tokens, before = rotated
+    assert rl.perplexity(fused, tokens, 256) == pytest.approx(before, rel=5e-5)
+
+
+def test_the_cache_changes_nothing_in_what_a_model_with_quantized_keys_writes(rotated):
+    model, tokenizer, *_ = rotated
     prompt = tokenizer("The river Thames flows through", return_tensors="pt")
     how = {"max_new_tokens": 12, "do_sample": False}
     with rl.quantized_activations(model, rl.ActivationQuant(bits=8, kv_bits=4)):

@@ -20,7 +20,7 @@ from rotlib import disk
 from rotlib.models.content import weights_sample
 from rotlib.models.families import Family
 from rotlib.study import diagnostics, files, numerics, store, tables
-from rotlib.study.recipe import rotations
+from rotlib.study.recipe import READS, rotations
 
 pipeline = importlib.import_module("rotlib.study.pipeline")
 
@@ -464,9 +464,10 @@ def test_unrounded_weights_with_unrounded_activations_are_the_original(recipe):
 
 @pytest.mark.slow
 def test_every_rotation_runs_as_a_recipe(recipe):
-    shares = {"mixed": {"activation_share": 0.5}}
+    own = {name: {"steps": 8} for name, read in READS.items() if "steps" in read}
+    own |= {"mixed": {"activation_share": 0.5}}
     runs = [
-        replace(recipe, rotation=name, R4=True, activation_bits=4, **shares.get(name, {}))
+        replace(recipe, rotation=name, R4=True, activation_bits=4, **own.get(name, {}))
         for name in rotations()
     ]
     assert all(result.metrics["kl"] > 0 for result in rl.run_all(runs))

@@ -246,12 +246,8 @@ def test_a_tokenizer_of_another_model_and_a_text_without_sentences_are_refused(
 
 
 @pytest.mark.real_model
-def test_the_real_model_is_far_above_chance_and_two_bits_are_not():
-    """Of 300 items full precision has 0.92 (last_word), 0.59 (continuation) right; 2 bits guess."""
-    model, tokenizer = rl.load("smollm2-135m")
-    full = rl.zero_shot(model, tokenizer, limit=12)
-    rl.rtn(model, rl.WeightQuant(bits=2, clip_search=False))
-    broken = rl.zero_shot(model, tokenizer, limit=12)
+def test_the_real_model_is_far_above_chance():
+    """Of 300 items it has 0.92 (last_word) and 0.59 (continuation) right."""
+    found = rl.zero_shot(*rl.load("smollm2-135m"), limit=12)
     noise = (0.25 * 0.75 / 12) ** 0.5  # standard error of guessing
-    assert all(accuracy > 0.25 + 2 * noise for accuracy in full.accuracy.values())
-    assert all(accuracy < 0.25 + 2 * noise for accuracy in broken.accuracy.values())
+    assert all(accuracy > 0.25 + 2 * noise for accuracy in found.accuracy.values())

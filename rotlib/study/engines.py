@@ -27,8 +27,6 @@ from rotlib.study.pipeline import run_all
 from rotlib.study.recipe import Recipe
 
 _ATTEMPTS = 3  # at a task whose worker dies
-# workers are forks of a process that has imported rotlib once, where there are forks
-_START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 Outcome = tuple[int, list[str | None]]  # a task's number, and what went wrong with each recipe
 
 
@@ -85,14 +83,12 @@ def local(tasks: list[list[Recipe]], workers: int) -> Iterator[Outcome]:
 
 def _pool(tasks: dict[int, list[Recipe]], size: int) -> Iterator[Outcome]:
     """Outcomes as they come; nothing goes on behind the user's back, however this ends."""
-    context = multiprocessing.get_context(_START)
-    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
+    context = multiprocessing.get_context("spawn")
     gpus, places = _gpus(), context.Queue()
     for number in range(size):
         places.put(gpus[number % len(gpus)] if gpus else None)
     before = set(multiprocessing.active_children())
-    given = (_cores() // size, places, dict(os.environ))
-    pool = ProcessPoolExecutor(size, context, _begin, given)
+    pool = ProcessPoolExecutor(size, context, _begin, (_cores() // size, places))
     try:
         running = {pool.submit(work, *_parcel(task)): number for number, task in tasks.items()}
         for future in as_completed(running):
@@ -111,10 +107,8 @@ def _parcel(task: list[Recipe]) -> tuple[list[dict], bytes]:
     return [asdict(recipe) for recipe in task], own.packed()
 
 
-def _begin(threads: int, places: multiprocessing.Queue, environment: dict[str, str]) -> None:
-    """A worker's first act. What forks it has the environment of the driver's first pool."""
-    os.environ.clear()
-    os.environ.update(environment)
+def _begin(threads: int, places: multiprocessing.Queue) -> None:
+    """A worker's first act."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends its workers
     driver = multiprocessing.parent_process().sentinel
     threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
