@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rotlib.checks import token_ids
+from rotlib.checks import all_finite, token_ids
 from rotlib.models.marks import is_quantized
 from rotlib.models.sound import check_can_be_copied, check_not_rounding, check_sound
 from rotlib.models.supported import adapt
@@ -61,5 +61,5 @@ def check_reference(reference: object, model: PreTrainedModel) -> None:
 
 def check_finite(hidden: list[Tensor]) -> None:
     """Raises ValueError for states that a sound model doesn't have."""
-    if not all(torch.isfinite(states).all() for states in hidden):
+    if not all(map(all_finite, hidden)):
         raise ValueError(NOT_FINITE)

@@ -4,6 +4,8 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedModel
 
+from rotlib.checks import all_finite
+
 
 def check_sound(model: PreTrainedModel) -> None:
     """Raises ValueError where a model is training, or its parameters aren't finite numbers.
@@ -29,7 +31,7 @@ def check_sound(model: PreTrainedModel) -> None:
             )
         if 0 in parameter.stride() and parameter.numel() > 1:
             raise ValueError(f"the entries of {name} share memory: give it a copy of its own")
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise ValueError(
                 f"{name} holds NaN or infinite weights: load the model from a sound checkpoint, "
                 "in a dtype that has room for it"

@@ -10,12 +10,13 @@ part; det(Rᵀ H R) = det(H), so the product of the pivots stays and tr(D) ≥ n
 """
 
 from collections.abc import Callable, Iterator
-from math import inf, isfinite
+from math import isfinite
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rotlib.checks import all_finite
 from rotlib.models.families import Family
 from rotlib.models.walk import NOT_FINITE, hooks, layer_inputs, walk_layer
 
@@ -47,7 +48,8 @@ class Hessian:
             self._sum[c:, c : c + _BLOCK].addmm_(x[:, c:].T, x[:, c : c + _BLOCK])
         self.tokens += len(x)
         if len(x):
-            largest = torch.linalg.vector_norm(x, inf)
+            lowest, highest = x.aminmax()
+            largest = torch.maximum(-lowest, highest)
             known = self._largest
             self._largest = largest if known is None else torch.maximum(known, largest)
 
@@ -110,7 +112,7 @@ def factorise(
         L, info = torch.linalg.cholesky_ex(
             (H + damping * factor * H.diagonal().mean() * eye).flip(0, 1)
         )
-        if info == 0 and torch.isfinite(L).all():
+        if info == 0 and all_finite(L):
             return L.flip(0, 1), damping * factor
     return None, damping * LADDER[-1]
 
