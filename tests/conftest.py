@@ -151,18 +151,9 @@ def save_short_text(folder: Path) -> None:
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The longest files first, so that none runs alone at the end, and the notebooks among them.
-
-    The last judges the numbers that they have left in results/local.
-    """
-    first = ("10_export", "00_quickstart", "13_your_model", "faults", "numerics", "recipe")
-    last = ("real_model",)
-
-    def turn(item: pytest.Item) -> int:
-        name = item.path.stem.removeprefix("test_")
-        return first.index(name) if name in first else len(first) + (name in last)
-
-    items.sort(key=turn)
+    """The longest files first, so that none runs alone at the end."""
+    longest = ("real_model", "faults", "zeroshot", "recipe", "numerics")
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in longest)
 
 
 def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
