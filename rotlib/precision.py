@@ -9,7 +9,8 @@
 
 TF32 keeps ten bits of a factor's mantissa and sums in float32, so a product is off by some 3e-4 of
 its size: far less than rounding to 8 bits, and a slope's noise of sampling is larger still. Other
-dtypes than float32 are never touched.
+dtypes than float32 are never touched. What the process has set (torch.set_float32_matmul_precision)
+is put aside meanwhile and put back.
 """
 
 from collections.abc import Iterator

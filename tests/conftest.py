@@ -162,6 +162,15 @@ def exact_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a test, or a command that it runs in this process, has set is gone behind it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(
