@@ -75,7 +75,7 @@ def unpacked_gguf(file: Path) -> Path:
 
 def as_unpacked(folder: Path) -> bool:
     """Whether a folder is there, and its files are still those that `unpack` wrote."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, TypeError, ValueError):
         sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
         return bool(sums) and all(known_digest(folder / name) == sums[name] for name in sums)
     return False
@@ -86,7 +86,6 @@ def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = 
 
     Every tensor must find its place; with `cut` the tokenizer cuts text so.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # something of it was deleted or changed
     size = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
     room = f"let ROTLIB_CACHE name a folder with room for {size / 1e9:.1f} GB"
     check_writable(folder.parent, room)
@@ -120,8 +119,10 @@ def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = 
             )
         sums = {path.name: file_digest(path) for path in scratch.iterdir()}
         write_json(scratch / _SUMS, sums)
-        with suppress(OSError):  # another process may have finished first
-            os.replace(scratch, folder)
+        if not as_unpacked(folder):  # another process may have finished first
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                os.replace(scratch, folder)
 
 
 def _cut_in(tokenizer: PreTrainedTokenizerBase) -> dict:

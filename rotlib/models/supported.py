@@ -169,7 +169,7 @@ def _check_shapes(family: Family) -> None:
         if type(count) is not int or count < 1:
             raise ValueError(f"the config's {name} is {count!r}, no number above 0")
     types = getattr(config, "layer_types", None)
-    if types is not None and len(types) != len(family.layers):
+    if types is not None and len(types) < len(family.layers):
         raise ValueError(
             f"the config's layer_types are {len(types)}, and there are {len(family.layers)} layers"
         )

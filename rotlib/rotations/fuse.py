@@ -83,7 +83,8 @@ def _check_range(family: Family, rotation: Rotation) -> None:
     before any weight is changed, where the largest numbers don't rule it out.
     """
     largest = min(torch.finfo(family.model.dtype).max, LARGEST)
-    size = max(parameter.abs().max().item() for parameter in family.model.parameters())
+    ends = (end for parameter in family.model.parameters() for end in parameter.aminmax())
+    size = max(abs(end.item()) for end in ends)
     scales = max((scale.abs().max().item() for scale in rotation.scales.values()), default=1.0)
     if (size + 1) ** 2 * scales**2 * max(family.width, family.inner_width) < largest:
         return
