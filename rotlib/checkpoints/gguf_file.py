@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checkpoints.packed import bits_for, tied
+from rotlib.checks import all_finite
 from rotlib.models.families import Family
 from rotlib.models.gguf_model import ARCHITECTURES, CUTS, DIGITS, PLAIN, SPLIT
 from rotlib.models.supported import adapt
@@ -70,7 +71,7 @@ class GgufFile:
                 parts = [_floats(tensor)]
             else:
                 parts = [part.half() for part in (weight.scale, weight.scale * weight.zero)]
-            if not all(torch.isfinite(part).all() for part in parts):
+            if not all(map(all_finite, parts)):
                 raise ValueError(
                     f"{name} has values beyond float16, which GGUF's blocks are made of: export it "
                     "as 'compressed-tensors' with dtype=torch.bfloat16"

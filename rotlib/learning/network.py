@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import one_of, positive, token_ids, whole_number
+from rotlib.checks import all_finite, one_of, positive, token_ids, whole_number
 from rotlib.learning.start import finished, original, starting_point
 from rotlib.models.families import Family
 from rotlib.models.sound import check_not_hooked
@@ -152,7 +152,7 @@ class Student:
             for layer in range(len(self._family.layers))
             for name, linear in self._family.linears(layer).items()
         ]
-        found = [name for name, linear in modules if not torch.isfinite(linear.weight).all()]
+        found = [name for name, linear in modules if not all_finite(linear.weight)]
 
         def watch(name: str) -> Callable:
             return lambda module, args, output: (
@@ -235,7 +235,7 @@ def learn_through(
                 student.carry_back(rotation)
             leaves = (rotation.R1, rotation.R2, *rotation.scales.values())
             slopes = [leaf.grad for leaf in leaves if leaf.grad is not None]
-            if not all(torch.isfinite(slope).all() for slope in slopes):
+            if not all(map(all_finite, slopes)):
                 raise _failure(f"the gradient is no number at step {step}", preset, good)
             good = _kept(rotation, history)
             optimizer.step(0.5 * (1 + cos(pi * step / preset.steps)))

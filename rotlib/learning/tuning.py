@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import keeper, positive, whole_number
+from rotlib.checks import all_finite, keeper, positive, whole_number
 from rotlib.learning.network import check_learnable
 from rotlib.models.content import weights_sample
 from rotlib.models.families import Family
@@ -219,7 +219,7 @@ def _is_whole(state: object, student: "_Student") -> bool:
     sound = numbers and all(
         isinstance(values, list)
         and [getattr(value, "shape", None) for value in values] == shapes
-        and all(torch.isfinite(value).all() for value in values)
+        and all(map(all_finite, values))
         for values in lists
     )
     steps = len(state["kl"]) if numbers else 0
@@ -322,7 +322,7 @@ class _Student:
 
     def slopes_are_finite(self) -> bool:
         slopes = (leaf.grad for leaf in self.leaves if leaf.grad is not None)
-        return all(torch.isfinite(slope).all() for slope in slopes)
+        return all(map(all_finite, slopes))
 
     def state(self) -> list[Tensor]:
         return [leaf.detach().clone() for leaf in self.leaves]
