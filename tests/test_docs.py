@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 from conftest import save_tiny_model
@@ -82,10 +83,12 @@ def test_the_command_on_a_claims_page_runs_its_recipe_with_the_studys_seeds_and_
     spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "site" / "pages.py")
     pages = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pages)
-    for claim in claims(pages.MODEL):
-        for recipe in (claim.better, claim.worse):
-            _, _, _, path, *filters = shlex.split(pages.command_for(recipe))
-            chosen = sweep._chosen(read_sweep(ROOT / path), filters[1::2])
-            assert {replace(one, seed=0) for one in chosen} == {recipe}
-            (arm,) = tables.stored([recipe])
-            assert {one.seed for one in chosen} >= arm.values("kl").keys()
+    recipes = {recipe for claim in claims(pages.MODEL) for recipe in (claim.better, claim.worse)}
+    arms = {replace(arm.recipe, seed=0): arm for arm in tables.stored(recipes)}
+    assert arms.keys() == recipes
+    read = lru_cache(read_sweep)
+    for recipe, arm in arms.items():
+        _, _, _, path, *filters = shlex.split(pages.command_for(recipe))
+        chosen = sweep._chosen(read(ROOT / path), filters[1::2])
+        assert {replace(one, seed=0) for one in chosen} == {recipe}
+        assert {one.seed for one in chosen} >= arm.values("kl").keys()

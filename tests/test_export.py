@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -35,6 +36,9 @@ GRIDS = {
     "8 bits": rl.WeightQuant(bits=8, group_size=16),
 }
 
+ROUNDING = rl.ActivationQuant(bits=8, protocol="compressed-tensors")
+ASKED = {"activation_bits": 8, "protocol": "compressed-tensors"}
+
 
 def quantized(quant, tokens, name="llama", act_order=True):
     model = tiny_model(name, dtype=torch.float32)
@@ -49,6 +53,31 @@ def test_stock_transformers_computes_what_the_quantized_model_does(grid, tokens,
     folder = rl.export(model, tmp_path / "out")
     assert (read_by_transformers(folder, tokens).logits - model(tokens).logits).abs().max() < 1e-4
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if "asymmetric" not in g])
+def test_stock_transformers_rounds_inputs_as_a_checkpoint_asks(grid, tokens, tmp_path):
+    model = quantized(GRIDS[grid], tokens)
+    folder = rl.export(model, tmp_path / "out", activations=ROUNDING)
+    read = read_by_transformers(folder, tokens).logits
+    assert (read - model(tokens).logits).abs().max() > 1e-2
+    with rl.quantized_activations(model, ROUNDING):
+        assert (read - model(tokens).logits).abs().max() < 1e-4
+
+
+def test_a_rounding_that_no_checkpoint_can_ask_for_is_refused(tokens, tmp_path):
+    for grid, format, activations, what in (
+        ("groups", "compressed-tensors", rl.ActivationQuant(bits=8), "for another rounding"),
+        ("groups", "compressed-tensors", replace(ROUNDING, bits=4), "for another rounding"),
+        ("groups", "compressed-tensors", replace(ROUNDING, kv_bits=8), "for another rounding"),
+        ("groups", "compressed-tensors", 8, "such as 8"),
+        ("groups", "gguf", ROUNDING, "in the format 'compressed-tensors'"),
+        ("groups, asymmetric", "compressed-tensors", ROUNDING, "on symmetric integer grids alone"),
+    ):
+        model = quantized(GRIDS[grid], tokens)
+        with pytest.raises(ValueError, match=what):
+            rl.export(model, tmp_path / "out", format=format, activations=activations)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -192,6 +221,22 @@ def test_a_recipe_is_exported_with_a_card_that_says_what_was_measured(folder, to
     assert AutoTokenizer.from_pretrained(out).encode("one two") == tokenizer.encode("one two")
 
 
+def test_a_recipe_of_8_bit_inputs_asks_whoever_runs_it_to_round_them(folder, tokens, tmp_path):
+    how = {"window": 32, "test_windows": 2, "text": "wikitext2", "rounding": "rtn"}
+    recipe = rl.Recipe(model=str(folder / "model"), **how, **ASKED)
+    out = rl.export_recipe(recipe, tmp_path / "out")
+    assert "rounded to 8 bits, token by token" in (out / "README.md").read_text()
+    model, _ = rl.build(recipe)
+    with rl.quantized_activations(model, recipe.activations):
+        assert (read_by_transformers(out, tokens).logits - model(tokens).logits).abs().max() < 1e-4
+
+
+def test_experts_with_8_bit_inputs_are_refused(tokens, tmp_path):
+    model = quantized(rl.WeightQuant(), tokens, "mixtral, experts")
+    with pytest.raises(ValueError, match="gives all tokens of an expert one scale"):
+        rl.export(model, tmp_path / "out", activations=ROUNDING)
+
+
 def test_a_recipe_that_no_checkpoint_can_hold_is_refused_before_it_runs(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for recipe, settings, message in (
@@ -200,6 +245,9 @@ def test_a_recipe_that_no_checkpoint_can_hold_is_refused_before_it_runs(tmp_path
         (rl.Recipe(), {"format": "fused"}, "goes with the rounding 'none'"),
         (rl.Recipe(), {"folder": tmp_path}, "isn't an empty folder"),
         (rl.Recipe(group_size=16), {"format": "gguf"}, "GGUF's blocks hold 32 weights"),
+        (rl.Recipe(**ASKED), {"format": "gguf"}, "can ask its runtime for"),
+        (rl.Recipe(**ASKED, kv_bits=8), {}, "no checkpoint for another rounding"),
+        (rl.Recipe(**ASKED, symmetric=False), {}, "on symmetric integer grids alone"),
         (
             rl.Recipe(bits=5, symmetric=False),
             {"format": "gguf"},

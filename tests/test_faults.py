@@ -158,7 +158,7 @@ def test_a_full_disk_is_told_and_the_rest_runs_once_there_is_room(folder):
     mount = f"mount -t tmpfs -o size=16k none {results}"
     if subprocess.run([*inside, mount], check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    command = f"{sys.executable} -m rotlib.study.sweep {folder / 'sweep.yaml'} --workers 2"
+    command = f"{sys.executable} -m rotlib.study.sweep {folder / 'sweep.yaml'} --workers 1"
     script = (
         f"{mount}; {command}; echo rc $?; mount -o remount,size=64m {results}; {command}; "
         f"echo rc $?; cp -r {results}/local {folder}/kept"

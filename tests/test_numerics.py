@@ -5,6 +5,8 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,9 @@ def test_a_run_on_code_that_computes_something_else_is_refused_with_what_to_do(m
 
 
 def test_make_numerics_keeps_what_agrees_and_says_what_becomes_stale(own_file, monkeypatch, capsys):
+    for name, canary in canaries.CANARIES.items():  # computed once for all that is asked here
+        once = replace(canary, numbers=cache(canary.numbers))
+        monkeypatch.setitem(canaries.CANARIES, name, once)
     before = own_file.read_bytes()
     assert renew.main([]) == 0
     assert own_file.read_bytes() == before

@@ -35,11 +35,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rotlib.models.families import Family
 from rotlib.models.joined import Joined
 from rotlib.models.supported import adapt
+from rotlib.quantization.activations import ActivationQuant
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.quantized import codes_of, grid_of
 
 SHARD = "5GB"
+# the one rounding of inputs that a checkpoint can ask its runtime for
+INPUTS = ActivationQuant(bits=8, protocol="compressed-tensors")
 _CONTAINERS = (4, 8)  # bits a code is stored in: what vLLM has kernels for
 _OURS = ("rotlib_quantized", "rotlib_online")  # marks in a config that mean nothing to others
 
@@ -47,8 +50,9 @@ _OURS = ("rotlib_quantized", "rotlib_online")  # marks in a config that mean not
 class Checkpoint:
     """What will be written of a model, `packed` or not, its dtype, and its size in bytes.
 
-    Raises ValueError for weights without codes, codes that compressed-tensors can't hold, or a
-    dtype in which it doesn't read them.
+    With `inputs` it asks the runtime to round what the linears read as `INPUTS` says. Raises
+    ValueError for weights without codes, codes that compressed-tensors can't hold, or a dtype in
+    which it doesn't read them.
     """
 
     def __init__(
@@ -57,14 +61,15 @@ class Checkpoint:
         tokenizer: PreTrainedTokenizerBase | None,
         dtype: torch.dtype | None,
         packed: bool,
+        inputs: bool = False,
     ):
         self._model, self._tokenizer = model, tokenizer
         self._family = adapt(model)
-        self._packing = _packing(codes_of(model)) if packed else None
+        self._packing = _packing(codes_of(model), inputs) if packed else None
         self._codes = _stored(self._family, self._packing) if packed else {}
         of_floats = isinstance(self._packing, _Fp4Packing)
         if packed:
-            check_experts_grid(self._family, of_floats, self._packing.symmetric)
+            check_grid(self._family, of_floats, self._packing.symmetric, inputs)
         if of_floats:
             check_fp4_dtype(dtype)
         self.dtype = dtype or (torch.bfloat16 if of_floats else model.dtype)
@@ -80,7 +85,7 @@ class Checkpoint:
         """Raises ValueError for what this dtype makes infinite of, or nothing."""
         whole = {f"{name}_scale": stored.weight.scale for name, stored in self._codes.items()}
         for name, tensor in (self._model.state_dict() | whole).items():
-            if self._on_disk(name) in self._parts and tensor.is_floating_point():
+            if name not in self._codes and tensor.is_floating_point():
                 tensor = tensor.double()
                 lost = (tensor.to(self.dtype).double() - tensor).norm() / tensor.norm()
                 if tensor.any() and not lost < 0.01:
@@ -115,12 +120,12 @@ class Checkpoint:
 
         for name, tensor in self._model.state_dict().items():
             written = self._on_disk(name)
-            if written in self._parts:
-                same = torch.equal(read(written), tensor.to("cpu", self.dtype))
+            if name in self._codes:
+                parts = {kind: read(written + kind) for kind in self._packing.kinds}
+                same = self._packing.same(self._codes[name], parts)
             else:
-                same = name in self._tied or self._packing.same(
-                    self._codes[name],
-                    {kind: read(f"{written}_{kind}") for kind in self._packing.kinds},
+                same = name in self._tied or torch.equal(
+                    read(written), tensor.to("cpu", self.dtype)
                 )
             if not same:
                 return name
@@ -133,7 +138,7 @@ class Checkpoint:
             written = self._on_disk(name)
             if name in self._codes:
                 make = partial(self._packing.make, self._codes[name], self.dtype)
-                parts |= {f"{written}_{kind}": partial(make, kind) for kind in self._packing.kinds}
+                parts |= {written + kind: partial(make, kind) for kind in self._packing.kinds}
             elif name not in self._tied:
                 parts[written] = partial(tensor.to, dtype=self.dtype)
         return parts
@@ -172,8 +177,37 @@ def check_fp4_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"compressed-tensors reads 4-bit floats as bfloat16: leave {dtype} out")
 
 
-def check_experts_grid(family: Family, of_floats: bool, symmetric: bool) -> None:
-    """Raises ValueError for experts on a grid that transformers doesn't read them on."""
+def check_inputs(format: str, activations: ActivationQuant | None) -> bool:
+    """Whether a checkpoint shall ask its runtime to round what the linears read.
+
+    Raises ValueError for a rounding that none can ask for.
+    """
+    if activations in (None, ActivationQuant()):
+        return False
+    if activations != INPUTS or format != "compressed-tensors":
+        raise ValueError(
+            "a checkpoint in the format 'compressed-tensors' can ask its runtime for "
+            "ActivationQuant(bits=8, protocol='compressed-tensors'), and no checkpoint for another "
+            f"rounding of activations, such as {activations!r}"
+        )
+    return True
+
+
+def check_grid(family: Family, of_floats: bool, symmetric: bool, inputs: bool) -> None:
+    """Raises ValueError for weights on a grid that isn't read so.
+
+    That is of experts, and of weights beside rounded `inputs`.
+    """
+    if inputs and family.experts:
+        raise ValueError(
+            "compressed-tensors gives all tokens of an expert one scale for 8-bit inputs, not each "
+            "its own: leave the activations unrounded"
+        )
+    if inputs and (of_floats or not symmetric):
+        raise ValueError(
+            "compressed-tensors has 8-bit inputs beside weights on symmetric integer grids alone: "
+            "quantize them so, or leave the activations unrounded"
+        )
     if family.experts and (of_floats or not symmetric):
         raise ValueError(
             "transformers reads experts from compressed-tensors on symmetric integer grids alone: "
@@ -229,12 +263,19 @@ def bits_for(weight: QuantizedWeight, containers: tuple[int, ...]) -> int | None
 
 @dataclass(frozen=True)
 class _Packing:
-    """The one grid of a model's codes, and the bits that each is stored in."""
+    """The one grid of a model's codes, and the bits that each is stored in.
+
+    Beside rounded `inputs` codes lie in a byte each, as kernels for them read them.
+    """
 
     bits: int
     symmetric: bool
     group_size: int | None
-    format = "pack-quantized"
+    inputs: bool
+
+    @property
+    def format(self) -> str:
+        return "int-quantized" if self.inputs else "pack-quantized"
 
     def unit(self, scale: Tensor) -> float:
         """Of integer grids there is none."""
@@ -242,8 +283,10 @@ class _Packing:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The tensors that stand for a weight."""
-        return ("packed", "scale", "shape") + (() if self.symmetric else ("zero_point",))
+        """What the names of the tensors that stand for a weight add to its own."""
+        if self.inputs:
+            return ("", "_scale")
+        return ("_packed", "_scale", "_shape") + (() if self.symmetric else ("_zero_point",))
 
     @property
     def scheme(self) -> QuantizationScheme:
@@ -254,7 +297,9 @@ class _Packing:
         weights = QuantizationArgs(
             num_bits=self.bits, type="int", symmetric=self.symmetric, **strategy
         )
-        return QuantizationScheme(targets=["Linear"], weights=weights)
+        tokens = QuantizationArgs(num_bits=INPUTS.bits, type="int", strategy="token", dynamic=True)
+        inputs = {"input_activations": tokens} if self.inputs else {}
+        return QuantizationScheme(targets=["Linear"], weights=weights, **inputs)
 
     def make(self, stored: _Stored, dtype: torch.dtype, kind: str, device: str) -> Tensor:
         """One of the tensors.
@@ -263,11 +308,13 @@ class _Packing:
         """
         weight = stored.weight
         shift = 0 if self.symmetric else 2 ** (self.bits - 1)
-        if kind == "packed":
+        if kind == "":
+            return weight.codes.to(device).contiguous()
+        if kind == "_packed":
             return self._packed(weight.codes.to(device, torch.int16) - shift, 1)
-        if kind == "zero_point":
+        if kind == "_zero_point":
             return self._packed(weight.zero.to(device) - shift, 0)
-        if kind == "scale":
+        if kind == "_scale":
             return weight.scale.to(device, dtype).contiguous()
         return torch.tensor(weight.codes.shape, device=device)
 
@@ -278,12 +325,14 @@ class _Packing:
         """
         weight = stored.weight
         shift = 0 if self.symmetric else 2 ** (self.bits - 1)
-        for kind, wanted, dim in (("packed", weight.codes, 1), ("zero_point", weight.zero, 0)):
+        if self.inputs and not torch.equal(read[""], weight.codes.cpu()):
+            return False
+        for kind, wanted, dim in (("_packed", weight.codes, 1), ("_zero_point", weight.zero, 0)):
             if kind in read:
                 found = unpack_from_int32(read[kind], self.bits, wanted.shape, packed_dim=dim)
                 if not torch.equal(found.float() + shift, wanted.cpu().float()):
                     return False
-        return torch.equal(read["scale"], weight.scale.to("cpu", read["scale"].dtype))
+        return torch.equal(read["_scale"], weight.scale.to("cpu", read["_scale"].dtype))
 
     def _packed(self, codes: Tensor, dim: int) -> Tensor:
         if codes.is_meta:  # compressed-tensors' own function needs values
@@ -310,8 +359,8 @@ class _Fp4Packing:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The tensors that stand for a weight."""
-        return ("packed", "scale") + (("global_scale",) if self.grid == "nvfp4" else ())
+        """What the names of the tensors that stand for a weight add to its own."""
+        return ("_packed", "_scale") + (("_global_scale",) if self.grid == "nvfp4" else ())
 
     @property
     def scheme(self) -> QuantizationScheme:
@@ -321,12 +370,12 @@ class _Fp4Packing:
     def make(self, stored: _Stored, dtype: torch.dtype, kind: str, device: str) -> Tensor:
         """One of the tensors; compressed-tensors divides a scale by the global one."""
         weight = stored.weight
-        if kind == "packed":
+        if kind == "_packed":
             rows, columns = weight.codes.shape
             if device == "meta":  # compressed-tensors' own function needs values
                 return torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
             return pack_fp4_to_uint8(weight.codes.to(device).float())
-        if kind == "global_scale":
+        if kind == "_global_scale":
             return torch.tensor([1 / stored.unit], device=device)
         scale = weight.scale.to(device) / stored.unit
         if self.grid == "mxfp4":
@@ -336,12 +385,12 @@ class _Fp4Packing:
     def same(self, stored: _Stored, read: dict[str, Tensor]) -> bool:
         """Whether compressed-tensors' own code unpacks these tensors to exactly this weight."""
         compressor = BaseCompressor.get_value_from_registry(self.format)
-        parts = {f"weight_{kind}": tensor for kind, tensor in read.items()}
+        parts = {f"weight{kind}": tensor for kind, tensor in read.items()}
         found = compressor.decompress(parts, self.scheme)["weight"]
         return torch.equal(found.float(), stored.weight.dense().cpu().float())
 
 
-def _packing(weights: dict[str, QuantizedWeight]) -> _Packing | _Fp4Packing:
+def _packing(weights: dict[str, QuantizedWeight], inputs: bool = False) -> _Packing | _Fp4Packing:
     """Raises ValueError where compressed-tensors can't hold these codes."""
     if len(grids := {grid_of(weight) for weight in weights.values()}) == 1 and grids <= {*FP4}:
         return _Fp4Packing(grids.pop())
@@ -362,4 +411,5 @@ def _packing(weights: dict[str, QuantizedWeight]) -> _Packing | _Fp4Packing:
         max(bits_for(weight, _CONTAINERS) for weight in weights.values()),
         symmetric.pop(),
         groups.pop() if groups else None,
+        inputs,
     )

@@ -34,7 +34,7 @@ from rotlib.checkpoints.folder import (
     write_marker,
 )
 from rotlib.checkpoints.gguf_file import NAME, GgufFile
-from rotlib.checkpoints.packed import Checkpoint
+from rotlib.checkpoints.packed import Checkpoint, check_inputs
 from rotlib.checks import one_of, yes_or_no
 from rotlib.disk import scratch_beside
 from rotlib.models.marks import is_quantized
@@ -43,6 +43,7 @@ from rotlib.models.supported import adapt
 from rotlib.models.walk import final_hidden
 from rotlib.models.zoo import bars_for_downloads_only
 from rotlib.precision import float32_everywhere
+from rotlib.quantization.activations import ActivationQuant, quantized_activations
 
 FORMATS = ("compressed-tensors", "gguf", "fused")
 CARD = "README.md"
@@ -72,16 +73,19 @@ def export(
     card: str = "",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    activations: ActivationQuant | None = None,
 ) -> Path:
     """Write the model, its tokenizer and its card (README.md) to a folder; returns the folder.
 
     What was written is compared with the model in memory, tensor by tensor and by its logits,
     before it gets its name. `overwrite` replaces an earlier export, and nothing else. `dtype` is of
     all that isn't packed, scales included (None: the model's own; bfloat16 beside 4-bit floats,
-    which compressed-tensors reads as that; GGUF has its own types). Raises
-    ValueError before writing anything for a folder that isn't empty (unless `overwrite`), too
-    little room on the disk, a model that needs online rotations, or one that the format can't hold;
-    RuntimeError, leaving nothing behind, where what was written reads back as something else.
+    which compressed-tensors reads as that; GGUF has its own types). `activations` is what whoever
+    runs it shall round (None: nothing), `ActivationQuant(bits=8, protocol="compressed-tensors")`;
+    codes then take a byte each. Raises ValueError before writing anything for a folder that isn't
+    empty (unless `overwrite`), too little room on the disk, a model that needs online rotations, or
+    one that the format can't hold; RuntimeError, leaving nothing behind, where what was written
+    reads back as something else.
 
     >>> from rotlib.quantization.grids import WeightQuant
     >>> from rotlib.quantization.quantized import rtn
@@ -99,6 +103,7 @@ def export(
             "which no plain checkpoint has: rotate it without them"
         )
     check_dtype(format, dtype)
+    inputs = check_inputs(format, activations)
     if not isinstance(card, str) or card.encode(errors="ignore").decode() != card:
         raise ValueError(f"the card is a text that UTF-8 holds, not {str(card)[:50]!r}")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -115,7 +120,7 @@ def export(
     if format == "gguf":
         content = GgufFile(model, tokenizer)
     else:
-        content = Checkpoint(model, tokenizer, dtype, packed=format != "fused")
+        content = Checkpoint(model, tokenizer, dtype, format != "fused", inputs)
     check_room(folder, content.size)
     with scratch_beside(folder, folder=True) as scratch:
         try:
@@ -132,7 +137,8 @@ def export(
                 f"are beyond what {format} holds, or the disk isn't sound"
             )
         dtype = model.dtype if format == "gguf" else content.dtype
-        _check_logits(model, scratch, format, dtype, _some_tokens(model, tokenizer))
+        tokens, activations = _some_tokens(model, tokenizer), activations or ActivationQuant()
+        _check_logits(model, scratch, format, dtype, tokens, activations)
         usual = (scratch / CARD).stat().st_mode  # safetensors lets nobody else read its files
         for name in entries_of(scratch):
             (scratch / name).chmod(usual)
@@ -181,7 +187,12 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _check_logits(
-    model: PreTrainedModel, folder: Path, format: str, dtype: torch.dtype, ids: Tensor
+    model: PreTrainedModel,
+    folder: Path,
+    format: str,
+    dtype: torch.dtype,
+    ids: Tensor,
+    activations: ActivationQuant,
 ) -> None:
     """Raises RuntimeError where transformers computes something else from the folder.
 
@@ -209,13 +220,14 @@ def _check_logits(
             f"transformers reads no {unread[0]} from the folder, so nothing was kept: the config "
             "doesn't announce it"
         )
-    if hasattr(model, "rotlib_device"):  # it goes to its device a layer at a time
-        with float32_everywhere(), family.on_device(family.lm_head):
-            hidden = final_hidden(family, ids)
-            wanted = torch.stack([family.lm_head(x.to(family.device)).cpu() for x in hidden])
-            wanted = wanted.double()
-    else:
-        wanted = _logits(model, ids)
+    with quantized_activations(model, activations):
+        if hasattr(model, "rotlib_device"):  # it goes to its device a layer at a time
+            with float32_everywhere(), family.on_device(family.lm_head):
+                hidden = final_hidden(family, ids)
+                wanted = torch.stack([family.lm_head(x.to(family.device)).cpu() for x in hidden])
+                wanted = wanted.double()
+        else:
+            wanted = _logits(model, ids)
     spread = wanted - wanted.mean(-1, keepdim=True)
     if not (spread.norm() > 0 and torch.isfinite(spread).all()):
         raise RuntimeError(
@@ -233,7 +245,9 @@ def _check_logits(
     del read
     allowed = max(_GGUF if format == "gguf" else _OFF[dtype], _OFF[model.dtype])
     if error > allowed and dtype.itemsize < model.dtype.itemsize:
-        allowed = max(allowed, _NOISE * off(deepcopy(model).to(dtype)))
+        narrower = deepcopy(model).to(dtype)
+        with quantized_activations(narrower, activations):
+            allowed = max(allowed, _NOISE * off(narrower))
     if not error < allowed:
         raise RuntimeError(
             "transformers computes other logits from the folder than the model has "

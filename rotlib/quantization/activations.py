@@ -4,8 +4,9 @@ The grids are those of the weights with a token in the place of an output channe
 are taken from each token as it comes ("dynamic"). The step is absmax/(2^(b−1)−1), or spans
 [min, max] with a rounded zero point, times a clip ratio. Papers differ in what they leave unsaid,
 so a `Protocol` says it for all arms of a table: QuaRot's and SpinQuant's as their public code has
-them, and this project's own, which clips by the bits: one step off each end of the range is much at
-4 bits and next to nothing at 8. Values are rounded and stay floating-point.
+them, that of runtimes which read compressed-tensors' checkpoints, and this project's own, which
+clips by the bits: one step off each end of the range is much at 4 bits and next to nothing at 8.
+Values are rounded and stay floating-point.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,19 +35,22 @@ class Protocol:
     """How activations meet their grid.
 
     `clip` None is 1 − 2^(1−bits). With `o_per_head` what o_proj reads has one scale a head, else
-    one a token. Keys and values have an asymmetric grid a head in every protocol.
+    one a token. Keys and values have an asymmetric grid a head in every protocol. `convention` is
+    `WeightQuant`'s.
     """
 
     symmetric: bool
     clip: float | None
     o_per_head: bool
     kv_clip: float
+    convention: str = "full"
 
 
 PROTOCOLS = {
     "quarot": Protocol(symmetric=True, clip=0.9, o_per_head=False, kv_clip=0.95),
     "spinquant": Protocol(symmetric=False, clip=1.0, o_per_head=True, kv_clip=1.0),
     "rotlib": Protocol(symmetric=False, clip=None, o_per_head=False, kv_clip=1.0),
+    "compressed-tensors": Protocol(True, 1.0, o_per_head=False, kv_clip=1.0, convention="half"),
 }
 
 
@@ -89,7 +93,8 @@ class ActivationQuant:
             return WeightQuant(grid=self.grid, clip_search=False), 1.0
         protocol = PROTOCOLS[self.protocol]
         clip = 1 - 2 ** (1 - self.bits) if protocol.clip is None else protocol.clip
-        return WeightQuant(self.bits, None, protocol.symmetric, "full", clip_search=False), clip
+        grid = self.bits, None, protocol.symmetric, protocol.convention
+        return WeightQuant(*grid, clip_search=False), clip
 
     def kv_grid(self) -> tuple[WeightQuant, float]:
         """The grid of one head's key or value and its clip ratio."""

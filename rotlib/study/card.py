@@ -40,6 +40,10 @@ _WITHOUT_R1 = (
     "is in the weights."
 )
 _IN_VLLM = " vLLM has kernels for its grid."
+_ROUNDS = (
+    " What the layers read is rounded to 8 bits, token by token, by whoever runs it "
+    "(`input_activations` in config.json)."
+)
 
 
 def model_card(recipe: Recipe, result: Result, format: str) -> str:
@@ -54,6 +58,7 @@ def model_card(recipe: Recipe, result: Result, format: str) -> str:
     settings["model"] = origin
     measured = result.metrics
     in_vllm = _IN_VLLM if format == "compressed-tensors" and _in_vllm(recipe) else ""
+    asked = _ROUNDS if recipe.of_runtime else ""
     bits = recipe.activation_bits
     rounded = f", with {bits}-bit activations" if bits < FULL else ""
     calibrated = f"{recipe.calibration_windows} x {recipe.window} tokens"
@@ -65,7 +70,7 @@ def model_card(recipe: Recipe, result: Result, format: str) -> str:
 # {origin}, {recipe.precision}, rotation: {recipe.rotation}
 
 Made by rotlib {version("rotlib")}.{_fused(recipe)}
-{_LOADED[format]}{in_vllm}{_dequantized(recipe.model)}
+{_LOADED[format]}{in_vllm}{asked}{_dequantized(recipe.model)}
 
 | {recipe.test_windows} x {recipe.window} tokens of {recipe.text} | original | this model |
 |---|---|---|
@@ -118,6 +123,8 @@ def _in_vllm(recipe: Recipe) -> bool:
     """
     if outline(recipe.model)[0].experts:
         return False
+    if recipe.of_runtime:  # whole rows of 8 bits everywhere, of 4 bits on Arm alone
+        return recipe.bits > 4 and recipe.group_size is None and recipe.convention != "signed"
     listed = recipe.grid not in FP4 and (recipe.symmetric or recipe.bits <= 4)
     return listed and recipe.convention != "signed" and recipe.group_size in (None, 32, 64, 128)
 

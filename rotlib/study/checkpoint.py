@@ -13,11 +13,12 @@ import torch
 
 from rotlib.checkpoints.folder import check_room, checked_folder
 from rotlib.checkpoints.gguf_file import check_family, check_holds, cut_of
-from rotlib.checkpoints.packed import check_experts_grid, check_fp4_dtype
+from rotlib.checkpoints.packed import INPUTS, check_fp4_dtype, check_grid, check_inputs
 from rotlib.checkpoints.write import FORMATS, check_dtype, check_vocabulary, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.content import weights_sample
 from rotlib.models.zoo import load_tokenizer, source_of
+from rotlib.quantization.activations import FULL
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import GRIDS
 from rotlib.study import memory
@@ -59,8 +60,9 @@ def export_recipe(
             "leave the online rotations out of the recipe"
         )
     family, _ = memory.outline(recipe.model)
+    inputs = check_inputs(format, recipe.of_runtime)
     if format == "compressed-tensors":
-        check_experts_grid(family, recipe.grid in FP4, recipe.symmetric)
+        check_grid(family, recipe.grid in FP4, recipe.symmetric, inputs)
     if format == "gguf":
         check_family(family)
         check_holds(family, recipe.quant)
@@ -92,7 +94,7 @@ def export_recipe(
             "recipe": spec_hash(recipe.spec()),
         }
     card = model_card(recipe, result, format)
-    return export(model, folder, format, tokenizer, card, dtype, overwrite)
+    return export(model, folder, format, tokenizer, card, dtype, overwrite, recipe.of_runtime)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,6 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--grid", default=GRIDS[0], choices=GRIDS, help="of a weight's numbers")
     parser.add_argument("--group-size", type=int, help="weights that share a scale; default: a row")
     parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(INPUTS.bits, FULL),
+        help="of what the layers read, rounded by whoever runs it; default: 16, not rounded",
+    )
+    parser.add_argument(
         "--format", default="compressed-tensors", choices=("compressed-tensors", "gguf")
     )
     parser.add_argument("--text", default=Recipe.text, help="that it is calibrated and measured on")
@@ -117,6 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     target = {name: options.pop(name) for name in ("folder", "format", "overwrite", "device")}
     try:
+        if options.pop("activation_bits") == INPUTS.bits:
+            options |= {"activation_bits": INPUTS.bits, "protocol": INPUTS.protocol}
         recipe = Recipe.of_quality(options.pop("quality"), **options)
         room = sum(memory.on_disk(recipe, target["format"]).values()) / memory.GB
         about = f"{memory.estimate(recipe).host / memory.GB:.1f} GB in all, {room:.1f} GB on disk"

@@ -260,7 +260,7 @@ def on_disk(
     sizes = {"embedding, head, norms": others * itemsize}
     if format == "fused":
         return sizes | {"weights": codes * itemsize}
-    bits = 4 if recipe.bits <= 4 else 8
+    bits = 4 if recipe.bits <= 4 and recipe.of_runtime is None else 8
     rows = sum(linear.out_features for linear in family.linears(0).values()) * len(family.layers)
     group = 32 if format == "gguf" else FP4.get(recipe.grid, recipe.group_size)
     scales = codes / group if group else rows

@@ -6,7 +6,7 @@ activations alone share their weights.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from rotlib.checks import inner_share, one_of, positive, share, whole_number, yes_or_no
 from rotlib.learning.network import PRESETS
@@ -322,6 +322,11 @@ class Recipe:
         )
 
     @property
+    def of_runtime(self) -> ActivationQuant | None:
+        """What a checkpoint of this recipe asks whoever runs it to round."""
+        return self.activations if self.protocol == "compressed-tensors" else None
+
+    @property
     def gptq_settings(self) -> dict:
         """What `gptq` is asked for besides the grid."""
         return {name: getattr(self, name) for name in _GPTQ}
@@ -397,6 +402,6 @@ class Recipe:
 
     def spec(self) -> dict:
         """What differs from the defaults; with `task`, this is the recipe's name in the store."""
-        default = {field.name: field.default for field in fields(self)}
-        given = {name: value for name, value in asdict(self).items() if value != default[name]}
+        values = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        given = {name: value for name, value, default in values if value != default}
         return {"task": "quantize"} | given

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import isfinite, nan, sqrt
 from statistics import fmean, geometric_mean, stdev
 
@@ -150,11 +150,16 @@ def machine_of(result: Result) -> str:
 def recipe_of(result: Result) -> Recipe:
     """The recipe that a result was computed from."""
     try:
-        return Recipe(**{name: value for name, value in result.spec.items() if name != "task"})
+        return _recipe(tuple(result.spec.items()))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the result {result.file} comes from another version of rotlib: delete it ({error})"
         ) from error
+
+
+@cache  # a table asks for the recipes of all results, again and again
+def _recipe(spec: tuple) -> Recipe:
+    return Recipe(**{name: value for name, value in spec if name != "task"})
 
 
 def arms(results: Iterable[Result]) -> list[Arm]:

@@ -219,7 +219,23 @@ def _tuning() -> dict:
     return numbers
 
 
-@canary("activations", activations.ActivationQuant, protocols=activations.PROTOCOLS, tolerance=2e-2)
+# what results have noted of these protocols
+_PROTOCOL = ("symmetric", "clip", "o_per_head", "kv_clip")
+_PAPERS = {
+    name: {setting: getattr(protocol, setting) for setting in _PROTOCOL}
+    for name, protocol in activations.PROTOCOLS.items()
+    if name != "compressed-tensors"
+}
+
+
+@canary(
+    "activations",
+    activations.ActivationQuant,
+    protocols=_PAPERS,
+    of_checkpoints=activations.PROTOCOLS["compressed-tensors"],
+    conventions={name: one.convention for name, one in activations.PROTOCOLS.items()},
+    tolerance=2e-2,
+)
 def _activations() -> dict:
     x, numbers = noise(2, 3, 16), {}
     for name in activations.PROTOCOLS:
@@ -227,6 +243,7 @@ def _activations() -> dict:
         for side, (grid, clip) in {"x": quant.input_grid(), "kv": quant.kv_grid()}.items():
             numbers[f"{name}, {side}"] = activations.round_tokens(x, grid, clip)
             numbers[f"{name}, {side}, clip"] = clip
+    quant = activations.ActivationQuant(bits=4)
     numbers["by heads"] = activations.round_tokens(x, *quant.input_grid(), 4)
     leaf = x.clone().requires_grad_()
     (activations.round_tokens(leaf, *quant.input_grid()) * x).sum().backward()
