@@ -8,10 +8,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import SHAPE, save_tiny_model, tiny_model
+from conftest import SHAPE, save_tiny_model, small_tokenizer, tiny_model
 
 import rotlib as rl
-from rotlib.models.zoo import load_tokenizer
 from rotlib.study.recipe import OWN
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -26,7 +25,7 @@ def examples() -> list[doctest.DocTest]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """The folder of a tiny model with the packaged tokenizer."""
+    """The folder of a tiny model with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_model(folder)
     return str(folder)
@@ -41,7 +40,7 @@ def test_an_example_prints_what_it_says(example, tiny, tmp_path, monkeypatch):
         "torch": torch,
         "model": tiny_model(dtype=torch.float32),
         "tokens": torch.randint(0, SHAPE["vocab_size"], (4, 32)),
-        "tokenizer": load_tokenizer("smollm2-135m"),
+        "tokenizer": small_tokenizer(),
         "tiny": tiny,
         "folder": tmp_path,
     }

@@ -12,6 +12,7 @@ from importlib import import_module
 import pytest
 import torch
 import yaml
+from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
 from conftest import CONFIGS, tiny_model
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
@@ -78,6 +79,19 @@ def test_a_rounding_that_no_checkpoint_can_ask_for_is_refused(tokens, tmp_path):
         with pytest.raises(ValueError, match=what):
             rl.export(model, tmp_path / "out", format=format, activations=activations)
     assert not list(tmp_path.iterdir())
+
+
+def test_transformers_reads_over_a_rotation_that_a_config_asks_for(tokens, tmp_path):
+    """So a checkpoint that needs R4 is refused: the day this fails, it can be written."""
+    folder = rl.export(quantized(rl.WeightQuant(), tokens), tmp_path / "out")
+    before = read_by_transformers(folder, tokens).logits
+    R4 = TransformArgs(targets=["re:.*down_proj$"], location="input")
+    scheme = TransformScheme(type="hadamard", apply=[R4], head_dim=16)
+    config = json.loads((folder / "config.json").read_text())
+    asked = TransformConfig(config_groups={"R4": scheme}).model_dump(mode="json")
+    config["quantization_config"]["transform_config"] = asked
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(read_by_transformers(folder, tokens).logits, before)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_sweep_runs_it_in_its_workers_and_the_tables_show_it_beside_hadamard(f
     path.write_text(
         "rotations: [cosine.py]\n" + text.replace("arms: [{}, {activation_bits: 8}]", "")
     )
-    assert sweep.main([str(path), "--workers", "2"]) == 0  # Ray's workers: test_faults.py
+    assert sweep.main([str(path), "--workers", "1"]) == 0  # Ray's workers: test_faults.py
     hadamard = next(recipe for recipe in read_sweep(path) if recipe.rotation == "hadamard")
     shown = tables.stored([hadamard], own=True)  # what notebooks ask for
     assert [arm.rotation for arm in shown] == ["hadamard", "cosine"]

@@ -36,6 +36,8 @@ GRIDS = {
     "W4, whole rows, signed scales": rl.WeightQuant(convention="signed"),
     "W4, groups of 64, asymmetric": rl.WeightQuant(group_size=64, symmetric=False),
     "W8, whole rows": rl.WeightQuant(bits=8),
+    "W8A8, whole rows": rl.WeightQuant(bits=8),
+    "W4A8, whole rows": rl.WeightQuant(),
     "NVFP4": rl.WeightQuant(grid="nvfp4"),
     "MXFP4": rl.WeightQuant(grid="mxfp4"),
 }
@@ -75,12 +77,15 @@ def test_vllm_computes_what_the_model_in_memory_does(name, windows, table, tmp_p
     if GRIDS[name]:
         rl.rtn(model, GRIDS[name])
     format = "compressed-tensors" if GRIDS[name] else "fused"
-    folder = rl.export(model, tmp_path / "out", format, tokenizer, dtype=torch.bfloat16)
+    how = {"bits": 8, "protocol": "compressed-tensors"} if "A8" in name else {}
+    asked = {"dtype": torch.bfloat16, "activations": rl.ActivationQuant(**how)}
+    folder = rl.export(model, tmp_path / "out", format, tokenizer, **asked)
     found = read(folder, windows, tmp_path / "found.json")
     if isinstance(found, str):
         table.append(f"| {name} | not read | {found} | |")
         pytest.skip(f"vLLM doesn't run it on a CPU: {found}")
-    logprobs = model(windows).logits[:, :-1].log_softmax(-1)
+    with rl.quantized_activations(model, asked["activations"]):
+        logprobs = model(windows).logits[:, :-1].log_softmax(-1)
     ours = logprobs.gather(-1, windows[:, 1:, None]).squeeze(-1)
     off = torch.tensor(found["logprobs"]) - ours
     one, mean = off.abs().mean().item(), off.mean().item()

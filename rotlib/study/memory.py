@@ -246,7 +246,7 @@ def on_disk(
 
     >>> sizes = on_disk(Recipe(model=tiny, group_size=16))
     >>> {kind: round(size) for kind, size in sizes.items()}
-    {'embedding, head, norms': 18875328, 'codes': 17664, 'scales': 8832}
+    {'embedding, head, norms': 148416, 'codes': 17664, 'scales': 8832}
     """
     family, _ = outline(recipe.model)
     head, model = family.lm_head.weight, family.model
