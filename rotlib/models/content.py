@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rotlib.disk import known_digest
-from rotlib.models.zoo import gguf_of, hub_commit, resolve
+from rotlib.models.names import gguf_of, hub_commit, resolve
 
 _FILES = (
     *("config.json", "**/*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"),

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rotlib.checks import one_of, token_ids, whole_number
 from rotlib.disk import folder_of
-from rotlib.models.zoo import on_hub
+from rotlib.models.names import on_hub
 
 WHOLE = 1024
 SPLITS = ("calibration", "test")

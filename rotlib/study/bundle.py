@@ -76,8 +76,8 @@ def pack(folder: Path, part_mb: int) -> None:
 
 def gather(place: Path) -> None:
     """The wheels, the packaged model's file and the text, in folders of these names."""
+    from rotlib.models.names import PACKAGED, package_folder
     from rotlib.models.text import CORPORA, SPLITS  # unpacking does without torch
-    from rotlib.models.zoo import PACKAGED, package_folder
 
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     pins = [re.search(rf"^{name}==\S+", lock, re.MULTILINE)[0] for name in WHEELS]

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from rotlib.models.zoo import PACKAGED, gguf_of
+from rotlib.models.names import PACKAGED, gguf_of
 from rotlib.quantization.activations import FULL
 from rotlib.quantization.fp4 import FP4
 from rotlib.study.files import spec_hash

@@ -17,7 +17,8 @@ from rotlib.checkpoints.packed import INPUTS, check_fp4_dtype, check_grid, check
 from rotlib.checkpoints.write import FORMATS, check_dtype, check_vocabulary, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.content import weights_sample
-from rotlib.models.zoo import load_tokenizer, source_of
+from rotlib.models.names import source_of
+from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.activations import FULL
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import GRIDS

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rotlib.disk import check_writable, folder_of
 from rotlib.models.content import model_content
+from rotlib.models.names import PACKAGED
 from rotlib.models.text import text_content
-from rotlib.models.zoo import PACKAGED
 
 # models and texts that are the same everywhere, and have an entry among the canaries
 PINNED = (*PACKAGED, "wikipedia-mini")

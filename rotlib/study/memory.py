@@ -25,10 +25,12 @@ from rotlib.learning.tuning import HELD_OUT
 from rotlib.measure.fidelity import CHUNK
 from rotlib.models.content import model_content
 from rotlib.models.families import Family, kind_of
+from rotlib.models.folder import config_of
 from rotlib.models.joined import open_joined
+from rotlib.models.names import one_sentence, resolve
 from rotlib.models.supported import adapt
 from rotlib.models.walk import BATCH_TOKENS
-from rotlib.models.zoo import config_of, free_memory, one_sentence, resolve
+from rotlib.models.zoo import free_memory
 from rotlib.quantization.fp4 import FP4
 from rotlib.study.files import PINNED
 from rotlib.study.recipe import LEARNED, THROUGH_NETWORK, Recipe

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rotlib.checks import inner_share, one_of, whole_number
 from rotlib.disk import check_writable
-from rotlib.models.zoo import pick_device, resolve
+from rotlib.models.names import resolve
+from rotlib.models.zoo import pick_device
 from rotlib.study.claims import claims
 from rotlib.study.figures import figures_folder
 from rotlib.study.files import check_results_folder

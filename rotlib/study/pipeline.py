@@ -27,10 +27,11 @@ from rotlib.learning.spinquant import spinquant
 from rotlib.learning.tuning import HELD_OUT, check_tunable, set_gains, tune
 from rotlib.measure.fidelity import evaluate
 from rotlib.models.content import weights_sample
+from rotlib.models.names import resolve
 from rotlib.models.reference import Reference
 from rotlib.models.supported import adapt
 from rotlib.models.text import fingerprint, load_tokens, windows
-from rotlib.models.zoo import load_tokenizer, pick_device, resolve
+from rotlib.models.zoo import load_tokenizer, pick_device
 from rotlib.quantization.activations import (
     ActivationQuant,
     check_activations,

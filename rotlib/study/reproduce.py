@@ -26,7 +26,7 @@ from tqdm import tqdm
 from traitlets.config import Config
 
 from rotlib.disk import ROOT, write_atomically, write_text
-from rotlib.models.zoo import resolve
+from rotlib.models.names import resolve
 from rotlib.study import claims, store
 from rotlib.study.files import results_folder
 from rotlib.study.notebook import check_given, check_type

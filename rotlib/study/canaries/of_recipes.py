@@ -6,7 +6,7 @@ from hashlib import sha256
 import torch
 
 from rotlib.disk import file_digest
-from rotlib.models import text, zoo
+from rotlib.models import text
 from rotlib.study import recipe
 from rotlib.study.canaries.register import Canary, canary
 
@@ -32,8 +32,8 @@ def _recipe() -> dict:
 
 def _packaged(name: str) -> dict:
     """The file that a packaged model is dequantized from; its tokenizer is in it."""
-    packaged = zoo.PACKAGED[name]
-    return {"file": file_digest(zoo.package_folder(packaged) / packaged.file)}
+    packaged = names.PACKAGED[name]
+    return {"file": file_digest(names.package_folder(packaged) / packaged.file)}
 
 
 def _wikipedia_mini() -> dict:
@@ -44,5 +44,5 @@ def _wikipedia_mini() -> dict:
 
 
 # what runs read besides code: the same bytes everywhere
-INPUTS = {name: Canary(partial(_packaged, name), {}, 0.0) for name in zoo.PACKAGED}
+INPUTS = {name: Canary(partial(_packaged, name), {}, 0.0) for name in names.PACKAGED}
 INPUTS["wikipedia-mini"] = Canary(_wikipedia_mini, {}, 0.0)

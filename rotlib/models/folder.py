@@ -1,0 +1,92 @@
+"""A model's own files: its config and its weights', checked before transformers reads them."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from rotlib.models.names import hub_commit
+
+# whatever a config asks for: other implementations may be code of the Hub, or compile first
+_ATTENTION = "sdpa"
+# of a config, what can't be zero
+_COUNTS = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+}
+
+
+def config_of(source: str) -> PreTrainedConfig:
+    """A model's config, under which torch's own attention runs."""
+    if (file := Path(source) / "config.json").is_file():
+        told = None
+        with suppress(ValueError):
+            told = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise ValueError("its config.json is not a valid JSON file of settings by name")
+        for name in _COUNTS & told.keys():
+            count = told[name]
+            if count is not None and (type(count) is not int or count < 1):
+                raise ValueError(f"its config.json says {name} {count!r}, no number above 0")
+        _check_kinds(told)
+    config = AutoConfig.from_pretrained(source, **safely(source))
+    config._attn_implementation = _ATTENTION
+    config.return_dict = True
+    return config
+
+
+def _check_kinds(told: dict) -> None:
+    """Raises ValueError for settings that transformers would fall over without naming them."""
+    if not isinstance(told.get("model_type"), str | None):
+        raise ValueError(f"its config.json says model_type {told['model_type']!r}, no word")
+    for name in ("dtype", "torch_dtype"):
+        dtype = told.get(name) or "float32"
+        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"its config.json says {name} {dtype!r}, no dtype of torch")
+    for of in ("rope_parameters", "rope_scaling"):
+        settings = told.get(of) or {}
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            if isinstance(value, str) and name not in ("rope_type", "type"):
+                raise ValueError(f"its config.json says {name} {value!r} in {of}, no number")
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError for weights that are whole numbers, or that stand in two files.
+
+    So it does where an index names files elsewhere, or other files than safetensors.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            "an adapter lies beside its weights (adapter_config.json), and isn't read with them: "
+            "merge it into them (peft's merge_and_unload), or take it away"
+        )
+    for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
+        told = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(told, dict) or not isinstance(told.get("weight_map"), dict):
+            raise ValueError(f"its {index.name} holds no weight_map")
+        for name in told["weight_map"].values():
+            if (
+                not isinstance(name, str)
+                or Path(name).name != name
+                or not name.endswith(".safetensors")
+            ):
+                raise ValueError(f"its {index.name} names {name!r}, no safetensors of this folder")
+    owner: dict[str, str] = {}
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - it is no dictionary
+                if owner.setdefault(key, file.name) != file.name:
+                    raise ValueError(f"its weight {key} is in {owner[key]} and in {file.name}")
+                if (dtype := weights.get_slice(key).get_dtype())[0] not in "FB" or dtype == "BOOL":
+                    raise ValueError(
+                        f"its weight {key} is of the type {dtype}, not of floating-point numbers"
+                    )
+
+
+def safely(source: str) -> dict:
+    """How transformers is asked for a model: none of its code is run, and one commit is read."""
+    pinned = {} if Path(source).is_dir() else {"revision": hub_commit(source)}
+    return {"trust_remote_code": False, **pinned}
