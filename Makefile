@@ -55,7 +55,7 @@ figures: $(READY)
 # the numbers that they left in results/local
 PYTEST := $(BIN)/pytest -n logical --dist loadfile --no-loadscope-reorder
 test test-fast: export OMP_NUM_THREADS := 1
-test: model
+test: $(READY)
 	env -u OMP_NUM_THREADS $(BIN)/python -c "import rotlib as rl; rl.make_rotation(\
 	rl.Recipe(rotation='optrot'), rl.load('smollm2-135m')[0])"
 	TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(PYTEST) --nbval notebooks/10_export.ipynb notebooks

@@ -14,7 +14,7 @@ from inspect import getsource
 # name: (module, what stands there, what a mutant has instead)
 MUTANTS = {
     "clip norm": ("quantization.grids", "CLIP_NORM = 2.4", "CLIP_NORM = 2.5"),
-    "clip factors": ("quantization.grids", "torch.arange(80) / 100", "torch.arange(80) / 101"),
+    "clip factors": ("quantization.grids", 'device="cpu") / 100', 'device="cpu") / 101'),
     "search steps": ("quantization.grids", "range(0, 80, 8)", "range(0, 80, 10)"),
     "unclipped step": ("quantization.grids", '"half": 0.5', '"half": 0.25'),
     "zero point not rounded": ("quantization.grids", "scale, 1)).round()", "scale, 1))"),

@@ -81,7 +81,9 @@ class GgufFile:
         """`NAME`, with the tokenizer inside."""
         config = self._family.config
         writer = gguf.GGUFWriter(folder / NAME, ARCHITECTURES[config.model_type])
-        writer.add_name(Path(str(config.name_or_path or "")).name or config.model_type)
+        name = Path(str(config.name_or_path or "")).name or config.model_type
+        # transformers takes this very name for an architecture that GGUF hasn't
+        writer.add_name("Mistral" if name == "mistral" else name)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)

@@ -140,7 +140,7 @@ class Checkpoint:
                 make = partial(self._packing.make, self._codes[name], self.dtype)
                 parts |= {written + kind: partial(make, kind) for kind in self._packing.kinds}
             elif name not in self._tied:
-                parts[written] = partial(tensor.to, dtype=self.dtype)
+                parts[written] = partial(_whole, tensor, self.dtype)
         return parts
 
     def _on_disk(self, name: str) -> str:
@@ -169,6 +169,10 @@ class Checkpoint:
             if not self._packing.symmetric:
                 config.quantization_config["dequantize"] = True
         return config
+
+
+def _whole(tensor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    return tensor.to(device, dtype).contiguous()
 
 
 def check_fp4_dtype(dtype: torch.dtype | None) -> None:

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import psutil
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -95,7 +96,7 @@ def export(
     """
     one_of("format", format, FORMATS)
     yes_or_no("overwrite", overwrite)
-    adapt(model)
+    family = adapt(model)
     check_not_rounding(model)
     if online := getattr(model.config, "rotlib_online", None):
         raise ValueError(
@@ -110,6 +111,8 @@ def export(
         raise ValueError(f"the tokenizer must be of transformers, not a {type(tokenizer).__name__}")
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
+    if family.experts and (dtype or model.dtype) == torch.float64 and format != "gguf":
+        raise ValueError("transformers runs no experts in float64: pass dtype=torch.float32")
     if format == "fused" and is_quantized(model):
         raise ValueError(
             "this model is quantized already: 'fused' writes the rotated model before that, "
@@ -125,7 +128,8 @@ def export(
     with scratch_beside(folder, folder=True) as scratch:
         try:
             content.write(scratch)
-        except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # transformers' own
+        # transformers' own, or a full disk's
+        except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise RuntimeError(
                 f"the checkpoint can't be written, so nothing was kept: {reason}"
@@ -148,11 +152,18 @@ def export(
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Raises ValueError for a tokenizer with more tokens than the model."""
+    """Raises ValueError for a tokenizer with other tokens than the model, or none."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"this tokenizer has {len(tokenizer)} tokens and the model "
             f"{config.vocab_size}: it belongs to another model"
+        )
+    largest = max(tokenizer.get_vocab().values(), default=None)
+    if largest is None or largest >= config.vocab_size:
+        found = "no tokens" if largest is None else f"a token {largest}"
+        raise ValueError(
+            f"this tokenizer has {found}, and the model those from 0 to {config.vocab_size - 1}: "
+            "it belongs to another model"
         )
 
 
@@ -178,7 +189,12 @@ def _some_tokens(
     length = max(2, min(256, model.config.max_position_embeddings))
     if tokenizer is None:
         return (torch.arange(2 * length) * 7919 % model.config.vocab_size).view(2, length)
-    ids = tokenizer(_TEXT, return_tensors="pt", verbose=False).input_ids[0]
+    try:
+        ids = tokenizer(_TEXT, return_tensors="pt", verbose=False).input_ids[0]
+    except Exception:  # whatever a tokenizer raises that doesn't know all letters
+        ids = torch.tensor([])
+    if len(ids.unique()) < 2:
+        return _some_tokens(model, None)
     return ids.repeat(2 * length // len(ids) + 1)[: 2 * length].view(2, length)
 
 
@@ -232,7 +248,7 @@ def _check_logits(
     if not (spread.norm() > 0 and torch.isfinite(spread).all()):
         raise RuntimeError(
             "this model's logits are all alike, or no numbers, so nothing was kept: its config is "
-            "of another model"
+            "of another model, or its states are beyond float16 (load it in float32)"
         )
 
     def off(other: PreTrainedModel) -> float:

@@ -215,7 +215,8 @@ def learn_through(
     with torch.enable_grad(), quantized_activations(student.model, activations):
         for step in tqdm(range(preset.steps), desc="learning", unit="step"):
             if len(order) < preset.batch:
-                order += torch.randperm(len(calibration), generator=generator).tolist()
+                mixed = torch.randperm(len(calibration), generator=generator, device="cpu")
+                order += mixed.tolist()
             batch, order = order[: preset.batch], order[preset.batch :]
             rotation = optimizer.rotation
             with coarse_products():

@@ -86,7 +86,9 @@ def token_matrices(
     runs once, as it is.
     """
     length = calibration.shape[1]
-    order = torch.randperm(calibration.numel(), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(
+        calibration.numel(), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )
     order = torch.cat([torch.arange(0, calibration.numel(), length), order[order % length > 0]])
     chosen = order[:tokens].sort().values
     samples: dict[tuple[str, int], list[Tensor]] = {}

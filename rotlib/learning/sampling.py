@@ -84,11 +84,11 @@ class RowSampler:
         Every row comes as often as it should, to within one.
         """
         count = STEPS_A_DRAW * self._size
-        offset = torch.rand(1, generator=self._generator, dtype=torch.float64)
+        offset = torch.rand(1, generator=self._generator, dtype=torch.float64, device="cpu")
         points = (torch.arange(count) + offset) / count
         chosen = torch.searchsorted(self._cumulative, points).clamp_(max=len(self._cumulative) - 1)
         bounds = torch.searchsorted(chosen, self._starts).tolist()
-        place = torch.randperm(count, generator=self._generator).to(self._device)
+        place = torch.randperm(count, generator=self._generator, device="cpu").to(self._device)
         width = rotation.R1.shape[-1] * (len(rotation.R1) if rotation.R1.ndim == 3 else 1)
         dtype = slope_dtype(self._device)
         self._rows = torch.empty(count, self._unit, width, device=self._device, dtype=dtype)

@@ -78,8 +78,9 @@ def starting_point(
         check_has_R1(family, "local")
     # copies: learning may move them in place
     there = {"device": family.device, "dtype": torch.float32, "copy": True}
-    R1 = (as_blocks if local else as_matrix)(start.R1).to(**there) if family.has_R1 else None
-    return Rotation(R1, start.R2.to(**there), R3, R4)
+    R1 = (as_blocks if local else as_matrix)(start.R1) if family.has_R1 else None
+    R1 = None if R1 is None else R1.detach().to(**there)
+    return Rotation(R1, start.R2.detach().to(**there), R3, R4)
 
 
 def finished(rotation: Rotation) -> Rotation:

@@ -234,7 +234,7 @@ def _order(count: int, steps: int) -> list[int]:
     """Which window each step reads: all of them before any of them again."""
     generator, windows = torch.Generator().manual_seed(0), []
     while len(windows) < steps:
-        windows += torch.randperm(count, generator=generator).tolist()[::-1]
+        windows += torch.randperm(count, generator=generator, device="cpu").tolist()[::-1]
     return windows
 
 

@@ -171,9 +171,9 @@ class Family:
         Folding the final norm needs it.
         """
         if self.lm_head.weight.data_ptr() == self.embedding.weight.data_ptr():
-            self.lm_head.weight = nn.Parameter(
-                self.embedding.weight.detach().clone(), requires_grad=False
-            )
+            with torch.inference_mode(False):  # else nothing could change it any more
+                own = self.embedding.weight.detach().clone()
+                self.lm_head.weight = nn.Parameter(own, requires_grad=False)
         self.config.tie_word_embeddings = False
 
 

@@ -207,6 +207,8 @@ def one_sentence(name: str, what: str = "causal language model"):
                 "the weights of its experts don't belong together: one is missing, of another "
                 "shape, or there twice"
             )
+        if "use_safetensors" in reason:
+            reason = "no *.safetensors of it are to be had: other files may run code"
         if isinstance(error, SafetensorError):
             reason += ": the weights are damaged, or only a pointer to them: download them again"
         raise ValueError(

@@ -6,6 +6,8 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import all_finite
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_sound(model: PreTrainedModel) -> None:
     """Raises ValueError where a model is training, or its parameters aren't finite numbers.
@@ -16,7 +18,12 @@ def check_sound(model: PreTrainedModel) -> None:
     if len(kinds) > 1:
         found = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
         raise ValueError(f"this model has parameters of several dtypes, {found}: give it one")
-    _check_surroundings()
+    if not kinds.keys() <= {*map(str, _DTYPES)}:
+        raise ValueError(
+            f"this model's parameters are of {next(iter(kinds))}, which nothing is computed in: "
+            "load it in float32, or in 16 bits"
+        )
+    check_surroundings()
     if getattr(model.config, "return_dict", True) is False:
         raise ValueError("the config's return_dict is false, where outputs have no names: set it")
     if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -38,7 +45,7 @@ def check_sound(model: PreTrainedModel) -> None:
             )
 
 
-def _check_surroundings() -> None:
+def check_surroundings() -> None:
     """Raises ValueError for settings of torch under which numbers come out otherwise."""
     if torch.get_default_dtype() != torch.float32:
         raise ValueError(

@@ -41,15 +41,28 @@ def adapt(model: PreTrainedModel) -> Family:
                     reason = "isn't opened into its parts: load the model with rl.load"
                 raise ValueError(_refusal(model, stranger, reason))
             _check_one_meaning(model)
+            _check_not_dispatched(model)
             _check_shapes(found := family(model))
             _check_code(model)
             _check_still_folded(found)
             return found
     if stranger := _stranger(model, Family):
         raise ValueError(_refusal(model, stranger, "has no place in the layouts it knows"))
+    if not len(model.model.layers):
+        raise ValueError(_refusal(model, "model.layers", "holds no layer"))
     norm = type(model.model.layers[0].get_submodule(Family.norm_paths["attention_norm"])).__name__
     reason = f"is a {norm}, whose gain it doesn't know how to fold"
     raise ValueError(_refusal(model, "model.layers.0.input_layernorm", reason))
+
+
+def _check_not_dispatched(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose layers accelerate moves about while it runs."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name or 'the model'} is moved about by accelerate: load the model without "
+                "device_map (rl.load sends its layers to a device that is too small for all)"
+            )
 
 
 def _check_code(model: PreTrainedModel) -> None:
@@ -77,7 +90,8 @@ def _check_still_folded(family: Family) -> None:
     if rotated and not gain.is_meta and not (gain == 1).all():
         raise ValueError(
             "this model is marked as rotated, and its final norm isn't folded: other weights were "
-            "loaded into it; load the model anew"
+            "loaded into it (load the model anew), or it was trained since (take rotlib_rotated "
+            "out of its config, and it is a model like any other)"
         )
 
 
@@ -98,6 +112,12 @@ def _check_one_meaning(model: PreTrainedModel) -> None:
             "this model was copied inside quantized_activations, so nothing stops its rounding: "
             "copy it outside"
         )
+    for mark in ("rotlib_rotated", "rotlib_quantized", "rotlib_unfinished"):
+        if getattr(model.base_model.config, mark, False) != getattr(model.config, mark, False):
+            raise ValueError(
+                "this model shares its layers with a copy that was rotated or quantized: copy a "
+                "model with copy.deepcopy, and load the original again"
+            )
     ends = {"model.embed_tokens.weight", "lm_head.weight"}  # these may be one
     for one, other in pairwise(sorted(_places(model))):
         same = one[:3] == other[:3] and {one.name, other.name} == ends
@@ -169,9 +189,10 @@ def _check_shapes(family: Family) -> None:
         if type(count) is not int or count < 1:
             raise ValueError(f"the config's {name} is {count!r}, no number above 0")
     types = getattr(config, "layer_types", None)
-    if types is not None and len(types) < len(family.layers):
+    if types is not None and len(types) != len(family.layers):
         raise ValueError(
-            f"the config's layer_types are {len(types)}, and there are {len(family.layers)} layers"
+            f"the config's layer_types are {len(types)}, and there are {len(family.layers)} "
+            "layers: give it one a layer"
         )
     if config.num_attention_heads % family.kv_heads:
         raise ValueError(

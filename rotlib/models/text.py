@@ -67,7 +67,11 @@ def load_tokens(
     check_tokenizer(tokenizer)
     text = CORPORA[name](split)
     _check_text(name, split, text)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    try:
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    except Exception as error:  # whatever a tokenizer raises that doesn't know all letters
+        reason = " ".join(str(error).split())
+        raise ValueError(f"this tokenizer can't cut the text {name}: {reason}") from error
     return ids[: len(ids) // WHOLE * WHOLE] if len(ids) >= WHOLE else ids
 
 
@@ -129,7 +133,11 @@ def windows(
     if seed is None:
         return cut[:count]
     whole_number("seed", seed, 0)
-    return cut[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]
+    return cut[
+        torch.randperm(available, generator=torch.Generator().manual_seed(seed), device="cpu")[
+            :count
+        ]
+    ]
 
 
 def text_content(name: str) -> str:

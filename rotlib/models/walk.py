@@ -28,7 +28,7 @@ _WAITING = 4, 2
 
 NOT_FINITE = (
     "this model computes NaN or infinite states, though its weights are finite: its config.json is "
-    "of another model"
+    "of another model, or they are beyond float16 (load it in float32)"
 )
 
 # what a decoder layer is called with: hidden states, and keywords by the type of the layer: masks

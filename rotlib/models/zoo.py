@@ -22,6 +22,8 @@ from rotlib.models.names import one_sentence, resolve, source_of
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # a buffer that old checkpoints hold, and transformers computes
 _RECOMPUTED = "rotary_emb.inv_freq"
+# any of them is a tokenizer's
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 # a device must have room for so many copies of a model's weights: learning holds a second one, and
 # the rest is for work
 _COPIES = 2.5
@@ -101,6 +103,12 @@ def free_memory(device: torch.device) -> int:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; raises like `rl.load`."""
     source = resolve(name)
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZERS):
+        raise ValueError(
+            f"the folder {name!r} holds no tokenizer ({', '.join(_TOKENIZERS)}): save the model's "
+            "there, tokenizer.save_pretrained(folder)"
+        )
     with one_sentence(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **safely(source))
     if not len(tokenizer):

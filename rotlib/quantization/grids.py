@@ -32,7 +32,8 @@ from rotlib.quantization.fp4 import (
 
 CLIP_NORM = 2.4
 HIGH_POWER = 4.0
-CLIP_FACTORS = 1.0 - torch.arange(80) / 100  # 1.00 … 0.21
+# 1.00 … 0.21, whatever torch's defaults were when this was imported
+CLIP_FACTORS = 1.0 - torch.arange(80, dtype=torch.float32, device="cpu") / 100
 # coarse to fine: steps from the best so far
 SEARCH = (tuple(range(0, 80, 8)), (-6, -4, -2, 0, 2, 4, 6), (-1, 0, 1))
 # entries searched at a time: temporaries stay in a processor's cache, and fill a GPU

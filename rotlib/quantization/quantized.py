@@ -79,8 +79,10 @@ def restore(
     for name, weight in weights.items():
         check_on_grid(name, weight, quant, model.dtype)
     with changing(model, "rotlib_quantized"):
-        for name, weight in weights.items():
-            set_weight(linears[name], weight)
+        for name, (codes, *others) in weights.items():
+            # whatever reads a checkpoint multiplies in 32 bits
+            wide = (one if one.itemsize > 4 else one.float() for one in others)
+            set_weight(linears[name], QuantizedWeight(codes, *wide))
     return model
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rotlib.checks import one_of, whole_number, yes_or_no
 from rotlib.models.families import Family
+from rotlib.models.sound import check_surroundings
 from rotlib.models.supported import adapt, check_has_R1
 from rotlib.rotations.hadamard import BlockHadamard, block_sizes, walsh_order
 from rotlib.rotations.rotation import Rotation
@@ -117,6 +118,7 @@ def sampled(
     R1 is left out where the residual stream can't be turned.
     """
     whole_number("seed", seed, 0)
+    check_surroundings()
     generator = Generator().manual_seed(seed)
     R1 = sample_R1(family.width, generator) if family.has_R1 else None
     layers, heads = len(family.layers), family.kv_heads
@@ -139,10 +141,12 @@ def random_hadamard(n: int, generator: Generator) -> Float[Tensor, "n n"]:
 
 def random_orthogonal(n: int, generator: Generator) -> Float[Tensor, "n n"]:
     """Haar-distributed: QR of a Gaussian with the signs of diag(R) fixed (math-ph/0609050)."""
-    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    Q, R = torch.linalg.qr(
+        torch.randn(n, n, generator=generator, dtype=torch.float64, device="cpu")
+    )
     return Q * R.diagonal().sign()
 
 
 def random_signs(n: int, generator: Generator) -> Float[Tensor, " n"]:
     """±1, evenly."""
-    return torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64) * 2 - 1
+    return torch.randint(0, 2, (n,), generator=generator, dtype=torch.float64, device="cpu") * 2 - 1

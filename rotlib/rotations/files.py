@@ -109,6 +109,7 @@ def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:
         R is None or getattr(R, "layout", torch.strided) != torch.strided for R in held.values()
     ):
         raise ValueError(f"{file} must hold dense tensors")
+    held = {name: R.detach() if isinstance(R, torch.Tensor) else R for name, R in held.items()}
     R2 = [held[name] for name in map(_R2.format, range(layers)) if name in held]
     if len(R2) not in (0, layers):
         raise ValueError(f"{file} holds R2 of {len(R2)} layers, and this model has {layers}")

@@ -25,7 +25,7 @@ from rotlib.checks import floats, whole_number
 
 LARGEST = 2**20  # far above any width; the search for neighbours of an impossible order stays short
 MOST_ROWS = 2**16  # of a matrix that is written out
-_SYLVESTER = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+_SYLVESTER = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8, device="cpu")
 _ONE = _SYLVESTER[:1, :1]
 _INDICES = (torch.int32, torch.int64)
 _SIGNS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int64)

@@ -18,6 +18,7 @@ from rotlib.study.figures import figures_folder
 from rotlib.study.files import check_results_folder
 from rotlib.study.memory import check_fits
 from rotlib.study.recipe import QUALITIES, Recipe
+from rotlib.study.suits import check_suits
 
 PARAMETERS = {
     "model": str,
@@ -90,6 +91,7 @@ def check_given(given: dict[str, object]) -> Recipe:
     if "text" in given:
         resolve(recipe.model)
     if "test_windows" in given and given.get("seeds", [0]):  # without seeds nothing is run
+        check_suits(recipe)
         check_fits(recipe, pick_device())
     return recipe
 

@@ -29,6 +29,7 @@ from rotlib.measure.fidelity import evaluate
 from rotlib.models.content import weights_sample
 from rotlib.models.names import resolve
 from rotlib.models.reference import Reference
+from rotlib.models.sound import check_surroundings
 from rotlib.models.supported import adapt
 from rotlib.models.text import fingerprint, load_tokens, windows
 from rotlib.models.zoo import load_tokenizer, pick_device
@@ -86,6 +87,7 @@ def run_all(recipes: Iterable[Recipe], device: str = "auto", run: bool = True) -
     yes_or_no("run", run)
     if not run:
         return [store.known(recipe.spec()) for recipe in recipes]
+    check_surroundings()
     picked = pick_device(device)
     for name in {recipe.model for recipe in recipes}:
         resolve(name)
@@ -113,6 +115,7 @@ def build(recipe: Recipe, device: str = "auto") -> tuple[PreTrainedModel, PreTra
     True
     """
     check_recipe("build", recipe)
+    check_surroundings()
     numerics.check(numerics.stages_of(recipe.spec()))
     memory.check_fits(recipe, pick_device(device))
     calibration = calibration_tokens(recipe)

@@ -64,6 +64,8 @@ _ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol",
 # what was kept before there were these settings keeps its name
 _LATER = ("lr", "activation_grid", "clip_norm", "learned_bits")
 
+_PLAIN = {str: str.__str__, int: int.__int__, float: float.__float__}
+
 SHIPPED = ("none", *DRAWN, "gsr", *LEARNED, "klt")  # the rotations that come with rotlib
 # rotations of one's own, by name: `own.register_rotation` fills it
 OWN: dict[str, Callable[..., Rotation]] = {}
@@ -149,6 +151,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
+        for field in fields(self):  # a scalar of numpy's, or of an enum, goes into no file
+            value = getattr(self, field.name)
+            for kind, plain in _PLAIN.items():
+                if isinstance(value, kind) and type(value) not in (bool, kind):
+                    object.__setattr__(self, field.name, plain(value))
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"a model is named by a string, not {self.model!r}")
         choices = {

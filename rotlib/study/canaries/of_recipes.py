@@ -6,7 +6,7 @@ from hashlib import sha256
 import torch
 
 from rotlib.disk import file_digest
-from rotlib.models import text
+from rotlib.models import names, text
 from rotlib.study import recipe
 from rotlib.study.canaries.register import Canary, canary
 
