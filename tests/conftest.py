@@ -133,11 +133,11 @@ def tiny_model(
     return open_joined(model)
 
 
-def save_tiny_model(folder: Path, name: str = "llama") -> None:
+def save_tiny_model(folder: Path, name: str = "llama", **settings: object) -> None:
     """A random model of that configuration in a folder, with a tokenizer of few tokens."""
     tokenizer = small_tokenizer()
     config = deepcopy((CONFIGS | POST_NORM)[name])
-    config.vocab_size = len(tokenizer)
+    config.update({"vocab_size": len(tokenizer)} | settings)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -184,7 +184,7 @@ def test_several_models_leave_a_folder_each_and_an_index_of_verdicts(tmp_path, m
     """A notebook that fails for one model is said there, and the other's runs."""
     models = {"plain": str(tmp_path / "plain"), "odd": str(tmp_path / "odd")}
     for folder in models.values():
-        save_tiny_model(Path(folder))
+        save_tiny_model(Path(folder), max_position_embeddings=1024)
     monkeypatch.setenv("ROTLIB_RESULTS", str(tmp_path / "results"))
     monkeypatch.setenv("ROTLIB_FIGURES", str(tmp_path / "figures"))
     ran = []
