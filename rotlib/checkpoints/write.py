@@ -62,6 +62,8 @@ _TEXT = (
     "new ones; within thirty years it had published nearly two thousand charts. Some of the "
     "numbers are still in use, although the sand has moved since then."
 )
+# what transformers raises, and a full disk
+_UNWRITTEN = (OSError, OverflowError, RuntimeError, SafetensorError, TypeError, ValueError)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -128,8 +130,7 @@ def export(
     with scratch_beside(folder, folder=True) as scratch:
         try:
             content.write(scratch)
-        # transformers' own, or a full disk's
-        except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        except _UNWRITTEN as error:
             reason = " ".join(str(error).split())[:300]
             raise RuntimeError(
                 f"the checkpoint can't be written, so nothing was kept: {reason}"
