@@ -123,8 +123,8 @@ def _in_vllm(recipe: Recipe) -> bool:
     """
     if outline(recipe.model)[0].experts:
         return False
-    if recipe.of_runtime:  # whole rows of 8 bits everywhere, of 4 bits on Arm alone
-        return recipe.bits > 4 and recipe.group_size is None and recipe.convention != "signed"
+    if recipe.of_runtime:
+        return recipe.group_size is None and recipe.convention != "signed"
     listed = recipe.grid not in FP4 and (recipe.symmetric or recipe.bits <= 4)
     return listed and recipe.convention != "signed" and recipe.group_size in (None, 32, 64, 128)
 
