@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 _LARGEST = sys.float_info.max
+# what is computed in
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def whole_number(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:

@@ -4,9 +4,7 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from rotlib.checks import all_finite
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from rotlib.checks import FLOATS, all_finite
 
 
 def check_sound(model: PreTrainedModel) -> None:
@@ -18,7 +16,7 @@ def check_sound(model: PreTrainedModel) -> None:
     if len(kinds) > 1:
         found = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
         raise ValueError(f"this model has parameters of several dtypes, {found}: give it one")
-    if not kinds.keys() <= {*map(str, _DTYPES)}:
+    if not kinds.keys() <= {*map(str, FLOATS)}:
         raise ValueError(
             f"this model's parameters are of {next(iter(kinds))}, which nothing is computed in: "
             "load it in float32, or in 16 bits"

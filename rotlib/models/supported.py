@@ -41,9 +41,8 @@ def adapt(model: PreTrainedModel) -> Family:
                     reason = "isn't opened into its parts: load the model with rl.load"
                 raise ValueError(_refusal(model, stranger, reason))
             _check_one_meaning(model)
-            _check_not_dispatched(model)
-            _check_shapes(found := family(model))
             _check_code(model)
+            _check_shapes(found := family(model))
             _check_still_folded(found)
             return found
     if stranger := _stranger(model, Family):
@@ -55,19 +54,14 @@ def adapt(model: PreTrainedModel) -> Family:
     raise ValueError(_refusal(model, "model.layers.0.input_layernorm", reason))
 
 
-def _check_not_dispatched(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model whose layers accelerate moves about while it runs."""
+def _check_code(model: PreTrainedModel) -> None:
+    """Raises ValueError for a module whose class computes something that nobody here has read."""
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise ValueError(
                 f"{name or 'the model'} is moved about by accelerate: load the model without "
                 "device_map (rl.load sends its layers to a device that is too small for all)"
             )
-
-
-def _check_code(model: PreTrainedModel) -> None:
-    """Raises ValueError for a module whose class computes something that nobody here has read."""
-    for name, module in model.named_modules():
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"{name or 'the model'} was compiled in place (module.compile()), and compiled "

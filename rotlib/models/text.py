@@ -133,11 +133,8 @@ def windows(
     if seed is None:
         return cut[:count]
     whole_number("seed", seed, 0)
-    return cut[
-        torch.randperm(available, generator=torch.Generator().manual_seed(seed), device="cpu")[
-            :count
-        ]
-    ]
+    generator = torch.Generator().manual_seed(seed)
+    return cut[torch.randperm(available, generator=generator, device="cpu")[:count]]
 
 
 def text_content(name: str) -> str:

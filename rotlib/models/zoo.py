@@ -15,11 +15,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rotlib.checks import FLOATS
 from rotlib.models.folder import check_files, config_of, safely
 from rotlib.models.joined import open_joined
 from rotlib.models.names import one_sentence, resolve, source_of
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # a buffer that old checkpoints hold, and transformers computes
 _RECOMPUTED = "rotary_emb.inv_freq"
 # any of them is a tokenizer's
@@ -38,7 +38,7 @@ def open_model(
     """
     source = resolve(name)
     device = pick_device(device)
-    if dtype not in _DTYPES:
+    if dtype not in FLOATS:
         raise ValueError(
             f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}"
         )

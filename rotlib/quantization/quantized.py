@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rotlib.checks import shown
+from rotlib.checks import FLOATS, shown
 from rotlib.models.families import Family
 from rotlib.models.marks import changing, is_quantized
 from rotlib.models.sound import check_sound
@@ -14,8 +14,6 @@ from rotlib.models.supported import adapt
 from rotlib.quantization.fp4 import E4M3, FP4, UNIT_SPAN
 from rotlib.quantization.grids import GRIDS, QuantizedWeight, WeightQuant, round_to_nearest
 from rotlib.rotations.rotation import check_sizes, placed_weights
-
-_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @torch.no_grad()
@@ -157,7 +155,7 @@ def check_on_grid(
     codes, scale, zero = weight
     if not all(part.layout == torch.strided and not part.is_meta for part in weight):
         raise ValueError(f"the quantized weight {name} holds no values: it is meta or sparse")
-    if not all(part.dtype in _SCALES for part in (scale, zero)):
+    if not all(part.dtype in FLOATS for part in (scale, zero)):
         raise ValueError(
             f"the quantized weight {name} has scales of {scale.dtype} and zero points of "
             f"{zero.dtype}: both must be of a floating-point type"
