@@ -121,6 +121,10 @@ def export(
             "for another quantizer"
         )
     check_sound(model)
+    try:
+        model.config.to_json_string()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the model's config can't be written as JSON: {error}") from error
     folder = checked_folder(folder, overwrite, source=model.config.name_or_path)
     if format == "gguf":
         content = GgufFile(model, tokenizer)

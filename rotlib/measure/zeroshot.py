@@ -83,7 +83,7 @@ def zero_shot(
     called as it is: R3, R4 and an open `quantized_activations` stay at work. `limit` takes the
     first items of every task; None is all of them, and 300 of the offline tasks, which are cut from
     `text`. Raises ValueError for an unknown list or task, a task without accuracy, a dataset out of
-    reach, or a tokenizer of another model.
+    reach, choices that are longer than the model's context, or a tokenizer of another model.
 
     >>> zero_shot(model, tokenizer, ["last_word"], limit=4).items
     {'last_word': 4}
@@ -108,7 +108,13 @@ def zero_shot(
         own = deepcopy(tokenizer)  # it is given a pad token
         harness = HFLM(pretrained=model, tokenizer=own, batch_size=batch)
         asked = {"limit": limit, "log_samples": False, "bootstrap_iters": 0}
-        found = evaluate(harness, {"tasks": loaded}, **asked)["results"]
+        try:
+            found = evaluate(harness, {"tasks": loaded}, **asked)["results"]
+        except AssertionError as error:  # lm-eval's, before the model is called, without a word
+            raise ValueError(
+                f"a choice of these tasks is longer than the model's context of "
+                f"{harness.max_length} tokens: take tasks with shorter ones"
+            ) from error
     choices = {
         name: list(Counter(request.doc_id for request in task.instances).values())
         for name, task in loaded.items()

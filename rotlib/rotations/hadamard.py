@@ -45,7 +45,7 @@ def hadamard(n: int) -> Float[Tensor, "n n"]:
     if n > MOST_ROWS:
         gigabytes = 8 * n * n / 1e9
         raise ValueError(f"a matrix of order {n} takes {gigabytes:.0f} GB: use apply_hadamard")
-    return reduce(torch.kron, factors, _ONE).double() / sqrt(n)
+    return reduce(torch.kron, factors, _ONE).double().div_(sqrt(n))
 
 
 def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
@@ -251,15 +251,15 @@ def _jacobsthal(p: int, k: int) -> Int8[Tensor, "q q"]:
     """
     monic = ([1, *tail] for tail in product(range(p), repeat=k))
     modulus = next(polynomial for polynomial in monic if gf_irreducible_p(polynomial, p, ZZ))
-    digits = torch.tensor(list(product(range(p), repeat=k)))  # (q, k), most significant first
+    digits = torch.tensor(list(product(range(p), repeat=k)), dtype=torch.int32)  # high first
     place = p ** torch.arange(k - 1, -1, -1)
     character = -torch.ones(p**k, dtype=torch.int8)
     for element in digits.tolist():
         square = gf_rem(gf_sqr(_trim(element), p, ZZ), modulus, p, ZZ)
         character[sum(int(c) * p**i for i, c in enumerate(reversed(square)))] = 1
     character[0] = 0
-    difference = (digits[:, None, :] - digits[None, :, :]) % p
-    return character[(difference * place).sum(-1)]
+    some_rows = digits[:, None].split(1024)  # all differences at once would take 16 bytes an entry
+    return torch.cat([character[((rows - digits) % p * place).sum(-1)] for rows in some_rows])
 
 
 def _trim(digits: list[int]) -> list[int]:
