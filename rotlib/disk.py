@@ -25,14 +25,20 @@ def folder_of(variable: str, default: str | Path) -> Path:
     """The folder that an environment variable names, else the default.
 
     `~` is one's home, and a relative folder lies in this checkout, so that it is the same one from
-    every working directory and in every process. Raises ValueError for the home of nobody.
+    every working directory and in every process. Raises ValueError for the home of nobody, and for
+    a name that no file system takes.
 
     >>> folder_of("ROTLIB_NOWHERE", "results").relative_to(ROOT)
     PosixPath('results')
     """
     named = os.environ.get(variable, "").strip() or default
     try:
-        return ROOT / Path(named).expanduser()
+        folder = ROOT / Path(named).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            folder.stat()
+        return folder
+    except OSError as error:
+        raise ValueError(f"{variable} can't name a folder: {error.strerror}") from error
     except RuntimeError as error:
         raise ValueError(
             f"{variable} names {str(named)!r}, and there is no such user: write the folder out"

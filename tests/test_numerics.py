@@ -46,6 +46,7 @@ NOT_NUMBERS = {
     ),
     *("LEAST_INPUT", "_OUT_OF_RANGE"),
     *("TOKENS_PER_INPUT", "_INDICES", "_SIGNS", "_DAMAGE", "_R2", "UNIT_SPAN"),
+    "LEAST_COSINE",
     "MOST_SWEEPS",
 }
 

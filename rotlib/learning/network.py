@@ -70,6 +70,9 @@ class LearningFailed(RuntimeError):
         super().__init__(message)
         self.rotation = rotation
 
+    def __reduce__(self):  # a pool of processes sends it as a pickle
+        return type(self), (str(self), self.rotation)
+
 
 @runtime_checkable
 class Optimizer(Protocol):

@@ -22,11 +22,7 @@ _COUNTS = {
 def config_of(source: str) -> PreTrainedConfig:
     """A model's config, under which torch's own attention runs."""
     if (file := Path(source) / "config.json").is_file():
-        told = None
-        with suppress(ValueError):
-            told = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(told, dict):
-            raise ValueError("its config.json is not a valid JSON file of settings by name")
+        told = _settings(file)
         for name in _COUNTS & told.keys():
             count = told[name]
             if count is not None and (type(count) is not int or count < 1):
@@ -36,6 +32,22 @@ def config_of(source: str) -> PreTrainedConfig:
     config._attn_implementation = _ATTENTION
     config.return_dict = True
     return config
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises ValueError for settings beside a tokenizer that transformers would fall over."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            _settings(folder / name)
+
+
+def _settings(file: Path) -> dict:
+    told = None
+    with suppress(ValueError):
+        told = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(told, dict):
+        raise ValueError(f"its {file.name} is not a valid JSON file of settings by name")
+    return told
 
 
 def _check_kinds(told: dict) -> None:

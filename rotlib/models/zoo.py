@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rotlib.checks import FLOATS
-from rotlib.models.folder import check_files, config_of, safely
+from rotlib.models.folder import check_files, check_tokenizer_files, config_of, safely
 from rotlib.models.joined import open_joined
 from rotlib.models.names import one_sentence, resolve, source_of
 
@@ -110,6 +110,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             "there, tokenizer.save_pretrained(folder)"
         )
     with one_sentence(name, "tokenizer"):
+        check_tokenizer_files(folder)
         tokenizer = AutoTokenizer.from_pretrained(source, **safely(source))
     if not len(tokenizer):
         raise ValueError(f"the tokenizer of {name!r} has no tokens: download its files again")

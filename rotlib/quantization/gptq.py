@@ -31,6 +31,7 @@ from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.hessian import DAMPING, Hessian
 from rotlib.quantization.quantized import (
+    check_alike,
     check_on_grid,
     check_quantizable,
     fits,
@@ -199,6 +200,8 @@ def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -
         if not fits(weight, linear.weight):
             raise ValueError(f"what is kept of layer {layer} lacks {name}, or has another shape")
         check_on_grid(name, weight, quant, family.model.dtype)
+    ours = {f"layers.{layer}.{site}": of.weight for site, of in family.linears(layer).items()}
+    check_alike(done.weights, ours)
     return done
 
 

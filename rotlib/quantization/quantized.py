@@ -1,5 +1,7 @@
 """Quantized weights in a model: rounded to nearest (RTN), put back, and checked."""
 
+from statistics import fmean
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,6 +16,10 @@ from rotlib.models.supported import adapt
 from rotlib.quantization.fp4 import E4M3, FP4, UNIT_SPAN
 from rotlib.quantization.grids import GRIDS, QuantizedWeight, WeightQuant, round_to_nearest
 from rotlib.rotations.rotation import check_sizes, placed_weights
+
+# between weights and what their codes stand for, in the mean: GPTAQ at two bits a row, far beyond
+# use, has 0.6, rounding 0.9, the codes of other weights 0
+LEAST_COSINE = 0.3
 
 
 @torch.no_grad()
@@ -47,7 +53,8 @@ def restore(
 
     They are what `rtn` returned, or `gptq` in its report's `weights`. Raises ValueError before
     touching anything where they don't fit, or aren't on the grid `quant` where it is given; where
-    scales or zero points aren't finite; where the model is quantized already.
+    they are of other weights than these; where scales or zero points aren't finite; where the model
+    is quantized already.
 
     >>> from copy import deepcopy
     >>> original = deepcopy(model)
@@ -76,6 +83,7 @@ def restore(
         raise ValueError(f"quant must be a WeightQuant or None, not {shown(quant)}")
     for name, weight in weights.items():
         check_on_grid(name, weight, quant, model.dtype)
+    check_alike(weights, {name: linear.weight for name, linear in linears.items()})
     with changing(model, "rotlib_quantized"):
         for name, (codes, *others) in weights.items():
             # whatever reads a checkpoint multiplies in 32 bits
@@ -188,6 +196,26 @@ def check_on_grid(
                 f"the quantized weight {name} has codes outside {low} … {high}, or other groups: "
                 "it is damaged, or of another grid"
             )
+
+
+def check_alike(weights: dict[str, QuantizedWeight], of: dict[str, Tensor]) -> None:
+    """Raises ValueError for codes of other weights, such as of the same before they were rotated.
+
+    Rounded ever so coarsely most weights keep their direction; others have none in common.
+    """
+    cosine = [
+        torch.cosine_similarity(
+            weights[name].dense().float().to(W.device).flatten(),
+            W.detach().float().flatten(),
+            dim=0,
+        ).item()
+        for name, W in of.items()
+    ]
+    if fmean(cosine) < LEAST_COSINE:
+        raise ValueError(
+            f"these quantized weights ({next(iter(of))} and others) were made from other weights "
+            "than this model's: prepare it as theirs was, the same under the same rotation"
+        )
 
 
 def fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:

@@ -5,7 +5,9 @@ the width of the residual stream, and one of a head's width for all heads of the
 (github.com/facebookresearch/SpinQuant). They are applied as here: readers become W R, writers Rᵀ W.
 """
 
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 
 import torch
 from transformers import PreTrainedModel
@@ -37,7 +39,8 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
         raise ValueError(
             f"SpinQuant's file holds R1 and R2, and this rotation has {beside} as well"
         )
-    _check_path(file)
+    path = _path(file)
+    check_writable(path.parent, "name another file")
     _check_parts(rotation)
     if rotation.R1 is None:
         raise ValueError("SpinQuant's file holds R1, and this rotation has none")
@@ -50,16 +53,22 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
                 "head: fuse it and export the model"
             )
         held[_R2.format(layer)] = heads[0].clone()
-    write_atomically(Path(file), lambda scratch: torch.save(held, scratch))
-    return Path(file)
+    write_atomically(path, lambda scratch: torch.save(held, scratch))
+    return path
 
 
-def _check_path(file: object) -> None:
+def _path(file: object) -> Path:
+    """Raises ValueError for what no file can be named, and for a folder or a pipe."""
     if not isinstance(file, str | Path) or not Path(file).name:
         raise ValueError(f"a rotation is kept in a file with a name, not in {shown(file)}")
-    if Path(file).is_dir():
-        raise ValueError(f"{file} is a folder: name a file in it")
-    check_writable(Path(file).parent, "name another file")
+    try:
+        path = Path(file).expanduser()
+        with suppress(FileNotFoundError):
+            if not S_ISREG(path.stat().st_mode):
+                raise ValueError("it is a folder or a pipe")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{shown(file)} is no place for a rotation ({error})") from error
+    return path
 
 
 def _check_parts(rotation: Rotation) -> None:
@@ -92,8 +101,9 @@ def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:
     """
     family = adapt(model)
     layers = len(family.layers)
+    path = _path(file)
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        held = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         reason = error.strerror or "it is damaged"
         raise ValueError(f"{file} isn't a file of tensors: {reason}") from error

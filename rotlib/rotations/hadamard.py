@@ -142,7 +142,7 @@ def walsh_order(n: int) -> Int[Tensor, " n"]:
     if n & (n - 1) == 0:
         bits = n.bit_length() - 1
         columns = [int(f"{s ^ s >> 1:0{bits}b}"[::-1], 2) if bits else 0 for s in range(n)]
-        return torch.tensor(columns)
+        return torch.tensor(columns, device="cpu")
     return sequency(reduce(torch.kron, hadamard_factors(n), _ONE).mT).argsort(stable=True)
 
 
@@ -227,19 +227,21 @@ def _paley_field(order: int) -> tuple[int, int] | None:
 
 def _paley(order: int) -> Int8[Tensor, "order order"]:
     p, k = _paley_field(order)
-    jacobsthal = _jacobsthal(p, k)
     q = p**k
-    bordered = torch.zeros(q + 1, q + 1, dtype=torch.int8)
-    bordered[0, 1:] = 1
-    bordered[1:, 1:] = jacobsthal
-    eye = torch.eye(q + 1, dtype=torch.int8)
-    if q % 4 == 3:  # Paley I: I + S, S skew
-        bordered[1:, 0] = -1
-        return eye + bordered
-    # Paley II: C ⊗ [[1,1],[1,-1]] + I ⊗ [[1,-1],[-1,-1]], C symmetric
-    bordered[1:, 0] = 1
-    conference, diagonal = torch.tensor([[[1, 1], [1, -1]], [[1, -1], [-1, -1]]], dtype=torch.int8)
-    return torch.kron(bordered, conference) + torch.kron(eye, diagonal)
+    with torch.device("cpu"):  # whatever the default is
+        bordered = torch.zeros(q + 1, q + 1, dtype=torch.int8)
+        bordered[0, 1:] = 1
+        bordered[1:, 1:] = _jacobsthal(p, k)
+        eye = torch.eye(q + 1, dtype=torch.int8)
+        if q % 4 == 3:  # Paley I: I + S, S skew
+            bordered[1:, 0] = -1
+            return eye + bordered
+        # Paley II: C ⊗ [[1,1],[1,-1]] + I ⊗ [[1,-1],[-1,-1]], C symmetric
+        bordered[1:, 0] = 1
+        conference, diagonal = torch.tensor(
+            [[[1, 1], [1, -1]], [[1, -1], [-1, -1]]], dtype=torch.int8
+        )
+        return torch.kron(bordered, conference) + torch.kron(eye, diagonal)
 
 
 def _jacobsthal(p: int, k: int) -> Int8[Tensor, "q q"]:

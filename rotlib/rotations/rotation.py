@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rotlib.checks import yes_or_no
+from rotlib.checks import all_finite, floats, yes_or_no
 from rotlib.models.families import Family, kind_of
 from rotlib.rotations.hadamard import BlockHadamard, apply_hadamard
 
@@ -69,7 +69,7 @@ SITES = {
 Turn = Tensor | Callable[[Tensor], Tensor] | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Rotation:
     """R1 turns the residual stream, R2[layer, kv_head] the values of one KV head.
 
@@ -203,12 +203,17 @@ class Rotation:
         }
 
     def _matrices(self) -> dict[str, Tensor]:
-        """R1 and R2 where they are matrices."""
-        return {
+        """R1 and R2 where they are matrices; raises ValueError where they are something else."""
+        found = {
             name: R
             for name, R in (("R1", self.R1), ("R2", self.R2))
             if R is not None and not isinstance(R, BlockHadamard)
         }
+        for name, R in found.items():
+            floats(name, R)
+            if R.ndim < 2 or R.shape[-1] != R.shape[-2]:
+                raise ValueError(f"{name} must hold square matrices, not {tuple(R.shape)}")
+        return found
 
 
 class PlacedWeight(NamedTuple):
@@ -413,6 +418,8 @@ def polar(R: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     if torch.linalg.matrix_norm(R.mT @ R - eye).max() < 0.5:  # which six steps take below 1e-16
         return newton_schulz(R, steps=6)
+    if not all_finite(R):
+        raise ValueError("a rotation must hold finite numbers")
     U, _, Vh = torch.linalg.svd(R)
     return U @ Vh
 

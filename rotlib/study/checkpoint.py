@@ -24,7 +24,7 @@ from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import GRIDS
 from rotlib.study import memory
 from rotlib.study.card import model_card
-from rotlib.study.files import local_path, spec_hash
+from rotlib.study.files import local_path, print_any_name, spec_hash
 from rotlib.study.pipeline import build, run
 from rotlib.study.recipe import QUALITIES, Recipe, check_recipe
 from rotlib.study.suits import check_suits
@@ -99,6 +99,7 @@ def export_recipe(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    print_any_name()
     parser = argparse.ArgumentParser(
         prog="python -m rotlib.study.checkpoint",
         description="Write the quantized checkpoint that is nearest to a model, and its card.",
@@ -134,9 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
         if seconds := estimates_of([recipe], target["device"])[recipe].seconds:
             about += f", {max(1, sum(seconds.values()) / 60):.0f} minutes where nothing is kept yet"
         print(f"{recipe.model}, {recipe.precision}: about {about}", flush=True)
-        print(export_recipe(recipe, **target))
+        written = export_recipe(recipe, **target)
     except ValueError as error:
         parser.error(str(error))
+    print(written)
     return 0
 
 

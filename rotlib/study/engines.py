@@ -93,6 +93,7 @@ def _pool(tasks: dict[int, list[Recipe]], size: int) -> Iterator[Outcome]:
         running = {pool.submit(work, *_parcel(task)): number for number, task in tasks.items()}
         for future in as_completed(running):
             yield running[future], future.result()
+        pool.shutdown()  # workers that are let end leave no semaphores behind
     finally:
         workers = set(multiprocessing.active_children()) - before
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,7 +1,9 @@
 """What the study's files are named by, and where they lie."""
 
 import json
+import sys
 from hashlib import sha256
+from io import TextIOWrapper
 from pathlib import Path
 
 from rotlib.disk import check_writable, folder_of
@@ -17,6 +19,12 @@ _CONTENT = {"model": model_content, "text": text_content}
 def results_folder() -> Path:
     """`ROTLIB_RESULTS`, else results/ of this checkout."""
     return folder_of("ROTLIB_RESULTS", "results")
+
+
+def print_any_name() -> None:
+    """Let this process print names that its terminal has no letters for."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def check_results_folder() -> None:

@@ -28,7 +28,7 @@ from traitlets.config import Config
 from rotlib.disk import ROOT, write_atomically, write_text
 from rotlib.models.names import resolve
 from rotlib.study import claims, store
-from rotlib.study.files import results_folder
+from rotlib.study.files import print_any_name, results_folder
 from rotlib.study.notebook import check_given, check_type
 from rotlib.study.tables import arms, markdown, provenance
 from rotlib.study.yaml_file import read_yaml, value_of
@@ -43,6 +43,7 @@ _VOLATILE = ("papermill", "execution")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    print_any_name()
     parser = argparse.ArgumentParser(
         prog="python -m rotlib.study.reproduce",
         description="Run the notebooks in order at one scale.",

@@ -24,7 +24,7 @@ from rotlib.checks import whole_number
 from rotlib.models.zoo import pick_device
 from rotlib.study import memory, numerics, store
 from rotlib.study.engines import ENGINES, NoCluster
-from rotlib.study.files import check_results_folder, local_path, results_folder
+from rotlib.study.files import check_results_folder, local_path, print_any_name, results_folder
 from rotlib.study.recipe import LEARNED, READS, THROUGH_NETWORK, Recipe
 from rotlib.study.suits import check_suits
 from rotlib.study.sweep_file import FIELDS, read_sweep
@@ -206,6 +206,7 @@ def _options(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argp
 
 
 def main(arguments: list[str] | None = None) -> int:
+    print_any_name()
     parser, options = _options(arguments)
     try:
         whole_number("workers", options.workers, 1)
