@@ -28,6 +28,8 @@ def config_of(source: str) -> PreTrainedConfig:
             if count is not None and (type(count) is not int or count < 1):
                 raise ValueError(f"its config.json says {name} {count!r}, no number above 0")
         _check_kinds(told)
+    if (file := Path(source) / "generation_config.json").is_file():
+        _settings(file)
     config = AutoConfig.from_pretrained(source, **safely(source))
     config._attn_implementation = _ATTENTION
     config.return_dict = True
@@ -54,6 +56,11 @@ def _check_kinds(told: dict) -> None:
     """Raises ValueError for settings that transformers would fall over without naming them."""
     if not isinstance(told.get("model_type"), str | None):
         raise ValueError(f"its config.json says model_type {told['model_type']!r}, no word")
+    pad, size = told.get("pad_token_id"), told.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not pad < size:
+        raise ValueError(
+            f"its config.json says pad_token_id {pad}, beyond its vocab_size of {size}"
+        )
     for name in ("dtype", "torch_dtype"):
         dtype = told.get(name) or "float32"
         if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):

@@ -1,5 +1,6 @@
 """What the twelfth hunt left and the thirteenth found: wrong in silence, or in others' words."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -70,10 +71,18 @@ def test_codes_of_other_weights_are_not_put_back(model, tokens):
     weights = rl.rtn(rotated, rl.WeightQuant(bits=8))
     before = model(tokens).logits
     for other in (model, tiny_model(seed=1, dtype=torch.float32)):
-        with refused("were made from other weights"):
+        with refused("was made from another weight"):
             rl.restore(other, weights)
     assert torch.equal(model(tokens).logits, before)
     assert rl.restore(rl.fuse(model, rl.hadamard_rotation(model)), weights)
+
+
+def test_codes_made_with_R4_are_not_put_into_a_model_without(model, tokens):
+    turned = tiny_model(dtype=torch.float32)
+    rl.fuse(turned, rl.hadamard_rotation(turned, R4=True))
+    rl.fuse(model, rl.hadamard_rotation(model))
+    with refused("down was made from another weight"):
+        rl.restore(model, rl.rtn(turned, rl.WeightQuant(bits=8)))
 
 
 def test_layers_kept_of_another_model_are_not_put_back(model, tokens):
@@ -81,7 +90,7 @@ def test_layers_kept_of_another_model_are_not_put_back(model, tokens):
         put = dict.__setitem__
 
     rl.gptq(model, tokens, rl.WeightQuant(), kept=(kept := Kept()))
-    with refused("were made from other weights"):
+    with refused("was made from another weight"):
         rl.gptq(tiny_model(seed=1, dtype=torch.float32), tokens, rl.WeightQuant(), kept=kept)
 
 
@@ -108,11 +117,21 @@ def test_rotations_can_be_compared():
     assert one != other
 
 
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_a_tokenizers_settings_that_are_a_list_are_named(tmp_path, file):
+@pytest.mark.parametrize(
+    "file", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
+)
+def test_a_folders_settings_that_are_a_list_are_named(tmp_path, file):
     save_tiny_model(tmp_path)
     (tmp_path / file).write_text("[1]")
     with refused(f"its {file} is not a valid JSON file"):
+        rl.load(str(tmp_path))
+
+
+def test_a_pad_token_beyond_the_vocabulary_is_named(tmp_path):
+    save_tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": 100_000}))
+    with refused("pad_token_id 100000, beyond its vocab_size of 384"):
         rl.load(str(tmp_path))
 
 
