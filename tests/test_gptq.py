@@ -11,6 +11,7 @@ from rotlib.models.walk import final_hidden
 from rotlib.quantization import coordinate, solver
 from rotlib.quantization.coordinate import CoordinateDescent
 from rotlib.quantization.grids import fit_grid, round_to_nearest
+from rotlib.quantization.hessian import Hessian, token_weights
 from rotlib.quantization.refit import refitted
 from rotlib.quantization.solver import Solver
 
@@ -409,6 +410,49 @@ def test_descent_ends_where_no_code_changes(tokens, monkeypatch):
     Q = round_to_nearest(W, quant)
     CoordinateDescent(quant, 100)(Q, W, H)
     assert len(visited) == 1  # of a strip of 32 columns: nothing is better than the nearest
+
+
+def test_a_token_counts_at_most_as_the_cap_says():
+    x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
+    x[0, 0] *= 1000
+    x[1] = 0
+    energy = (x * token_weights(x, 4.0)).square().sum(-1)
+    assert torch.allclose(energy[0, 0], 4 * x[0].square().sum(-1).median())
+    assert torch.equal(token_weights(x, 1e9), torch.ones(2, 9, 1))
+    assert not energy[1].any()
+
+
+def test_capped_a_sink_no_longer_takes_the_codes_from_all_other_tokens():
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(16, 96, generator=generator)
+    x = torch.randn(1, 256, 96, generator=generator)
+    x[0, 0] *= torch.logspace(4, 1, 96)
+    error = {}
+    for cap in (4.0, 1e9):
+        hessian = Hessian()
+        hessian.add(x * token_weights(x, cap))
+        Q = Solver(rl.WeightQuant(bits=3))(W, hessian.take(), None)[0]
+        error[cap] = ((x[0, 1:] @ (Q.dense() - W).T).norm() / (x[0, 1:] @ W.T).norm()).item()
+    assert error[4.0] < 0.92 * error[1e9]
+
+
+@pytest.mark.parametrize("asymmetry", [0.0, 0.5])
+def test_a_cap_that_no_token_reaches_changes_no_code(tokens, asymmetry):
+    plain, capped = (tiny_model(dtype=torch.float32) for _ in range(2))
+    quant = rl.WeightQuant(bits=3)
+    one = rl.gptq(plain, tokens, quant, asymmetry=asymmetry)
+    other = rl.gptq(capped, tokens, quant, asymmetry=asymmetry, token_cap=1e9)
+    assert all(
+        torch.equal(one.weights[name].codes, other.weights[name].codes) for name in one.weights
+    )
+
+
+@pytest.mark.parametrize("cap", [0, -1.0, float("nan"), "4", True])
+def test_a_cap_that_is_no_positive_number_is_refused(tokens, cap):
+    with pytest.raises(ValueError, match=r"token_cap .* must be a positive number"):
+        rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant(), token_cap=cap)
+    with pytest.raises(ValueError, match=r"token_cap .* must be a positive number"):
+        rl.Recipe(token_cap=cap)
 
 
 def test_layers_with_different_masks_are_each_given_their_own(tokens):

@@ -44,6 +44,7 @@ def adapt(model: PreTrainedModel) -> Family:
             _check_code(model)
             _check_shapes(found := family(model))
             _check_still_folded(found)
+            _check_still_online(found)
             return found
     if stranger := _stranger(model, Family):
         raise ValueError(_refusal(model, stranger, "has no place in the layouts it knows"))
@@ -130,6 +131,21 @@ def _check_one_meaning(model: PreTrainedModel) -> None:
             f"this model was saved with the online rotations {', '.join(online)} on: "
             "rl.load restores them"
         )
+
+
+def _check_still_online(family: Family) -> None:
+    """Raises ValueError where a down that R4 was attached to has lost it, by being replaced say."""
+    if not getattr(family.model, "rotlib_attached", False):  # by `rotations.online.attach`
+        return
+    for layer in range(len(family.layers)) if "R4" in online_of(family.model) else ():
+        for name, linear in family.linears(layer).items():
+            hooks = linear._forward_pre_hooks.values()
+            ours = any(hook.__module__ == "rotlib.rotations.online" for hook in hooks)
+            if kind_of(name) == "down" and not ours:
+                raise ValueError(
+                    f"layers.{layer}.{name} has lost the online rotation R4 that its weight needs: "
+                    "load the model again"
+                )
 
 
 class _Place(NamedTuple):

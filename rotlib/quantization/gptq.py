@@ -29,7 +29,7 @@ from rotlib.precision import exact_products
 from rotlib.quantization.coordinate import MOST_SWEEPS
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
-from rotlib.quantization.hessian import DAMPING, Hessian
+from rotlib.quantization.hessian import DAMPING, Hessian, token_weights
 from rotlib.quantization.quantized import (
     check_alike,
     check_on_grid,
@@ -102,6 +102,7 @@ def gptq(
     scale_search: bool = False,
     descent: int = 0,
     refit: bool = False,
+    token_cap: float | None = None,
     kept: Layers | None = None,
 ) -> Report:
     """Quantize every linear of every decoder layer in place (Frantar et al., arXiv 2210.17323).
@@ -111,7 +112,9 @@ def gptq(
     `asymmetry` is GPTAQ's α (0.25 in its paper, 0 for GPTQ); every batch then goes through the
     original layer as well. With `scale_search` every row takes the best of several scales, and
     `descent` sweeps of coordinate descent follow; `refit` then gives the codes the scales of least
-    error, and the sweeps follow once more. Layers that `kept` holds are put back instead of
+    error, and the sweeps follow once more. `token_cap` is how many times the energy |x|² of its
+    window's median token a token counts at most: attention's sink can have so much of it that the
+    codes serve it alone. Layers that `kept` holds are put back instead of
     quantized, and the others are handed to it. An expert is quantized by the tokens that it is
     given, without GPTAQ, and rounded to nearest where that is none; a warning says how many have
     fewer tokens than inputs. Raises ValueError before any work for unsuitable models, grids or
@@ -137,6 +140,8 @@ def gptq(
     yes_or_no("refit", refit)
     if refit and quant.grid in FP4:
         raise ValueError(f"refit moves scales freely, and {quant.grid} hasn't all numbers for them")
+    if token_cap is not None:
+        positive("token_cap (unless it is None)", token_cap)
     keeper("kept", kept, Layers, "layers")
     if asymmetry:
         check_can_be_copied(model, "the model")
@@ -158,7 +163,7 @@ def gptq(
                 done = Report()
                 with family.on_device(family.layers[layer], changed=True):
                     batches = _quantize_layer(
-                        family, layer, batches, waiting, solve, done, unrounded
+                        family, layer, batches, waiting, solve, token_cap, done, unrounded
                     )
                 done.seconds = time.perf_counter() - start
                 if kept is not None:
@@ -204,6 +209,12 @@ def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -
     return done
 
 
+def _weighted(
+    x: Float[Tensor, "... n"], weight: Float[Tensor, "... 1"] | None
+) -> Float[Tensor, "... n"]:
+    return x if weight is None else x * weight
+
+
 class _Drift:
     """α E[(x̃ − x) xᵀ] over the batches seen so far: x̃ is what the unquantized model reads."""
 
@@ -211,8 +222,9 @@ class _Drift:
         self._originals, self._asymmetry = originals, asymmetry
         self._sum, self._tokens = 0, 0
 
-    def add(self, x: Float[Tensor, "... n"]) -> None:
-        original, read = (values.flatten(0, -2).float() for values in (next(self._originals), x))
+    def add(self, x: Float[Tensor, "... n"], weight: Float[Tensor, "... 1"] | None) -> None:
+        both = (_weighted(values, weight) for values in (next(self._originals), x))
+        original, read = (values.flatten(0, -2).float() for values in both)
         self._sum = self._sum + (original - read).T @ read
         self._tokens += len(read)
 
@@ -256,6 +268,7 @@ def _quantize_layer(
     batches: list[Batch],
     waiting: int,
     solve: Solver,
+    token_cap: float | None,
     report: Report,
     unrounded: _Unrounded | None,
 ) -> list[Batch]:
@@ -273,9 +286,10 @@ def _quantize_layer(
                 has_twin = unrounded and not is_experts(sites[0])
                 hessian, drift = Hessian(), drift_at(sites[0]) if has_twin else None
                 for x in passes.inputs(linears[sites[0]]):
-                    hessian.add(x)
+                    weight = None if token_cap is None else token_weights(x, token_cap)
+                    hessian.add(_weighted(x, weight))
                     if drift:
-                        drift.add(x)
+                        drift.add(x, weight)
                 together = {f"layers.{index}.{site}": linears[site] for site in sites}
                 C = drift.take() if drift else None
                 tokens = hessian.tokens

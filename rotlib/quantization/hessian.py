@@ -67,6 +67,19 @@ class Hessian:
         return H
 
 
+def token_weights(x: Float[Tensor, "... n"], cap: float) -> Float[Tensor, "... 1"]:
+    """What each token is multiplied by for an energy |x|² of at most `cap` times the median's.
+
+    The median is that of its window, the axis before the last.
+
+    >>> token_weights(torch.tensor([[[1.0], [1.0], [1.0], [8.0]]]), cap=4).flatten()
+    tensor([1.0000, 1.0000, 1.0000, 0.2500])
+    """
+    energy = x.float().square().sum(-1, keepdim=True)
+    most = cap * energy.median(-2, keepdim=True).values
+    return torch.where(energy > most, most / energy, 1.0).sqrt()
+
+
 @torch.no_grad()
 def hessians(
     family: Family, calibration: Int[Tensor, "windows length"]

@@ -116,6 +116,7 @@ def attach(family: Family, rotations: list[str]) -> None:
                     linear.register_forward_pre_hook(_apply_R4)
         if "R3" in rotations:
             insert_head_step(family, layer, _apply_R3)
+    family.model.rotlib_attached = True
 
 
 def insert_head_step(family: Family, layer: int, step: HeadStep) -> None:

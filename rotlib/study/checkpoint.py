@@ -117,6 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="of what the layers read, rounded by whoever runs it; default: 16, not rounded",
     )
     parser.add_argument(
+        "--token-cap",
+        type=float,
+        help="the most energy that a token counts for, in medians of its window; default: no cap",
+    )
+    parser.add_argument(
         "--format", default="compressed-tensors", choices=("compressed-tensors", "gguf")
     )
     parser.add_argument("--text", default=Recipe.text, help="that it is calibrated and measured on")

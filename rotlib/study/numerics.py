@@ -89,7 +89,7 @@ def stages_of(spec: dict) -> list[str]:
         if setting("rounding") == "gptq":
             stages |= {"covariance", "gptq"}
             options = {"asymmetry": "gptaq", "scale_search": "scale search"}
-            options |= {"descent": "coordinate descent", "refit": "refit"}
+            options |= {"descent": "coordinate descent", "refit": "refit", "token_cap": "token cap"}
             stages |= {stage for name, stage in options.items() if setting(name)}
     return sorted(stages)
 

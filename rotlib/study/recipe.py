@@ -59,10 +59,13 @@ _LEARNERS_OWN = (
 MAKES = {"rotation", "seed", "R3", "R4", *_HADAMARD_R1, *_LEARNERS_OWN}
 _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _FIXED_BY_FP4 = ("bits", "group_size", "symmetric", "convention")
-_GPTQ = ("act_order", "asymmetry", "static_groups", "scale_search", "descent", "refit")
+_GPTQ = (
+    *("act_order", "asymmetry", "static_groups", "scale_search", "descent", "refit"),
+    "token_cap",
+)
 _ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol", "sinks")
 # what was kept before there were these settings keeps its name
-_LATER = ("lr", "activation_grid", "clip_norm", "learned_bits")
+_LATER = ("lr", "activation_grid", "clip_norm", "learned_bits", "token_cap")
 
 _PLAIN = {str: str.__str__, int: int.__int__, float: float.__float__}
 
@@ -95,11 +98,11 @@ class Recipe:
     groups. `activation_share` is λ of "mixed", `form` OptRot+'s; "spinquant" and "ostquant" learn
     with what `learned_on` names rounded on this recipe's grid, or activations to `learned_bits`
     whatever is evaluated, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none"
-    keeps 16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search`, `descent` and
-    `refit` are `gptq`'s; `tuning` is how many steps scales and gains are tuned for, each on a
-    window of its own, and further ones are held out. `order` "weights-first" calibrates GPTQ on
-    unrounded activations, "activations-first" on rounded ones. Raises ValueError at construction
-    for a value outside the choices, or one that would go unread.
+    keeps 16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search`, `descent`,
+    `refit` and `token_cap` are `gptq`'s; `tuning` is how many steps scales and gains are tuned for,
+    each on a window of its own, and further ones are held out. `order` "weights-first" calibrates
+    GPTQ on unrounded activations, "activations-first" on rounded ones. Raises ValueError at
+    construction for a value outside the choices, or one that would go unread.
 
     >>> Recipe(rotation="optrot", bits=3).spec()
     {'task': 'quantize', 'rotation': 'optrot', 'bits': 3}
@@ -137,6 +140,7 @@ class Recipe:
     scale_search: bool = False
     descent: int = 0
     refit: bool = False
+    token_cap: float | None = None
     tuning: int = 0
     activation_bits: int = FULL
     activation_grid: str = GRIDS[0]
@@ -193,6 +197,9 @@ class Recipe:
             )
         positive("clip_norm", self.clip_norm)
         object.__setattr__(self, "clip_norm", float(self.clip_norm))  # 2 and 2.0 are one arm
+        if self.token_cap is not None:
+            positive("token_cap (unless it is None)", self.token_cap)
+            object.__setattr__(self, "token_cap", float(self.token_cap))
         share("asymmetry", self.asymmetry)
         object.__setattr__(self, "asymmetry", float(self.asymmetry))  # 1 and 1.0 are one arm
         for name in (
@@ -235,6 +242,7 @@ class Recipe:
             yield "scale_search", "goes by GPTQ's error: it needs rounding 'gptq'"
             yield "descent", "goes on from GPTQ's codes: it needs rounding 'gptq'"
             yield "refit", "fits scales to GPTQ's codes: it needs rounding 'gptq'"
+            yield "token_cap", "weights the tokens that GPTQ learns from: it needs rounding 'gptq'"
         if (self.group_size is None and self.grid not in FP4) or self.act_order:
             needs = "it needs a group_size, and act_order has them already"
             yield "static_groups", f"keeps groups the scales of the original weights: {needs}"

@@ -1,5 +1,6 @@
 """What the twelfth hunt left and the thirteenth found: wrong in silence, or in others' words."""
 
+import copy
 import json
 import os
 import pickle
@@ -83,6 +84,25 @@ def test_codes_made_with_R4_are_not_put_into_a_model_without(model, tokens):
     rl.fuse(model, rl.hadamard_rotation(model))
     with refused("down was made from another weight"):
         rl.restore(model, rl.rtn(turned, rl.WeightQuant(bits=8)))
+
+
+@pytest.mark.parametrize("how", ["a linear replaced", "hooks cleared"])
+def test_a_model_that_has_lost_R4_is_refused(model, tokens, how):
+    rl.fuse(model, rl.hadamard_rotation(model, R4=True))
+    rl.perplexity(copy.deepcopy(model), tokens.flatten(), tokens.shape[1])
+    mlp = model.model.layers[1].mlp
+    if how == "hooks cleared":
+        mlp.down_proj._forward_pre_hooks.clear()
+    else:
+        weight, mlp.down_proj = mlp.down_proj.weight, torch.nn.Linear(80, 48, bias=False)
+        mlp.down_proj.weight = weight
+    for use in (
+        lambda: rl.perplexity(model, tokens.flatten(), tokens.shape[1]),
+        lambda: rl.gptq(model, tokens, rl.WeightQuant()),
+        lambda: rl.Reference(model, tokens),
+    ):
+        with refused("down has lost the online rotation R4"):
+            use()
 
 
 def test_layers_kept_of_another_model_are_not_put_back(model, tokens):

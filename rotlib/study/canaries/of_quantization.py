@@ -174,6 +174,14 @@ def _refined(drift_size: float = 0.1, **how: object) -> dict:
     return numbers
 
 
+@canary("token cap", tolerance=5e-3)
+def _token_cap() -> dict:
+    weights = hessian.token_weights(noise(2, 8, 6).square(), 1.5)
+    quant = grids.WeightQuant(bits=3)
+    report = gptq.gptq(tiny(torch.float32), token_windows(), quant, asymmetry=0.5, token_cap=1.5)
+    return {"weights": profile(weights), "errors": [module.error for module in report.modules][7:]}
+
+
 @canary("scale search", widths=solver.WIDTHS, tolerance=5e-3)
 def _scale_search() -> dict:
     return _refined(scale_search=True)
