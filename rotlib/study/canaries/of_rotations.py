@@ -1,11 +1,13 @@
 """Drawn rotations, fusing, online rotations."""
 
+from tempfile import TemporaryDirectory
+
 import torch
 from torch import Tensor
 
 from rotlib.models import walk
 from rotlib.models.supported import adapt
-from rotlib.rotations import drawn, fuse, hadamard, online, rotation
+from rotlib.rotations import drawn, files, fuse, hadamard, online, rotation
 from rotlib.rotations.rotation import Rotation, times
 from rotlib.study.canaries.inputs import here, noise, profile, tiny, token_windows, with_scales
 from rotlib.study.canaries.register import canary
@@ -66,6 +68,11 @@ def _fusing() -> dict:
     numbers["factors as a matrix"] = profile(rotation.as_matrix(blocks.R1))
     model = fuse.fuse(tiny(), learned)
     numbers["by blocks"] = profile(model.model.layers[0].self_attn.q_proj.weight)
+    with TemporaryDirectory() as folder:
+        file = files.save_rotation(
+            Rotation(drawn.random_rotation(tiny()).R1, None), f"{folder}/R.bin"
+        )
+        numbers["of a file"] = profile(files.load_rotation(file, tiny()).R1)
     return numbers
 
 
