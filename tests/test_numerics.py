@@ -45,7 +45,7 @@ NOT_NUMBERS = {
         *("MOST_SWEEPS", "MOST_ROWS"),
     ),
     *("LEAST_INPUT", "_OUT_OF_RANGE"),
-    *("TOKENS_PER_INPUT", "_INDICES", "_SIGNS", "_DAMAGE", "_R2", "UNIT_SPAN"),
+    *("TOKENS_PER_INPUT", "_INDICES", "_SIGNS", "_DAMAGE", "_R2", "_AXES", "UNIT_SPAN"),
     "LEAST_COSINE",
     "MOST_SWEEPS",
 }

@@ -24,6 +24,7 @@ from huggingface_hub import (
 )
 from safetensors import SafetensorError
 
+from rotlib.checks import shown
 from rotlib.disk import cache_folder, folder_of, known_digest
 from rotlib.models.gguf_model import as_unpacked, read, unpack, unpacked_gguf
 
@@ -59,15 +60,22 @@ FILES = {
 }
 
 
+def check_name(name: object) -> None:
+    """Raises ValueError for what can't name a model."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a model is named by a string, not {shown(name)}")
+    if len(name) > 500:
+        raise ValueError(f"a model's name has at most 500 characters, not {len(name)}")
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise ValueError(f"a model's name must be in UTF-8, and {name!a} isn't: rename its folder")
+
+
 def resolve(name: str) -> str:
     """The folder or Hub id that a model's name stands for, checked without loading weights.
 
     Raises like `rl.load`.
     """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"a model is named by a string, not {name!r}")
-    if len(name) > 500:
-        raise ValueError(f"a model's name has at most 500 characters, not {len(name)}")
+    check_name(name)
     if name in PACKAGED:
         return str(_unpacked(name))
     if name.startswith("~"):

@@ -139,9 +139,8 @@ def _check_still_online(family: Family) -> None:
         return
     for layer in range(len(family.layers)) if "R4" in online_of(family.model) else ():
         for name, linear in family.linears(layer).items():
-            hooks = linear._forward_pre_hooks.values()
-            ours = any(hook.__module__ == "rotlib.rotations.online" for hook in hooks)
-            if kind_of(name) == "down" and not ours:
+            kept = getattr(linear, "R4_hook", None) in linear._forward_pre_hooks
+            if kind_of(name) == "down" and not kept:
                 raise ValueError(
                     f"layers.{layer}.{name} has lost the online rotation R4 that its weight needs: "
                     "load the model again"

@@ -75,7 +75,9 @@ class Report:
         return sum(module.fallback for module in self.modules)
 
     def add(self, other: "Report") -> None:
-        """Append what was done elsewhere."""
+        """Append what was done elsewhere; raises ValueError for what is no report."""
+        if not isinstance(other, Report):
+            raise ValueError(f"a Report takes up another, not {shown(other)}")
         self.modules += other.modules
         self.weights |= other.weights
         self.seconds += other.seconds

@@ -148,7 +148,10 @@ class QuantizedWeight(NamedTuple):
     zero: Float[Tensor, "out groups"]
 
     def dense(self) -> Float[Tensor, "out in"]:
-        """The weight that the codes stand for."""
+        """The weight that the codes stand for; raises ValueError for parts that don't fit."""
+        codes, scale, zero = (tuple(part.shape) for part in self)
+        if scale != zero or len(codes) != 2 or scale[:1] != codes[:1] or codes[1] % scale[-1]:
+            raise ValueError(f"codes {codes} don't have scales {scale} and zero points {zero}")
         codes = self.codes.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))
         return codes.sub_(self.zero.unsqueeze(2)).mul_(self.scale.unsqueeze(2)).flatten(1)
 

@@ -12,21 +12,21 @@ from stat import S_ISREG
 import torch
 from transformers import PreTrainedModel
 
-from rotlib.checks import floats, shown
+from rotlib.checks import shown
 from rotlib.disk import check_writable, write_atomically
 from rotlib.models.supported import adapt
 from rotlib.rotations.fuse import check_orthogonal, check_rotation
-from rotlib.rotations.hadamard import BlockHadamard
 from rotlib.rotations.rotation import Rotation, as_matrix
 
 _R2 = "model.layers.{}.self_attn.R2"
 
 
 def save_rotation(rotation: Rotation, file: str | Path) -> Path:
-    """Write R1 and R2 as SpinQuant's code reads them, over a file of that name; returns the file.
+    """Write R1 and R2 as SpinQuant's code reads them, over a rotation's file of that name.
 
-    Raises ValueError for what such a file can't hold: scales, online rotations, and an R2 that
-    differs between the heads of a layer, as OptRot's does; and where there is no R1.
+    Returns the file. Raises ValueError for what such a file can't hold: scales, online rotations,
+    and an R2 that differs between the heads of a layer, as OptRot's does; where there is no R1; and
+    where another file has that name.
 
     >>> rotation = Rotation(torch.eye(48), torch.eye(8).expand(2, 2, 8, 8))
     >>> sorted(torch.load(save_rotation(rotation, folder / "R.bin"), weights_only=True))
@@ -40,8 +40,10 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
             f"SpinQuant's file holds R1 and R2, and this rotation has {beside} as well"
         )
     path = _path(file)
+    if path.exists() and "R1" not in _held(path):
+        raise ValueError(f"{path} is there, and holds no rotation: name another file")
     check_writable(path.parent, "name another file")
-    _check_parts(rotation)
+    check_orthogonal(rotation)
     if rotation.R1 is None:
         raise ValueError("SpinQuant's file holds R1, and this rotation has none")
     held = {"R1": as_matrix(rotation.R1).detach().double().cpu()}
@@ -63,6 +65,7 @@ def _path(file: object) -> Path:
         raise ValueError(f"a rotation is kept in a file with a name, not in {shown(file)}")
     try:
         path = Path(file).expanduser()
+        str(path).encode()
         with suppress(FileNotFoundError):
             if not S_ISREG(path.stat().st_mode):
                 raise ValueError("it is a folder or a pipe")
@@ -71,22 +74,16 @@ def _path(file: object) -> Path:
     return path
 
 
-def _check_parts(rotation: Rotation) -> None:
-    """Raises ValueError unless R1 and R2 are orthogonal matrices, of a layer and a head the latter.
-
-    Of which model they are isn't known here.
-    """
-    for name, R, shape in (
-        ("R1", rotation.R1, "n x n"),
-        ("R2", rotation.R2, "layers x heads x n x n"),
-    ):
-        if R is None or isinstance(R, BlockHadamard):
-            continue
-        dims = (2, 3) if name == "R1" else (4,)
-        if not isinstance(R, torch.Tensor) or R.ndim not in dims or R.shape[-1] != R.shape[-2]:
-            raise ValueError(f"{name} must be a tensor of {shape}, or None")
-        floats(name, R)
-    check_orthogonal(rotation)
+def _held(path: Path) -> dict:
+    """The tensors of a file; raises ValueError for another one."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        reason = error.strerror or "it is damaged"
+        raise ValueError(f"{path} isn't a file of tensors: {reason}") from error
+    except Exception as error:  # whatever bytes make torch raise
+        raise ValueError(f"{path} isn't a file of tensors as torch.save writes them") from error
+    return held if isinstance(held, dict) else {}
 
 
 def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:
@@ -102,15 +99,9 @@ def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:
     family = adapt(model)
     layers = len(family.layers)
     path = _path(file)
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        reason = error.strerror or "it is damaged"
-        raise ValueError(f"{file} isn't a file of tensors: {reason}") from error
-    except Exception as error:  # whatever bytes make torch raise
-        raise ValueError(f"{file} isn't a file of tensors as torch.save writes them") from error
+    held = _held(path)
     known = {"R1", *map(_R2.format, range(layers))}
-    if not isinstance(held, dict) or not held or not held.keys() <= known:
+    if not held or not held.keys() <= known:
         raise ValueError(
             f"{file} must hold R1 and {_R2.format(0)} to {layers - 1}, as SpinQuant's code "
             "writes them"

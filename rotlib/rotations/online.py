@@ -113,7 +113,7 @@ def attach(family: Family, rotations: list[str]) -> None:
         if "R4" in rotations:
             for name, linear in family.linears(layer).items():
                 if kind_of(name) == "down":
-                    linear.register_forward_pre_hook(_apply_R4)
+                    linear.R4_hook = linear.register_forward_pre_hook(_apply_R4).id
         if "R3" in rotations:
             insert_head_step(family, layer, _apply_R3)
     family.model.rotlib_attached = True

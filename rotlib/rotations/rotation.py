@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rotlib.checks import all_finite, floats, yes_or_no
+from rotlib.checks import FLOATS, all_finite, floats, shown, yes_or_no
 from rotlib.models.families import Family, kind_of
 from rotlib.rotations.hadamard import BlockHadamard, apply_hadamard
 
@@ -64,6 +64,9 @@ SITES = {
 }
 
 
+# how many axes a matrix may have, and what they are
+_AXES = {"R1": ((2, 3), "n x n, or blocks x b x b"), "R2": ((4,), "layers x heads x n x n")}
+
 # a rotation as `times` takes it: a matrix, the blocks on its diagonal (each for all query heads of
 # a KV head), a function, or none
 Turn = Tensor | Callable[[Tensor], Tensor] | None
@@ -103,8 +106,10 @@ class Rotation:
     def at(self, site: Site, layer: int | None) -> tuple[Turn, Turn]:
         """(R on the input side, R on the output side) of a site in one layer.
 
-        Each comes with the scales around it.
+        Each comes with the scales around it. Raises ValueError for what is no site.
         """
+        if not isinstance(site, Site):
+            raise ValueError(f"a site is one of SITES, such as SITES['q'], not {shown(site)}")
         R2 = None if layer is None or self.R2 is None else self.R2[layer]
         sides = {"R1": self.R1, "R2": R2, "R4": apply_hadamard if self.R4 else None, None: None}
         before, behind = self.scale(site.column_scale, layer), self.scale((site.norm, 1), layer)
@@ -131,7 +136,9 @@ class Rotation:
         return scale.repeat(1, 2) if name == "query_key" else scale
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Rotation":
-        """Its matrices and scales on a device, in a dtype."""
+        """Its matrices and scales on a device, in a dtype; raises ValueError for integers."""
+        if dtype not in FLOATS:
+            raise ValueError(f"a rotation's dtype must be floating-point, not {shown(dtype)}")
         matrices = {name: R.to(device, dtype) for name, R in self._matrices().items()}
         scales = {name: scale.to(device, dtype) for name, scale in self.scales.items()}
         return replace(self, **matrices, scales=scales)
@@ -211,8 +218,9 @@ class Rotation:
         }
         for name, R in found.items():
             floats(name, R)
-            if R.ndim < 2 or R.shape[-1] != R.shape[-2]:
-                raise ValueError(f"{name} must hold square matrices, not {tuple(R.shape)}")
+            axes, shape = _AXES[name]
+            if R.ndim not in axes or R.shape[-1] != R.shape[-2]:
+                raise ValueError(f"{name} must be a tensor of {shape}, not {tuple(R.shape)}")
         return found
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from rotlib.checks import inner_share, one_of, positive, share, whole_number, yes_or_no
 from rotlib.learning.network import PRESETS
 from rotlib.learning.optrot_plus import FORMS
+from rotlib.models.names import check_name
 from rotlib.models.text import check_text
 from rotlib.quantization.activations import FULL, PROTOCOLS, ActivationQuant
 from rotlib.quantization.coordinate import MOST_SWEEPS
@@ -160,8 +161,7 @@ class Recipe:
             for kind, plain in _PLAIN.items():
                 if isinstance(value, kind) and type(value) not in (bool, kind):
                     object.__setattr__(self, field.name, plain(value))
-        if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"a model is named by a string, not {self.model!r}")
+        check_name(self.model)
         choices = {
             "rotation": rotations(),
             "R1_order": R1_ORDERS,
@@ -360,7 +360,12 @@ class Recipe:
         return found | ({"group_size": self.quant.group_size} if self.grouped else {})
 
     def of_rotation(self, *others: str) -> "Recipe":
-        """The recipe that has this one's rotation and R4, and of its other settings only these."""
+        """The recipe that has this one's rotation and R4, and of its other settings only these.
+
+        Raises ValueError for what is no setting.
+        """
+        for name in others:
+            one_of("setting", name, vars(self))
         others_of_it = {name: getattr(self, name) for name in ("R4", *others)}
         return Recipe(**self.rotation_reads | others_of_it)
 

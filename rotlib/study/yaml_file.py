@@ -7,6 +7,7 @@ import yaml
 
 _MOST = 2**20  # characters
 _DEEPEST = 20
+_POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
 
 
 def read_yaml(path: Path) -> yaml.Node | None:
@@ -58,9 +59,17 @@ def word_of(text: str) -> object:
             raise ValueError("it is neither a word nor a number")
         if isinstance(node, yaml.ScalarNode) and not _plain(node):
             raise ValueError("it isn't a plain number")
-        return yaml.safe_load(text)
+        for part in [node] if isinstance(node, yaml.ScalarNode) else node.value:
+            _read_power(part)
+        return yaml.safe_load(yaml.serialize(node))
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{text[:50]!r} can't be read: {' '.join(str(error).split())}") from error
+
+
+def _read_power(node: yaml.Node) -> None:
+    """Make 1e-3 the number that it is; to YAML 1.1 it is a word."""
+    if isinstance(node, yaml.ScalarNode) and node.style is None and _POWER.fullmatch(node.value):
+        node.tag = "tag:yaml.org,2002:float"
 
 
 def _plain(node: yaml.ScalarNode) -> bool:
@@ -95,6 +104,7 @@ def _check_names(path: Path, root: yaml.Node | None) -> None:
             left += node.value
         if isinstance(node, yaml.ScalarNode) and not _plain(node):
             raise ValueError(f"{place(path, node)}: write {node.value[:50]} as a plain number")
+        _read_power(node)
         if not isinstance(node, yaml.MappingNode):
             continue
         seen = set()

@@ -879,8 +879,8 @@ def test_nothing_of_somebody_elses_is_replaced_by_a_phase(tmp_path, capsys):
     ("rotation", "says"),
     [
         (rl.Rotation(torch.full((4, 4), torch.nan), None), "isn't orthogonal"),
-        (rl.Rotation("x", None), "R1 must be a tensor of n x n"),
-        (rl.Rotation(None, [torch.eye(4)]), "R2 must be a tensor of layers x heads x n x n"),
+        (rl.Rotation("x", None), "R1 must be a floating-point tensor"),
+        (rl.Rotation(None, [torch.eye(4)]), "R2 must be a floating-point tensor"),
         (rl.Rotation(None, torch.eye(4)), "R2 must be a tensor of layers x heads x n x n"),
     ],
 )
