@@ -133,6 +133,13 @@ def tiny_model(
     return open_joined(model)
 
 
+def with_weights_in(dtype, model):
+    """The model with its weights in a dtype, as loading them in it leaves it."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def save_tiny_model(folder: Path, name: str = "llama", **settings: object) -> None:
     """A random model of that configuration in a folder, with a tokenizer of few tokens."""
     tokenizer = small_tokenizer()

@@ -47,6 +47,7 @@ NOT_NUMBERS = {
     *("LEAST_INPUT", "_OUT_OF_RANGE"),
     *("TOKENS_PER_INPUT", "_INDICES", "_SIGNS", "_DAMAGE", "_R2", "_AXES", "UNIT_SPAN"),
     "LEAST_COSINE",
+    "MOST_OFF",
     "MOST_SWEEPS",
 }
 

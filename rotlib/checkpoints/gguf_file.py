@@ -165,7 +165,7 @@ class GgufFile:
                 # on the host: it may index codes there and weights on the device
                 rows = _interleaved(len(tensor), family.head_dim)
                 tensor = tensor[rows]
-                weight = weight and QuantizedWeight(*(part[rows] for part in weight))
+                weight = weight and QuantizedWeight(*(part[rows] for part in weight.stored))
             yield names.get_name(path, try_suffixes=(".weight", ".bias")), tensor, weight, kind
 
     def _add_tokenizer(self, writer: gguf.GGUFWriter) -> None:

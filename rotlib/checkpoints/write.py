@@ -125,6 +125,14 @@ def export(
         model.config.to_json_string()
     except (TypeError, ValueError) as error:
         raise ValueError(f"the model's config can't be written as JSON: {error}") from error
+    if model.generation_config is not None:
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"the model's generation_config contradicts itself: {reason}"
+            ) from error
     folder = checked_folder(folder, overwrite, source=model.config.name_or_path)
     if format == "gguf":
         content = GgufFile(model, tokenizer)

@@ -337,9 +337,10 @@ class _Student:
         """Give the model these scales and gains for good."""
         self.set(state)
         found = {}
-        for name, (codes, scale, zero) in self._weights.items():
-            scale = (scale * self._logs[name].exp().to(scale.device)).to(scale.dtype)
-            found[name] = set_weight(self._linears[name], QuantizedWeight(codes, scale, zero))
+        for name, weight in self._weights.items():
+            scale = weight.scale * self._logs[name].exp().to(weight.scale.device)
+            weight = weight._replace(scale=scale.to(weight.scale.dtype))
+            found[name] = set_weight(self._linears[name], weight)
         return found
 
 

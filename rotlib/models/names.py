@@ -91,6 +91,10 @@ def resolve(name: str) -> str:
                 f"the folder {name!r} holds no config.json, so it isn't a Hugging Face model{hint}"
             )
         return name
+    if os.path.isfile(name):
+        raise ValueError(f"{name!r} is a file, and no GGUF file: name the model's folder")
+    if "://" in name:
+        raise ValueError(f"{name!r} is an address: name a model as organisation/model")
     known = (*PACKAGED, *FILES)
     match = [] if "/" in name else get_close_matches(name, known, cutoff=0.6)
     hint = f" (did you mean {match[0]!r}?)" if match else ""

@@ -2,7 +2,7 @@
 
 import torch
 from torch.nn import Module
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rotlib.checks import FLOATS, all_finite
 
@@ -22,6 +22,7 @@ def check_sound(model: PreTrainedModel) -> None:
             "load it in float32, or in 16 bits"
         )
     check_surroundings()
+    _check_turning(model)
     if getattr(model.config, "return_dict", True) is False:
         raise ValueError("the config's return_dict is false, where outputs have no names: set it")
     if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -41,6 +42,31 @@ def check_sound(model: PreTrainedModel) -> None:
                 f"{name} holds NaN or infinite weights: load the model from a sound checkpoint, "
                 "in a dtype that has room for it"
             )
+
+
+def _check_turning(model: PreTrainedModel) -> None:
+    """Raises ValueError where rotary embeddings turn by other angles than the config says.
+
+    `model.bfloat16()` rounds their frequencies with the weights, which loading doesn't.
+    """
+    for name, module in model.named_modules():
+        turns = name.endswith("rotary_emb") and not _moving(module.config)
+        held = dict(module.named_buffers()) if turns else {}
+        if any(buffer.is_meta for buffer in held.values()):
+            continue
+        with torch.device("cpu"):
+            fresh = dict(type(module)(module.config).named_buffers()) if held else {}
+        for buffer, values in held.items():
+            if not torch.equal(values.float().cpu(), fresh[buffer]):
+                raise ValueError(
+                    f"{name}.{buffer} isn't what the config says, as after model.half() or "
+                    "model.bfloat16(), which round it: load the model with rl.load(..., dtype=...)"
+                )
+
+
+def _moving(config: PretrainedConfig) -> bool:
+    """Whether the frequencies follow the length of what was read last."""
+    return any(kind in str(config.rope_parameters) for kind in ("dynamic", "longrope"))
 
 
 def check_surroundings() -> None:

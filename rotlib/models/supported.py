@@ -25,11 +25,15 @@ def adapt(model: PreTrainedModel) -> Family:
     first module that stands in the way.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"a transformers model is needed, not a {type(model).__name__}: "
-            "rl.load returns (model, tokenizer)"
-        )
+        inside = [name for name in ("_orig_mod", "module") if hasattr(model, name)]
+        how = "rl.load returns (model, tokenizer)"
+        if inside:
+            how = f"give what it wraps, its .{inside[0]}"
+        raise ValueError(f"a transformers model is needed, not a {type(model).__name__}: {how}")
     model_type = model.config.model_type
+    if getattr(model, "hf_quantizer", None) is not None:
+        how = type(model.hf_quantizer).__name__
+        raise ValueError(f"this model's weights are packed ({how}): load the original")
     if getattr(model.config, "final_logit_softcapping", None) is not None:  # as of Gemma-2
         reason = "puts out logits that are capped behind it, which nothing here measures"
         raise ValueError(_refusal(model, "lm_head", reason))
@@ -216,9 +220,10 @@ def _check_shapes(family: Family) -> None:
             "the config has layers of sliding attention and no sliding_window for them"
         )
     ahead = getattr(config, "use_bidirectional_attention", None)
-    if ahead or getattr(config, "is_causal", True) is False:
+    layers = (family.attention(layer) for layer in range(len(family.layers)))
+    if ahead or not all(getattr(part, "is_causal", True) for part in (config, *layers)):
         raise ValueError(
-            "the config lets tokens see those behind them, and what is measured here is how the "
+            "this model lets tokens see those behind them, and what is measured here is how the "
             "next one is foretold: it is of an embedding model"
         )
     scalar = getattr(config, "query_pre_attn_scalar", 1)
@@ -248,6 +253,8 @@ def _check_shapes(family: Family) -> None:
                 f"says {family.head_dim}: it was changed since the model was loaded"
             )
     _check_norm("the final norm", family.final_norm, family)
+    if getattr(family.embedding, "max_norm", None) is not None:
+        raise ValueError("the embedding has a max_norm, by which reading it changes it: unset that")
     words = (config.vocab_size, width)
     kind = nn.Embedding if family.has_R1 else type(family.embedding)  # which then stays as it is
     _check_shape("the embedding", family.embedding, kind, words)
@@ -285,7 +292,8 @@ def _check_norm(name: str, norm: Module, family: Family) -> None:
 def _check_shape(name: str, module: Module, kind: type, shape: tuple[int, int]) -> None:
     if type(module) is not kind:
         raise ValueError(
-            f"{name} is a {type(module).__name__}, not a plain torch.nn.{kind.__name__}: merge "
+            f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain "
+            f"torch.nn.{kind.__name__}: merge "
             "adapters into the weights, or load the original model"
         )
     if "weight" not in module._parameters:

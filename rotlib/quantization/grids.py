@@ -136,7 +136,8 @@ class WeightQuant:
 class QuantizedWeight(NamedTuple):
     """A weight as it is stored: codes, and scale and zero point of every group of inputs.
 
-    A single group is a scale an output channel.
+    A single group is a scale an output channel. What quantizes a model adds a sketch of the weight
+    that they were made from, by which they are known again.
 
     >>> codes = torch.tensor([[-1, 2]], dtype=torch.int8)
     >>> QuantizedWeight(codes, scale=torch.tensor([[0.5]]), zero=torch.zeros(1, 1)).dense()
@@ -146,10 +147,16 @@ class QuantizedWeight(NamedTuple):
     codes: Shaped[Tensor, "out in"]  # int8; uint8 on an asymmetric grid; float8_e4m3fn of FP4
     scale: Float[Tensor, "out groups"]
     zero: Float[Tensor, "out groups"]
+    sketch: Float[Tensor, "out 1"] | None = None
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a checkpoint holds: codes, scale and zero."""
+        return self[:3]
 
     def dense(self) -> Float[Tensor, "out in"]:
         """The weight that the codes stand for; raises ValueError for parts that don't fit."""
-        codes, scale, zero = (tuple(part.shape) for part in self)
+        codes, scale, zero = (tuple(part.shape) for part in self.stored)
         if scale != zero or len(codes) != 2 or scale[:1] != codes[:1] or codes[1] % scale[-1]:
             raise ValueError(f"codes {codes} don't have scales {scale} and zero points {zero}")
         codes = self.codes.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1))

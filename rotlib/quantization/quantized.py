@@ -18,6 +18,8 @@ from rotlib.rotations.rotation import check_sizes, placed_weights
 # between a weight and what its codes stand for: rounding leaves 0.9, GPTAQ at two bits a row, far
 # beyond use, 0.09 of the worst weight, and the codes of another weight are at 0
 LEAST_COSINE = 0.05
+# of a weight's sketch: rounding it to 16 bits moves it by 0.002
+MOST_OFF = 0.01
 
 
 @torch.no_grad()
@@ -85,7 +87,7 @@ def restore(
     with changing(model, "rotlib_quantized"):
         for name, (codes, *others) in weights.items():
             # whatever reads a checkpoint multiplies in 32 bits
-            wide = (one if one.itemsize > 4 else one.float() for one in others)
+            wide = (one if one is None or one.itemsize > 4 else one.float() for one in others)
             set_weight(linears[name], QuantizedWeight(codes, *wide))
     return model
 
@@ -158,8 +160,8 @@ def check_on_grid(
     Without `quant` every code that their type holds is allowed. The weight is for a model of
     `dtype`.
     """
-    codes, scale, zero = weight
-    if not all(part.layout == torch.strided and not part.is_meta for part in weight):
+    codes, scale, zero = parts = weight.stored
+    if not all(part.layout == torch.strided and not part.is_meta for part in parts):
         raise ValueError(f"the quantized weight {name} holds no values: it is meta or sparse")
     if not all(part.dtype in FLOATS for part in (scale, zero)):
         raise ValueError(
@@ -197,10 +199,19 @@ def check_on_grid(
 
 
 def check_alike(name: str, weight: QuantizedWeight, W: Tensor) -> None:
-    """Raises ValueError for codes of another weight, such as of the same before it was rotated."""
-    dense = weight.dense().float().to(W.device)
-    cosine = torch.cosine_similarity(dense.flatten(), W.detach().float().flatten(), dim=0)
-    if W.any() and cosine < LEAST_COSINE:
+    """Raises ValueError for codes of another weight, such as of the same before it was rotated.
+
+    Where codes were made by hand and have no sketch, their direction has to do.
+    """
+    if weight.sketch is None:
+        dense = weight.dense().float().to(W.device)
+        cosine = torch.cosine_similarity(dense.flatten(), W.detach().float().flatten(), dim=0)
+        alike = cosine >= LEAST_COSINE or not W.any()
+    else:
+        sketch = sketch_of(W)
+        off = (weight.sketch.to(sketch) - sketch).norm()
+        alike = off <= MOST_OFF * sketch.norm()
+    if not alike:
         raise ValueError(
             f"the quantized weight {name} was made from another weight than this model's: prepare "
             "the model as theirs was, the same weights under the same rotation"
@@ -211,9 +222,13 @@ def fits(weight: QuantizedWeight | None, shape_of: Tensor) -> bool:
     """Whether these are a quantized weight's parts, of the shapes that this weight asks for."""
     if not isinstance(weight, QuantizedWeight):
         return False
-    if not all(isinstance(part, Tensor) for part in weight) or weight.codes.shape != shape_of.shape:
+    if not all(isinstance(part, Tensor) for part in weight.stored):
+        return False
+    if weight.codes.shape != shape_of.shape:
         return False
     if weight.scale.ndim != 2 or weight.scale.shape != weight.zero.shape:
+        return False
+    if weight.sketch is not None and weight.sketch.shape != (len(shape_of), 1):
         return False
     rows, groups = weight.scale.shape
     return rows == len(shape_of) and groups > 0 and shape_of.shape[1] % groups == 0
@@ -236,7 +251,7 @@ def set_together(
 ) -> dict[str, QuantizedWeight]:
     """Give each its rows of the matrix that `tall` made of them, by their names."""
     sizes = [linear.out_features for linear in linears.values()]
-    parts = zip(*(part.split(sizes) for part in weight), strict=True)
+    parts = zip(*(part.split(sizes) for part in weight.stored), strict=True)
     return {
         name: set_weight(linear, QuantizedWeight(*part))
         for (name, linear), part in zip(linears.items(), parts, strict=True)
@@ -245,9 +260,21 @@ def set_together(
 
 def set_weight(linear: nn.Linear, weight: QuantizedWeight) -> QuantizedWeight:
     """Give a linear the weight that its codes stand for, and the codes, kept on the host."""
+    if weight.sketch is None:
+        weight = weight._replace(sketch=sketch_of(linear.weight))
     linear.weight.copy_(weight.dense())
     linear.quantized = QuantizedWeight(*(part.cpu() for part in weight))
     return linear.quantized
+
+
+def sketch_of(W: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:
+    """W times fixed signs: two weights differ by as much as their sketches, nearly.
+
+    A matrix times random signs keeps its size on the average (Johnson and Lindenstrauss).
+    """
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device is
+    bits = torch.randint(2, (W.shape[1], 1), generator=generator, device="cpu")
+    return W.detach().float() @ (2.0 * bits - 1).to(W.device)
 
 
 def _stands_for(codes: QuantizedWeight, weight: Tensor) -> bool:

@@ -166,7 +166,12 @@ def _best_rows(
     """Every row as the try has it whose outputs are nearest to the original's."""
     best = torch.stack([row_errors(Q, W, H, C) for Q in tried]).argmin(dim=0)
     rows = torch.arange(len(W), device=W.device)
-    return QuantizedWeight(*(torch.stack(parts)[best, rows] for parts in zip(*tried, strict=True)))
+    return QuantizedWeight(
+        *(
+            torch.stack(parts)[best, rows]
+            for parts in zip(*(one.stored for one in tried), strict=True)
+        )
+    )
 
 
 def round_strip(

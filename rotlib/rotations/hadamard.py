@@ -63,8 +63,9 @@ def apply_hadamard(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
     left, right = _balanced_on(n, x.dtype, x.device)
     # dividing by √n apart keeps the factors ±1: rounded to bfloat16, 1/√n would be a gain that
     # every entry shares
-    y = (x.reshape(-1, len(right)) @ right / sqrt(n)).view(-1, len(left), len(right))
-    return torch.matmul(left.mT, y).view(x.shape)
+    with torch.autocast(x.device.type, enabled=False):
+        y = (x.reshape(-1, len(right)) @ right / sqrt(n)).view(-1, len(left), len(right))
+        return torch.matmul(left.mT, y).view(x.shape)
 
 
 @dataclass(frozen=True, eq=False)

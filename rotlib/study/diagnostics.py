@@ -172,7 +172,7 @@ def slopes(recipe: Recipe, device: str = "auto", run: bool = True) -> Result:
     True
     """
     check_recipe("slopes", recipe)
-    one_of("the rotation of slopes", recipe.rotation, THROUGH_NETWORK)
+    one_of("rotation with slopes", recipe.rotation, THROUGH_NETWORK)
     recipe = replace(recipe.of_rotation(), steps=None, lr=None, preset=Recipe.preset)
     picked = pick_device(device)
 

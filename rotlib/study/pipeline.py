@@ -352,7 +352,7 @@ def _drawn(name: str, recipe: Recipe, model: PreTrainedModel) -> Rotation:
             f"the rotation {name!r} was made with R3={rotation.R3} and R4={rotation.R4}, and asked "
             f"for with R3={recipe.R3} and R4={recipe.R4}: let its function hand them on"
         )
-    if weights_sample(model) != before:
+    if weights_sample(model) != before or model.training:
         raise ValueError(f"the rotation {name!r} has changed the model that it was made for")
     return rotation
 

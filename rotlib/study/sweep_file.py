@@ -63,6 +63,12 @@ def read_sweep(path: Path) -> list[Recipe]:
                     f"{place(path, key)}: {key.value} must be a list of values, "
                     f"such as [0, 1, 2], not {values!r}"
                 )
+    if twice := base.keys() & grid.keys():
+        name = min(twice)
+        raise ValueError(
+            f"{place(path, base[name][1])}: {name} stands under base and under grid, which would "
+            "replace it: leave one out"
+        )
     crossed = []
     for arm, _ in arms:
         parts = (base, grid, arm)

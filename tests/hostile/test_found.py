@@ -1129,7 +1129,7 @@ def test_a_folded_weight_beyond_float32_is_refused_before_any_is_changed(model):
     ],
 )
 def test_learning_on_a_model_that_computes_nan_blames_the_model(model, tokens, learn, says):
-    model.model.rotary_emb.inv_freq.fill_(float("nan"))
+    model.model.layers[0].self_attn.scaling = float("nan")
     with pytest.raises((ValueError, rl.LearningFailed), match=says):
         learn(model, tokens)
 

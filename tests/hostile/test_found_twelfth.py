@@ -9,7 +9,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model, small_tokenizer, tiny_model
+from conftest import save_tiny_model, small_tokenizer, tiny_model, with_weights_in
 from tokenizers import Tokenizer, models
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -114,7 +114,7 @@ def test_states_beyond_float16_are_told(model, tokens):
         linear.weight.mul_(gain)
     assert rl.perplexity(model, tokens.flatten(), 32) > 0
     with refused(r"or they are beyond float16 \(load it in float32\)"):
-        rl.perplexity(model.half(), tokens.flatten(), 32)
+        rl.perplexity(with_weights_in(torch.float16, model), tokens.flatten(), 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])

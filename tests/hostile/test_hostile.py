@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import save_tiny_model, tiny_model
+from conftest import save_tiny_model, tiny_model, with_weights_in
 from torch import nn
 
 import rotlib as rl
@@ -102,7 +102,7 @@ def asking_for_R4(model):
 
 def almost_too_large(model):
     model.model.layers[0].mlp.up_proj.weight.fill_(60000.0)
-    return model
+    return with_weights_in(torch.float16, model)
 
 
 def hooked(model):
