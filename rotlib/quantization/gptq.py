@@ -30,6 +30,7 @@ from rotlib.quantization.coordinate import MOST_SWEEPS
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.hessian import DAMPING, Hessian, token_weights
+from rotlib.quantization.importance import Slopes, check_slopes, loss_slopes
 from rotlib.quantization.quantized import (
     check_alike,
     check_on_grid,
@@ -105,6 +106,7 @@ def gptq(
     descent: int = 0,
     refit: bool = False,
     token_cap: float | None = None,
+    loss_weighted: bool = False,
     kept: Layers | None = None,
 ) -> Report:
     """Quantize every linear of every decoder layer in place (Frantar et al., arXiv 2210.17323).
@@ -116,11 +118,12 @@ def gptq(
     `descent` sweeps of coordinate descent follow; `refit` then gives the codes the scales of least
     error, and the sweeps follow once more. `token_cap` is how many times the energy |x|² of its
     window's median token a token counts at most: attention's sink can have so much of it that the
-    codes serve it alone. Layers that `kept` holds are put back instead of
-    quantized, and the others are handed to it. An expert is quantized by the tokens that it is
-    given, without GPTAQ, and rounded to nearest where that is none; a warning says how many have
-    fewer tokens than inputs. Raises ValueError before any work for unsuitable models, grids or
-    tokens.
+    codes serve it alone. With `loss_weighted` a token counts by the slope of the model's own loss
+    at what q, k, v, gate and up put out, which takes a pass through the model and back. Layers that
+    `kept` holds are put back instead of quantized, and the others are handed to it. An expert is
+    quantized by the tokens that it is given, without GPTAQ, and rounded to nearest where that is
+    none; a warning says how many have fewer tokens than inputs. Raises ValueError before any work
+    for unsuitable models, grids or tokens.
 
     >>> report = gptq(model, tokens, WeightQuant(bits=4, group_size=16))
     >>> report.fallbacks, report.weights["layers.0.q"].codes.dtype
@@ -144,11 +147,16 @@ def gptq(
         raise ValueError(f"refit moves scales freely, and {quant.grid} hasn't all numbers for them")
     if token_cap is not None:
         positive("token_cap (unless it is None)", token_cap)
+    yes_or_no("loss_weighted", loss_weighted)
+    if loss_weighted:
+        check_slopes(family)
     keeper("kept", kept, Layers, "layers")
     if asymmetry:
         check_can_be_copied(model, "the model")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent, refit)
     batches = layer_inputs(family, calibration)
+    slopes = loss_slopes(family, calibration) if loss_weighted else None
+    weigh = _Weigh(token_cap, slopes, [len(x) for x, _ in batches])
     with changing(model, "rotlib_quantized"):
         waiting = batches_that_wait(family, batches, streams=2 if asymmetry else 1)
         unrounded = _Unrounded(family, batches, asymmetry, waiting) if asymmetry else None
@@ -165,7 +173,7 @@ def gptq(
                 done = Report()
                 with family.on_device(family.layers[layer], changed=True):
                     batches = _quantize_layer(
-                        family, layer, batches, waiting, solve, token_cap, done, unrounded
+                        family, layer, batches, waiting, solve, weigh, done, unrounded
                     )
                 done.seconds = time.perf_counter() - start
                 if kept is not None:
@@ -209,6 +217,23 @@ def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -
         check_on_grid(name, weight, quant, family.model.dtype)
         check_alike(name, weight, linear.weight)
     return done
+
+
+class _Weigh:
+    """What a token is multiplied by before it counts, or None where all count alike."""
+
+    def __init__(self, cap: float | None, slopes: list[Slopes] | None, windows: list[int]):
+        self._cap, self._slopes, self._windows = cap, slopes, windows
+
+    def __call__(
+        self, layer: int, site: str, number: int, x: Float[Tensor, "... n"]
+    ) -> Float[Tensor, "... 1"] | None:
+        """Those of one batch at the inputs of a site."""
+        weight = None if self._cap is None else token_weights(x, self._cap)
+        if self._slopes and (slopes := self._slopes[layer].get(site)) is not None:
+            slope = slopes.split(self._windows)[number].sqrt()
+            weight = slope if weight is None else weight * slope
+        return weight
 
 
 def _weighted(
@@ -270,7 +295,7 @@ def _quantize_layer(
     batches: list[Batch],
     waiting: int,
     solve: Solver,
-    token_cap: float | None,
+    weigh: _Weigh,
     report: Report,
     unrounded: _Unrounded | None,
 ) -> list[Batch]:
@@ -287,8 +312,8 @@ def _quantize_layer(
                 # the unquantized model gives an expert other tokens
                 has_twin = unrounded and not is_experts(sites[0])
                 hessian, drift = Hessian(), drift_at(sites[0]) if has_twin else None
-                for x in passes.inputs(linears[sites[0]]):
-                    weight = None if token_cap is None else token_weights(x, token_cap)
+                for number, x in enumerate(passes.inputs(linears[sites[0]])):
+                    weight = weigh(index, sites[0], number, x)
                     hessian.add(_weighted(x, weight))
                     if drift:
                         drift.add(x, weight)

@@ -122,6 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="the most energy that a token counts for, in medians of its window; default: no cap",
     )
     parser.add_argument(
+        "--loss-weighted",
+        action="store_true",
+        help="let a token count by the slope of the model's loss",
+    )
+    parser.add_argument(
         "--format", default="compressed-tensors", choices=("compressed-tensors", "gguf")
     )
     parser.add_argument("--text", default=Recipe.text, help="that it is calibrated and measured on")

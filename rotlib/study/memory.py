@@ -227,7 +227,11 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
         if recipe.asymmetry:  # the original layer, what it computes, and the drift of what is read
             working = 2 * working + _FLOAT * (_of_a_layer(family) + 2 * wide**2)
             streams = 2
-        found["quantize"] = Stage(working + solve, beside=streams * 2 * states(windows), host=codes)
+        working += solve
+        if recipe.loss_weighted:  # a window's way back, before
+            back = 2 * layer_run(recipe.window) + logits(recipe.window, "ostquant")
+            working = max(working, back + layers * states(1))
+        found["quantize"] = Stage(working, beside=streams * 2 * states(windows), host=codes)
     if recipe.tuning:  # the original's states and head are there from before the rotation on
         original = states(recipe.tuning + HELD_OUT) + _FLOAT * head
         for stage in {"fuse", "quantize"} & found.keys():

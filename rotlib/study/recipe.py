@@ -62,11 +62,11 @@ _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _FIXED_BY_FP4 = ("bits", "group_size", "symmetric", "convention")
 _GPTQ = (
     *("act_order", "asymmetry", "static_groups", "scale_search", "descent", "refit"),
-    "token_cap",
+    *("token_cap", "loss_weighted"),
 )
 _ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol", "sinks")
 # what was kept before there were these settings keeps its name
-_LATER = ("lr", "activation_grid", "clip_norm", "learned_bits", "token_cap")
+_LATER = ("lr", "activation_grid", "clip_norm", "learned_bits", "token_cap", "loss_weighted")
 
 _PLAIN = {str: str.__str__, int: int.__int__, float: float.__float__}
 
@@ -100,10 +100,10 @@ class Recipe:
     with what `learned_on` names rounded on this recipe's grid, or activations to `learned_bits`
     whatever is evaluated, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none"
     keeps 16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search`, `descent`,
-    `refit` and `token_cap` are `gptq`'s; `tuning` is how many steps scales and gains are tuned for,
-    each on a window of its own, and further ones are held out. `order` "weights-first" calibrates
-    GPTQ on unrounded activations, "activations-first" on rounded ones. Raises ValueError at
-    construction for a value outside the choices, or one that would go unread.
+    `refit`, `token_cap` and `loss_weighted` are `gptq`'s; `tuning` is how many steps scales and
+    gains are tuned for, each on a window of its own, and further ones are held out. `order`
+    "weights-first" calibrates GPTQ on unrounded activations, "activations-first" on rounded ones.
+    Raises ValueError at construction for a value outside the choices, or one that would go unread.
 
     >>> Recipe(rotation="optrot", bits=3).spec()
     {'task': 'quantize', 'rotation': 'optrot', 'bits': 3}
@@ -142,6 +142,7 @@ class Recipe:
     descent: int = 0
     refit: bool = False
     token_cap: float | None = None
+    loss_weighted: bool = False
     tuning: int = 0
     activation_bits: int = FULL
     activation_grid: str = GRIDS[0]
@@ -207,6 +208,7 @@ class Recipe:
             "static_groups",
             "scale_search",
             "refit",
+            "loss_weighted",
             "R3",
             "R4",
             "signs",
@@ -242,7 +244,8 @@ class Recipe:
             yield "scale_search", "goes by GPTQ's error: it needs rounding 'gptq'"
             yield "descent", "goes on from GPTQ's codes: it needs rounding 'gptq'"
             yield "refit", "fits scales to GPTQ's codes: it needs rounding 'gptq'"
-            yield "token_cap", "weights the tokens that GPTQ learns from: it needs rounding 'gptq'"
+            for name in ("token_cap", "loss_weighted"):
+                yield name, "weighs the tokens that GPTQ learns from: it needs rounding 'gptq'"
         if (self.group_size is None and self.grid not in FP4) or self.act_order:
             needs = "it needs a group_size, and act_order has them already"
             yield "static_groups", f"keeps groups the scales of the original weights: {needs}"

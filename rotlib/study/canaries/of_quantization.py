@@ -7,7 +7,17 @@ from rotlib.learning import tuning
 from rotlib.models import walk
 from rotlib.models.reference import Reference
 from rotlib.models.supported import adapt
-from rotlib.quantization import activations, fp4, gptq, grids, hessian, quantized, refit, solver
+from rotlib.quantization import (
+    activations,
+    fp4,
+    gptq,
+    grids,
+    hessian,
+    importance,
+    quantized,
+    refit,
+    solver,
+)
 from rotlib.study.canaries.inputs import covariance, noise, profile, tiny, token_windows
 from rotlib.study.canaries.register import canary
 
@@ -180,6 +190,18 @@ def _token_cap() -> dict:
     quant = grids.WeightQuant(bits=3)
     report = gptq.gptq(tiny(torch.float32), token_windows(), quant, asymmetry=0.5, token_cap=1.5)
     return {"weights": profile(weights), "errors": [module.error for module in report.modules][7:]}
+
+
+@canary("loss slopes", sites=importance.WEIGHTED, tolerance=5e-3)
+def _loss_slopes() -> dict:
+    slopes = importance.loss_slopes(adapt(tiny(torch.float32)), token_windows())
+    quant = grids.WeightQuant(bits=3)
+    report = gptq.gptq(tiny(torch.float32), token_windows(), quant, loss_weighted=True)
+    numbers = {
+        site: torch.stack([profile(layer[site]) for layer in slopes])
+        for site in importance.WEIGHTED
+    }
+    return numbers | {"errors": [module.error for module in report.modules][7:]}
 
 
 @canary("scale search", widths=solver.WIDTHS, tolerance=5e-3)

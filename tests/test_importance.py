@@ -1,0 +1,101 @@
+"""Tokens weighed by the slope of the loss."""
+
+import pytest
+import torch
+from conftest import tiny_model, with_weights_in
+from torch.nn.functional import cross_entropy
+
+import rotlib as rl
+from rotlib.models import walk
+from rotlib.models.supported import adapt
+from rotlib.quantization.hessian import Hessian
+from rotlib.quantization.importance import WEIGHTED, loss_slopes
+from rotlib.quantization.solver import Solver
+
+QUANT = rl.WeightQuant(bits=3)
+
+
+@pytest.fixture
+def model():
+    return tiny_model(dtype=torch.float32)
+
+
+def by_autograd(model, tokens):
+    """The same by one backward pass through the whole model."""
+    put_out = {}
+    hooks = [
+        module.register_forward_hook(lambda module, args, y: put_out.update({module: y}))
+        for layer in model.model.layers
+        for module in layer.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    embedded = model.model.embed_tokens(tokens).detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(inputs_embeds=embedded).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        slopes = dict(zip(put_out, torch.autograd.grad(loss, [*put_out.values()]), strict=True))
+    for hook in hooks:
+        hook.remove()
+    return slopes
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3, tied", "granite, multipliers", "gemma3, tied"])
+def test_slopes_are_those_of_one_pass_back_through_the_whole_model(name, tokens):
+    model = tiny_model(name, dtype=torch.float32)
+    family, slopes = adapt(model), by_autograd(model, tokens)
+    for layer, found in enumerate(loss_slopes(family, tokens)):
+        linears = family.linears(layer)
+        for site, sizes in found.items():
+            parts = [
+                slopes[linears[name]].square().sum(-1, keepdim=True) for name in WEIGHTED[site]
+            ]
+            expected = sum(parts).sqrt()
+            torch.testing.assert_close(sizes, expected / expected.mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_first_weights_are_quantized_by_the_weighted_hessian(model, tokens):
+    family = adapt(model)
+    weight = loss_slopes(family, tokens)[0]["q"]
+    x, _ = walk.layer_inputs(family, tokens)[0]
+    hessian = Hessian()
+    hessian.add(family.norms(0)["attention_norm"](x) * weight.sqrt())
+    W = torch.cat([family.linears(0)[name].weight for name in WEIGHTED["q"]])
+    expected = Solver(QUANT)(W, hessian.take(), None)[0].codes
+    codes = rl.gptq(model, tokens, QUANT, loss_weighted=True).weights
+    found = torch.cat([codes[f"layers.0.{name}"].codes for name in WEIGHTED["q"]])
+    assert (found != expected).float().mean() < 0.01  # a sum in another order turns a tie
+
+
+@pytest.mark.parametrize("asymmetry", [0.0, 0.5])
+def test_weights_follow_their_windows_into_every_batch(model, tokens, monkeypatch, asymmetry):
+    together = rl.gptq(model, tokens, QUANT, asymmetry=asymmetry, loss_weighted=True).weights
+    monkeypatch.setattr(walk, "BATCH_TOKENS", 3 * tokens.shape[1])
+    apart = tiny_model(dtype=torch.float32)
+    weights = rl.gptq(apart, tokens, QUANT, asymmetry=asymmetry, loss_weighted=True).weights
+    for name, weight in weights.items():
+        assert (weight.codes != together[name].codes).float().mean() < 0.02, name
+
+
+def test_a_pass_back_leaves_no_slope_behind(model, tokens):
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    loss_slopes(adapt(model), tokens)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_weighing_by_loss_is_refused_where_there_is_no_slope(tokens):
+    how = {"calibration": tokens, "quant": QUANT, "loss_weighted": True}
+    with pytest.raises(ValueError, match="too small for float16"):
+        rl.gptq(with_weights_in(torch.float16, tiny_model(dtype=torch.float32)), **how)
+    with pytest.raises(ValueError, match="doesn't know mixtures of experts"):
+        rl.gptq(tiny_model("mixtral, experts", dtype=torch.float32), **how)
+    model = tiny_model(dtype=torch.float32)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode is on"):
+        rl.gptq(model, **how)
+    with pytest.raises(ValueError, match="loss_weighted must be True or False"):
+        rl.gptq(tiny_model(dtype=torch.float32), tokens, QUANT, loss_weighted="yes")
+
+
+def test_a_recipe_that_rounds_to_nearest_has_no_tokens_to_weigh():
+    with pytest.raises(ValueError, match="loss_weighted weighs the tokens"):
+        rl.Recipe(rounding="rtn", loss_weighted=True)
