@@ -82,6 +82,12 @@ def check_surroundings() -> None:
         raise ValueError("torch's default device is 'meta', where tensors have no values: unset it")
 
 
+def check_not_inference() -> None:
+    """Raises ValueError inside `torch.inference_mode`."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode is on, where nothing has a slope: leave it first")
+
+
 def check_not_rounding(model: PreTrainedModel) -> None:
     """Raises ValueError inside `quantized_activations`.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rotlib.models.families import Family
+from rotlib.models.sound import check_not_inference
 from rotlib.models.supported import check_no_experts
 from rotlib.models.walk import Batch, hooks, layer_inputs, run_layer
 
@@ -42,8 +43,7 @@ def loss_slopes(family: Family, windows: Int[Tensor, "windows length"]) -> list[
 def check_slopes(family: Family) -> None:
     """Raises ValueError for a model, or surroundings, without such slopes."""
     check_no_experts(family, "loss_weighted")
-    if torch.is_inference_mode_enabled():
-        raise ValueError("torch.inference_mode is on, where nothing has a slope: leave it first")
+    check_not_inference()
     if family.model.dtype == torch.float16:
         raise ValueError(
             "loss_weighted needs slopes, many of which are too small for float16: load the model "
