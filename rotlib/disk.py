@@ -140,7 +140,10 @@ def check_writable(folder: Path, remedy: str) -> None:
         with scratch_beside(folder / "writable"):
             pass
     except OSError as error:
-        raise ValueError(f"{folder} can't be written to ({error.strerror}): {remedy}") from error
+        reason = error.strerror
+        if isinstance(error, FileExistsError):  # that isn't there, either: a link
+            reason = "a file, or a link to nowhere, is in its way"
+        raise ValueError(f"{folder} can't be written to ({reason}): {remedy}") from error
 
 
 def clear_leftovers(folder: Path) -> None:

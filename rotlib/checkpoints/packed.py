@@ -188,11 +188,16 @@ def check_inputs(format: str, activations: ActivationQuant | None) -> bool:
     """
     if activations in (None, ActivationQuant()):
         return False
-    if activations != INPUTS or format != "compressed-tensors":
+    if format != "compressed-tensors":
         raise ValueError(
-            "a checkpoint in the format 'compressed-tensors' can ask its runtime for "
-            "ActivationQuant(bits=8, protocol='compressed-tensors'), and no checkpoint for another "
-            f"rounding of activations, such as {activations!r}"
+            f"the format {format!r} can't ask its runtime to round activations: choose "
+            "'compressed-tensors', or leave them unrounded"
+        )
+    if activations != INPUTS:
+        raise ValueError(
+            "a checkpoint can ask its runtime for ActivationQuant(bits=8, "
+            "protocol='compressed-tensors'), and for no other rounding of activations, such as "
+            f"{activations!r}"
         )
     return True
 

@@ -23,6 +23,11 @@ def check_sound(model: PreTrainedModel) -> None:
         )
     check_surroundings()
     _check_turning(model)
+    if getattr(model.config, "output_attentions", False):
+        raise ValueError(
+            "the config's output_attentions is on, which torch's own attention hasn't: set it to "
+            "false"
+        )
     if getattr(model.config, "return_dict", True) is False:
         raise ValueError("the config's return_dict is false, where outputs have no names: set it")
     if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:

@@ -40,7 +40,7 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
             f"SpinQuant's file holds R1 and R2, and this rotation has {beside} as well"
         )
     path = _path(file)
-    if path.exists() and "R1" not in _held(path):
+    if path.exists() and not _is_rotations(_held(path)):
         raise ValueError(f"{path} is there, and holds no rotation: name another file")
     check_writable(path.parent, "name another file")
     check_orthogonal(rotation)
@@ -84,6 +84,13 @@ def _held(path: Path) -> dict:
     except Exception as error:  # whatever bytes make torch raise
         raise ValueError(f"{path} isn't a file of tensors as torch.save writes them") from error
     return held if isinstance(held, dict) else {}
+
+
+def _is_rotations(held: dict) -> bool:
+    """Whether a file holds R1, layers' R2 and nothing else."""
+    of_layers = [name for name in held if name != "R1"]
+    known = {_R2.format(layer) for layer in range(len(of_layers))}
+    return isinstance(held.get("R1"), torch.Tensor) and {*of_layers} == known
 
 
 def load_rotation(file: str | Path, model: PreTrainedModel) -> Rotation:

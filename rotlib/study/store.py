@@ -220,14 +220,19 @@ def _missing(result: Result) -> list[str]:
         missing.append("numbers as its kl_windows")
     elif windows and len(windows) != result.spec.get("test_windows", Recipe.test_windows):
         missing.append("number for each of its windows")
+    fallbacks = metrics.get("fallbacks", 0)
+    if isinstance(fallbacks, bool) or not isinstance(fallbacks, int) or fallbacks < 0:
+        missing.append("number as its fallbacks")
     versions = result.provenance.get("versions") or {}
     missing += [] if isinstance(versions, dict) else ["versions by their names"]
     others = result.seconds | {"peak_memory_mb": result.peak_memory_mb}
+    perplexity = numbers.get("perplexity")
+    sound = _is_number(perplexity) and perplexity < inf
     for name, value in (numbers | others).items():
         number = _is_number(value)
         # a broken model's may be NaN
         least = -1e-3 if name == "kl" else 1
-        below = name in numbers and not value >= least and numbers["perplexity"] < inf
+        below = name in numbers and number and sound and not value >= least
         beyond = name in others and number and (value < 0 or value == inf)
         if not number or below or beyond:
             missing.append(f"number as its {name}")
