@@ -39,12 +39,15 @@ def by_autograd(model, tokens):
     return slopes
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3, tied", "granite, multipliers", "gemma3, tied"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3, tied", "granite, multipliers", "gemma3, tied", "mixtral, experts"]
+)
 def test_slopes_are_those_of_one_pass_back_through_the_whole_model(name, tokens):
     model = tiny_model(name, dtype=torch.float32)
     family, slopes = adapt(model), by_autograd(model, tokens)
     for layer, found in enumerate(loss_slopes(family, tokens)):
         linears = family.linears(layer)
+        assert found.keys() == {site for site in WEIGHTED if site in linears}
         for site, sizes in found.items():
             parts = [
                 slopes[linears[name]].square().sum(-1, keepdim=True) for name in WEIGHTED[site]
@@ -76,6 +79,13 @@ def test_weights_follow_their_windows_into_every_batch(model, tokens, monkeypatc
         assert (weight.codes != together[name].codes).float().mean() < 0.02, name
 
 
+def test_a_mixture_of_experts_is_weighed_in_its_attention(tokens):
+    plain, weighed = (tiny_model("mixtral, experts", dtype=torch.float32) for _ in range(2))
+    one = rl.gptq(plain, tokens, QUANT).weights
+    other = rl.gptq(weighed, tokens, QUANT, loss_weighted=True).weights
+    assert not torch.equal(one["layers.0.q"].codes, other["layers.0.q"].codes)
+
+
 def test_a_pass_back_leaves_no_slope_behind(model, tokens):
     before = [parameter.requires_grad for parameter in model.parameters()]
     loss_slopes(adapt(model), tokens)
@@ -87,8 +97,6 @@ def test_weighing_by_loss_is_refused_where_there_is_no_slope(tokens):
     how = {"calibration": tokens, "quant": QUANT, "loss_weighted": True}
     with pytest.raises(ValueError, match="too small for float16"):
         rl.gptq(with_weights_in(torch.float16, tiny_model(dtype=torch.float32)), **how)
-    with pytest.raises(ValueError, match="doesn't know mixtures of experts"):
-        rl.gptq(tiny_model("mixtral, experts", dtype=torch.float32), **how)
     model = tiny_model(dtype=torch.float32)
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode is on"):
         rl.gptq(model, **how)

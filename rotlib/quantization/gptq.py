@@ -121,9 +121,9 @@ def gptq(
     codes serve it alone. With `loss_weighted` a token counts by the slope of the model's own loss
     at what q, k, v, gate and up put out, which takes a pass through the model and back. Layers that
     `kept` holds are put back instead of quantized, and the others are handed to it. An expert is
-    quantized by the tokens that it is given, without GPTAQ, and rounded to nearest where that is
-    none; a warning says how many have fewer tokens than inputs. Raises ValueError before any work
-    for unsuitable models, grids or tokens.
+    quantized by the tokens that it is given, all alike and without GPTAQ, and rounded to nearest
+    where that is none; a warning says how many have fewer tokens than inputs. Raises ValueError
+    before any work for unsuitable models, grids or tokens.
 
     >>> report = gptq(model, tokens, WeightQuant(bits=4, group_size=16))
     >>> report.fallbacks, report.weights["layers.0.q"].codes.dtype

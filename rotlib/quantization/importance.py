@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from rotlib.models.families import Family
 from rotlib.models.sound import check_not_inference
-from rotlib.models.supported import check_no_experts
 from rotlib.models.walk import Batch, hooks, layer_inputs, run_layer
 
-# what they read is normed: elsewhere tokens differ by their size already, and `token_cap` is there
+# what they read is normed: elsewhere tokens differ by their size already, and `token_cap` is there;
+# an expert is given tokens of its own, which all count alike
 WEIGHTED = {"q": ("q", "k", "v"), "gate": ("gate", "up")}
 
 Slopes = dict[str, Float[Tensor, "windows length 1"]]
@@ -29,12 +29,12 @@ def loss_slopes(family: Family, windows: Int[Tensor, "windows length"]) -> list[
     The loss is that of the next token, and sizes are shares of their mean. A window goes through
     the model and back, a layer at a time, so that only its states between layers are kept.
     """
-    found = [{site: [] for site in WEIGHTED} for _ in family.layers]
+    found = [{} for _ in family.layers]
     batches = layer_inputs(family, windows, at_a_time=1)
     for ids, batch in zip(windows.split(1), batches, strict=True):
         for layer, squares in _backwards(family, ids, batch):
             for site, square in squares.items():
-                found[layer][site].append(square.sqrt())
+                found[layer].setdefault(site, []).append(square.sqrt())
     return [
         {site: _of_mean_one(torch.cat(sizes)) for site, sizes in layer.items()} for layer in found
     ]
@@ -42,7 +42,6 @@ def loss_slopes(family: Family, windows: Int[Tensor, "windows length"]) -> list[
 
 def check_slopes(family: Family) -> None:
     """Raises ValueError for a model, or surroundings, without such slopes."""
-    check_no_experts(family, "loss_weighted")
     check_not_inference()
     if family.model.dtype == torch.float16:
         raise ValueError(
@@ -73,20 +72,18 @@ def _backwards(
         def keep(module, args, output, put_out=put_out):
             put_out[module] = output
 
-        watched = ((linears[name], keep) for names in WEIGHTED.values() for name in names)
-        with (
-            family.on_device(family.layers[index]),
-            torch.enable_grad(),
-            hooks(watched, after=True),
-        ):
+        sites = {site: names for site, names in WEIGHTED.items() if site in linears}
+        watched = ((linears[name], keep) for names in sites.values() for name in names)
+        layer = family.layers[index]
+        with family.on_device(layer), torch.enable_grad(), hooks(watched, after=True):
             x = read.pop().detach().requires_grad_()
-            y = run_layer(family.layers[index], x, keywords)
+            y = run_layer(layer, x, keywords)
             slope, *slopes = torch.autograd.grad(y, [x, *put_out.values()], slope)
         square = {
             linear: one.float().square().sum(-1, keepdim=True)
             for linear, one in zip(put_out, slopes, strict=True)
         }
-        of_site = {site: [square[linears[name]] for name in WEIGHTED[site]] for site in WEIGHTED}
+        of_site = {site: [square[linears[name]] for name in sites[site]] for site in sites}
         yield index, {site: sum(squares) for site, squares in of_site.items()}
 
 
