@@ -39,6 +39,11 @@ def adapt(model: PreTrainedModel) -> Family:
         raise ValueError(_refusal(model, "lm_head", reason))
     for family in FAMILIES:
         if model_type in family.model_types:
+            if not hasattr(model, "lm_head"):
+                raise ValueError(
+                    f"this {type(model).__name__} has no head that foretells tokens: load it with "
+                    "rl.load, or as an AutoModelForCausalLM"
+                )
             if stranger := _stranger(model, family):
                 reason = f"has no place in the {model_type} layout"
                 if stranger.endswith(OPENED):

@@ -73,6 +73,8 @@ def restore(
             f"not as a {type(weights).__name__}"
         )
     linears = {placed.name: placed.module for placed in placed_weights(family, quantized_only=True)}
+    if missing := [name for name in linears if name not in weights]:
+        raise ValueError(f"these quantized weights lack {missing[0]}: give those of a whole model")
     for name in linears.keys() | weights.keys():
         if name not in linears or not fits(weights.get(name), linears[name].weight):
             raise ValueError(

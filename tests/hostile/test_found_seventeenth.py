@@ -1,4 +1,4 @@
-"""What the seventeenth hunt found."""
+"""What the seventeenth hunt and the eighteenth found."""
 
 import json
 
@@ -70,6 +70,19 @@ def test_a_results_numbers_are_numbers(name, value, tmp_path):
     path.write_text(json.dumps(RESULT | {"metrics": RESULT["metrics"] | {name: value}}))
     with refused(f"holds no number as its {name}"):
         store.read(path)
+
+
+def test_a_model_without_its_head_is_told_so():
+    model = tiny_model(dtype=torch.float32)
+    with refused("this LlamaModel has no head .* AutoModelForCausalLM"):
+        rl.rtn(model.model, rl.WeightQuant())
+
+
+def test_a_missing_weight_is_named():
+    weights = rl.rtn(tiny_model(dtype=torch.float32), rl.WeightQuant())
+    del weights["layers.1.o"]
+    with refused("lack layers.1.o: give those of a whole model"):
+        rl.restore(tiny_model(dtype=torch.float32), weights)
 
 
 def test_a_link_to_nowhere_is_no_folder(tmp_path):
