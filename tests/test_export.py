@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
-from conftest import CONFIGS, tiny_model
+from conftest import CONFIGS, tiny_model, with_weights_in
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
@@ -68,11 +68,11 @@ def test_stock_transformers_rounds_inputs_as_a_checkpoint_asks(grid, tokens, tmp
 
 def test_a_rounding_that_no_checkpoint_can_ask_for_is_refused(tokens, tmp_path):
     for grid, format, activations, what in (
-        ("groups", "compressed-tensors", rl.ActivationQuant(bits=8), "for another rounding"),
-        ("groups", "compressed-tensors", replace(ROUNDING, bits=4), "for another rounding"),
-        ("groups", "compressed-tensors", replace(ROUNDING, kv_bits=8), "for another rounding"),
+        ("groups", "compressed-tensors", rl.ActivationQuant(bits=8), "for no other rounding"),
+        ("groups", "compressed-tensors", replace(ROUNDING, bits=4), "for no other rounding"),
+        ("groups", "compressed-tensors", replace(ROUNDING, kv_bits=8), "for no other rounding"),
         ("groups", "compressed-tensors", 8, "such as 8"),
-        ("groups", "gguf", ROUNDING, "in the format 'compressed-tensors'"),
+        ("groups", "gguf", ROUNDING, "'gguf' can't ask its runtime"),
         ("groups, asymmetric", "compressed-tensors", ROUNDING, "on symmetric integer grids alone"),
     ):
         model = quantized(GRIDS[grid], tokens)
@@ -124,7 +124,7 @@ def test_sixteen_bits_outside_the_codes_stay_within_their_rounding(tokens, tmp_p
 
 
 def test_a_sixteen_bit_model_is_exported_by_its_codes(tokens, tmp_path):
-    model = quantized(rl.WeightQuant(group_size=16), tokens).to(torch.bfloat16)
+    model = with_weights_in(torch.bfloat16, quantized(rl.WeightQuant(group_size=16), tokens))
     for dtype in (None, torch.float32, torch.float16):
         rl.export(model, tmp_path / str(dtype), dtype=dtype)
 
@@ -132,7 +132,7 @@ def test_a_sixteen_bit_model_is_exported_by_its_codes(tokens, tmp_path):
 def test_a_group_as_wide_as_a_row_is_a_group(tokens, tmp_path):
     model = quantized(rl.WeightQuant(group_size=16), tokens, "llama, head_dim ≠ hidden/heads")
     weights = codes_of(model)
-    codes, scale, zero = weights["layers.0.k"]
+    codes, scale, zero = weights["layers.0.k"].stored
     weights["layers.0.k"] = rl.QuantizedWeight(codes[:, :16], scale[:, :1], zero[:, :1])
     assert checkpoint._packing(weights).group_size == 16
 
@@ -259,7 +259,7 @@ def test_a_recipe_that_no_checkpoint_can_hold_is_refused_before_it_runs(tmp_path
         (rl.Recipe(), {"format": "fused"}, "goes with the rounding 'none'"),
         (rl.Recipe(), {"folder": tmp_path}, "isn't an empty folder"),
         (rl.Recipe(group_size=16), {"format": "gguf"}, "GGUF's blocks hold 32 weights"),
-        (rl.Recipe(**ASKED), {"format": "gguf"}, "can ask its runtime for"),
+        (rl.Recipe(**ASKED), {"format": "gguf"}, "can't ask its runtime"),
         (rl.Recipe(**ASKED, kv_bits=8), {}, "for no other rounding"),
         (rl.Recipe(**ASKED, symmetric=False), {}, "on symmetric integer grids alone"),
         (

@@ -181,7 +181,7 @@ def test_weights_that_do_not_fit_are_refused_and_the_model_stays_as_it_was():
             weights | {last: weights[last]._replace(scale=weights[last].scale * float("nan"))},
             f"the quantized weight {last} is damaged",
         ),
-        ({name: weight for name, weight in weights.items() if name != last}, f"{last} doesn't fit"),
+        ({name: weight for name, weight in weights.items() if name != last}, f"lack {last}"),
         (None, "come as a dictionary, such as report.weights, not as a NoneType"),
     ]:
         with pytest.raises(ValueError, match=message):
