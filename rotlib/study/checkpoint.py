@@ -123,8 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--loss-weighted",
-        action="store_true",
-        help="let a token count by the slope of the model's loss",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="let a token count by the slope of the model's loss; default: in good and best",
     )
     parser.add_argument(
         "--format", default="compressed-tensors", choices=("compressed-tensors", "gguf")
