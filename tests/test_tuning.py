@@ -250,7 +250,7 @@ def test_a_checkpoint_of_every_quality_is_one_command(tmp_path, monkeypatch, cap
     card = (tmp_path / "out" / "README.md").read_text()
     assert "tuning: 2" in card
     assert "asymmetry: 0.25" in card
-    assert "loss_weighted: True" in card
+    assert "loss_weighted: true" in card
 
 
 @pytest.mark.parametrize("quality", recipe.QUALITIES)
