@@ -206,6 +206,17 @@ def dense_model(request) -> PreTrainedModel:
     return tiny_model(request.param)
 
 
+def refused(pattern: str):
+    """The block raises ValueError with a sentence like this."""
+    return pytest.raises(ValueError, match=pattern)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """A small one, as most people's are: in float32."""
+    return tiny_model(dtype=torch.float32)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A tiny model with its tokenizer, a short text, a store of its own, and a sweep over

@@ -176,7 +176,7 @@ def test_sinks_are_left_unrounded_and_need_whole_sequences(tokens):
         assert torch.equal(after[:, :2], before[:, :2])
         assert (after[:, 2:] != before[:, 2:]).any(dim=-1).float().mean() > 0.9
         with pytest.raises(
-            RuntimeError, match="2 sinks need sequences of more tokens than the 1 here"
+            ValueError, match="2 sinks need sequences of more tokens than the 1 here"
         ):
             model.generate(tokens[:1], max_new_tokens=4, use_cache=True)
         model.generate(tokens[:1], max_new_tokens=4, use_cache=False)

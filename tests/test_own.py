@@ -128,6 +128,10 @@ def test_what_cannot_be_registered_says_why(tmp_path):
     (tmp_path / "sweep.yaml").write_text("rotations: [missing.py]\narms: [{}]")
     with pytest.raises(ValueError, match=r"there is no Python file .*missing.py"):
         read_sweep(tmp_path / "sweep.yaml")
+    (tmp_path / "empty.py").write_text("import torch")
+    (tmp_path / "sweep.yaml").write_text("rotations: [empty.py]\narms: [{}]")
+    with pytest.raises(ValueError, match=r"line 1: empty.py registers no rotation: put @rl"):
+        read_sweep(tmp_path / "sweep.yaml")
 
 
 MAKER = """
@@ -183,7 +187,8 @@ def test_whatever_a_rotation_reads_of_its_module_counts(was, now, tmp_path):
 
 def test_a_rotations_file_may_have_the_name_of_a_module_and_may_not_end_the_program(tmp_path):
     (tmp_path / "torch.py").write_text("")
-    own.read_rotations(tmp_path / "torch.py")
+    with pytest.raises(ValueError, match=r"torch.py registers no rotation"):
+        own.read_rotations(tmp_path / "torch.py")
     assert sys.modules["torch"].__file__ != str(tmp_path / "torch.py")
     (tmp_path / "ends.py").write_text("import sys\nsys.exit()")
     with pytest.raises(ValueError, match=r"ends.py can't be imported: it ends the process"):

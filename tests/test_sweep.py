@@ -1,3 +1,5 @@
+import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -132,6 +134,15 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(folder, capsys):
     assert "8 recipes: 8 missing; 8 to run in 4 tasks" in out
     assert len(out.splitlines()) == 10
     assert not (folder / "results").exists()
+
+
+def test_a_reader_of_its_lines_may_leave(monkeypatch):
+    read, write_end = os.pipe()
+    os.close(read)
+    with open(write_end, "w") as to_nobody:
+        monkeypatch.setattr(sys, "stdout", to_nobody)
+        with files.reader_may_leave():
+            print("missing")
 
 
 def test_the_time_is_estimated_by_runs_of_this_kind_of_device_tuned_where_the_recipe_is():

@@ -15,7 +15,9 @@ def is_rotated(model: PreTrainedModel) -> bool:
     (False, True)
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"a transformers model is needed, not a {type(model).__name__}")
+        raise ValueError(
+            f"a transformers model is needed, not something of type {type(model).__name__}"
+        )
     return bool(getattr(model.config, "rotlib_rotated", False))
 
 

@@ -29,7 +29,9 @@ def adapt(model: PreTrainedModel) -> Family:
         how = "rl.load returns (model, tokenizer)"
         if inside:
             how = f"give what it wraps, its .{inside[0]}"
-        raise ValueError(f"a transformers model is needed, not a {type(model).__name__}: {how}")
+        raise ValueError(
+            f"a transformers model is needed, not something of type {type(model).__name__}: {how}"
+        )
     model_type = model.config.model_type
     if getattr(model, "hf_quantizer", None) is not None:
         how = type(model.hf_quantizer).__name__

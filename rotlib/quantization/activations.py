@@ -176,7 +176,7 @@ def _rounded_input(grid: WeightQuant, clip: float, width: int | None, sinks: int
         if not x.numel():  # an expert that was given no token
             return args
         if sinks and x.shape[-2] <= sinks:
-            raise RuntimeError(
+            raise ValueError(
                 f"{sinks} sinks need sequences of more tokens than the {x.shape[-2]} here: take "
                 "longer ones, and no cache (use_cache=False)"
             )

@@ -1,7 +1,10 @@
 """What the study's files are named by, and where they lie."""
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from io import TextIOWrapper
 from pathlib import Path
@@ -25,6 +28,16 @@ def print_any_name() -> None:
     """Let this process print names that its terminal has no letters for."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Print lines of which the reader takes as many as it likes, as `head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_results_folder() -> None:

@@ -217,13 +217,14 @@ def _names(code) -> list[str]:
 
 
 def read_rotations(path: Path) -> None:
-    """Import a file that registers rotations; raises ValueError where it can't be."""
+    """Import a file that registers rotations; raises ValueError where it can't, or has none."""
     name = f"rotlib_rotations_{path.stem}"  # of its own: a file may be called torch.py
     spec = spec_from_file_location(name, path)
     if not path.is_file() or spec is None:
         raise ValueError(f"there is no Python file {path} to register rotations")
     module = module_from_spec(spec)
     sys.modules[name] = module  # where getsource looks for it
+    before = dict(OWN)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -231,6 +232,10 @@ def read_rotations(path: Path) -> None:
         if isinstance(error, SystemExit):
             reason = "it ends the process"
         raise ValueError(f"{path.name} can't be imported: {reason}") from error
+    if all(before.get(own) is make for own, make in OWN.items()):
+        raise ValueError(
+            f"{path.name} registers no rotation: put @rl.register_rotation(NAME) before a function"
+        )
 
 
 def packed() -> bytes:

@@ -24,7 +24,13 @@ from rotlib.checks import whole_number
 from rotlib.models.zoo import pick_device
 from rotlib.study import memory, numerics, store
 from rotlib.study.engines import ENGINES, NoCluster
-from rotlib.study.files import check_results_folder, local_path, print_any_name, results_folder
+from rotlib.study.files import (
+    check_results_folder,
+    local_path,
+    print_any_name,
+    reader_may_leave,
+    results_folder,
+)
 from rotlib.study.recipe import LEARNED, READS, THROUGH_NETWORK, Recipe
 from rotlib.study.suits import check_suits
 from rotlib.study.sweep_file import FIELDS, read_sweep
@@ -231,8 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     if counts["committed"]:
         print("committed are of other machines: copied to results/local they count as complete")
     if options.dry_run:
-        for recipe, state in todo.items():
-            print(f"{state.name:9} {recipe.spec()}")
+        with reader_may_leave():
+            for recipe, state in todo.items():
+                print(f"{state.name:9} {recipe.spec()}")
         return 0
     if not todo:
         return 0

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_model
+from conftest import refused, save_tiny_model, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,15 +31,6 @@ from rotlib.study.engines import ENGINES, NoCluster
 from rotlib.study.own import read_rotations, source_digest
 from rotlib.study.pipeline import run
 from rotlib.study.recipe import OWN, Recipe
-
-
-@pytest.fixture
-def model():
-    return tiny_model(dtype=torch.float32)
-
-
-def refused(pattern: str):
-    return pytest.raises(ValueError, match=pattern)
 
 
 @pytest.mark.parametrize("norm", ["layers.0.input_layernorm", "norm"])

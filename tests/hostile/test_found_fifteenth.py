@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import refused, tiny_model
 
 import rotlib as rl
 from rotlib.study.sweep_file import read_sweep
 from rotlib.study.yaml_file import word_of
-
-
-def refused(pattern: str):
-    return pytest.raises(ValueError, match=pattern)
 
 
 @pytest.mark.parametrize(("written", "number"), [("1e-3", 1e-3), ("2E1", 20.0), ("1.e-2", 0.01)])

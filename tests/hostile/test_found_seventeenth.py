@@ -4,15 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_model
+from conftest import refused, save_tiny_model, tiny_model
 
 import rotlib as rl
 from rotlib.disk import check_writable
 from rotlib.study import store
-
-
-def refused(pattern: str):
-    return pytest.raises(ValueError, match=pattern)
 
 
 @pytest.mark.parametrize(

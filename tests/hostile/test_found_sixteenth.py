@@ -4,22 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_model
+from conftest import refused, save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
 
 import rotlib as rl
 from rotlib.study.sweep_file import read_sweep
 
 EIGHT = rl.WeightQuant(bits=8)
-
-
-@pytest.fixture
-def model():
-    return tiny_model(dtype=torch.float32)
-
-
-def refused(pattern: str):
-    return pytest.raises(ValueError, match=pattern)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16"])

@@ -10,19 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_model
+from conftest import refused, save_tiny_model, tiny_model
 
 import rotlib as rl
 from rotlib.disk import ROOT, folder_of
-
-
-@pytest.fixture
-def model():
-    return tiny_model(dtype=torch.float32)
-
-
-def refused(pattern: str):
-    return pytest.raises(ValueError, match=pattern)
 
 
 @pytest.mark.parametrize("strange", [torch.float16, torch.tensor(3.0), {1, 2}])

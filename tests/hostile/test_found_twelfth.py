@@ -9,22 +9,13 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model, small_tokenizer, tiny_model, with_weights_in
+from conftest import refused, save_tiny_model, small_tokenizer, tiny_model, with_weights_in
 from tokenizers import Tokenizer, models
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 import rotlib as rl
 from rotlib.quantization.quantized import codes_of
 from rotlib.study import reproduce
-
-
-@pytest.fixture
-def model():
-    return tiny_model(dtype=torch.float32)
-
-
-def refused(pattern: str):
-    return pytest.raises(ValueError, match=pattern)
 
 
 @pytest.mark.slow
