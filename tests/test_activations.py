@@ -175,10 +175,13 @@ def test_sinks_are_left_unrounded_and_need_whole_sequences(tokens):
         after = inputs_of_one_layer(model, tokens)["q"]
         assert torch.equal(after[:, :2], before[:, :2])
         assert (after[:, 2:] != before[:, 2:]).any(dim=-1).float().mean() > 0.9
-        with pytest.raises(
-            ValueError, match="2 sinks need sequences of more tokens than the 1 here"
-        ):
+        with pytest.raises(ValueError, match="2 sinks need sequences of more tokens than the 2"):
+            model(tokens[:, :2])
+        with pytest.raises(ValueError, match="and a cache holds them already: give whole"):
             model.generate(tokens[:1], max_new_tokens=4, use_cache=True)
+        begun = model(tokens[:, :16], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="and a cache holds them already: give whole"):
+            model(tokens[:, 16:], past_key_values=begun)
         model.generate(tokens[:1], max_new_tokens=4, use_cache=False)
 
 

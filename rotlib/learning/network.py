@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from rotlib.checks import all_finite, one_of, positive, token_ids, whole_number
 from rotlib.learning.start import finished, original, starting_point
 from rotlib.models.families import Family
-from rotlib.models.sound import check_not_hooked, check_not_inference
+from rotlib.models.sound import check_has_slopes, check_not_hooked
 from rotlib.models.supported import adapt, check_no_experts
 from rotlib.models.walk import NOT_FINITE, hooks
 from rotlib.precision import coarse_products, exact_products
@@ -269,9 +269,11 @@ def _kept(rotation: Rotation, history: list[float]) -> Rotation:
 
 
 def check_learnable(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model of another dtype than float32, or where no slopes exist."""
-    check_not_inference()
-    if isinstance(model, PreTrainedModel) and model.dtype != torch.float32:
+    """Raises ValueError for a model of another dtype than float32, or without slopes of its own."""
+    if not isinstance(model, PreTrainedModel):
+        return  # which `adapt` says better
+    check_has_slopes(model)
+    if model.dtype != torch.float32:
         raise ValueError(
             f"learning through the network needs a float32 model, not {model.dtype}: "
             "load it with dtype=torch.float32"

@@ -17,7 +17,7 @@ from rotlib.models.names import gguf_of, hub_commit, resolve
 
 _FILES = (
     *("config.json", "**/*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*"),
-    *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
 )
 
 

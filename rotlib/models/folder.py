@@ -95,6 +95,8 @@ def check_files(folder: Path) -> None:
                 raise ValueError(f"its {index.name} names {name!r}, no safetensors of this folder")
     owner: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        if file.exists() and not file.is_file():
+            raise ValueError(f"its {file.name} is no file: take it away")
         with safe_open(file, "pt") as weights:
             for key in weights.keys():  # noqa: SIM118 - it is no dictionary
                 if owner.setdefault(key, file.name) != file.name:

@@ -109,9 +109,14 @@ def resolve(name: str) -> str:
 
 
 def source_of(name: str) -> str:
-    """The folder that a model is read from, as far as it is one's own: not rotlib's cache."""
-    file = gguf_of(name)
-    return resolve(name) if file is None else str(file.resolve().parent)
+    """The folder that a model is read from, as far as it is one's own: not rotlib's cache.
+
+    It is whole, so that it stays the same from any working directory.
+    """
+    if (file := gguf_of(name)) is not None:
+        return str(file.resolve().parent)
+    source = resolve(name)
+    return os.path.abspath(source) if os.path.isdir(source) else source
 
 
 def on_hub(name: str, repo_type: str = "model") -> bool:

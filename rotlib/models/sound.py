@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn import Module
+from torch.nn.modules import module as every_module
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rotlib.checks import FLOATS, all_finite
@@ -87,10 +88,21 @@ def check_surroundings() -> None:
         raise ValueError("torch's default device is 'meta', where tensors have no values: unset it")
 
 
-def check_not_inference() -> None:
-    """Raises ValueError inside `torch.inference_mode`."""
+def check_has_slopes(model: Module) -> None:
+    """Raises ValueError where a loss has no slopes, or a backward hook would make others of them.
+
+    There are none inside `torch.inference_mode`.
+    """
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode is on, where nothing has a slope: leave it first")
+    if every_module._global_backward_hooks or every_module._global_backward_pre_hooks:
+        raise ValueError("a backward hook on all modules may change slopes: remove it first")
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise ValueError(
+                f"{name or 'the model'} has a backward hook, which may change slopes: remove it "
+                "first"
+            )
 
 
 def check_not_rounding(model: PreTrainedModel) -> None:
@@ -106,6 +118,8 @@ def check_not_rounding(model: PreTrainedModel) -> None:
 
 def check_not_hooked(model: PreTrainedModel) -> None:
     """Raises ValueError for others' hooks and forwards, which a rotation would mislead."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        raise ValueError("a hook on all modules would see rotated states: remove it first")
     if hooked := [name for name, module in model.named_modules() if other_hooks(module)]:
         raise ValueError(
             f"{hooked[0] or 'the model'} has a hook, or a forward of its own, which would see "

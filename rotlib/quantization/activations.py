@@ -123,6 +123,8 @@ def quantized_activations(
     with ExitStack() as stack:
         model.rotlib_rounding = id(model)  # a copy of the model is told by it
         stack.callback(delattr, model, "rotlib_rounding")
+        if quant.sinks:
+            stack.enter_context(hooks([(family.decoder, _check_whole)], with_kwargs=True))
         if quant.bits != FULL:
             grid, clip = quant.input_grid()
             rounded = (
@@ -178,12 +180,21 @@ def _rounded_input(grid: WeightQuant, clip: float, width: int | None, sinks: int
         if sinks and x.shape[-2] <= sinks:
             raise ValueError(
                 f"{sinks} sinks need sequences of more tokens than the {x.shape[-2]} here: take "
-                "longer ones, and no cache (use_cache=False)"
+                "longer ones"
             )
         rounded = round_tokens(x[..., sinks:, :], grid, clip, width)
         return (torch.cat([x[..., :sinks, :], rounded], dim=-2) if sinks else rounded, *args[1:])
 
     return hook
+
+
+def _check_whole(decoder: nn.Module, args: tuple, keywords: dict) -> None:
+    """Raises ValueError where a sequence goes on from a cache, so that its sinks are behind it."""
+    if (cache := keywords.get("past_key_values")) is not None and cache.get_seq_length():
+        raise ValueError(
+            "sinks are the first tokens of a sequence, and a cache holds them already: give whole "
+            "sequences (use_cache=False)"
+        )
 
 
 def _rounded_heads(grid: WeightQuant, clip: float) -> HeadStep:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rotlib.models.families import Family
-from rotlib.models.sound import check_not_inference
+from rotlib.models.sound import check_has_slopes
 from rotlib.models.walk import Batch, hooks, layer_inputs, run_layer
 
 # what they read is normed: elsewhere tokens differ by their size already, and `token_cap` is there;
@@ -42,7 +42,7 @@ def loss_slopes(family: Family, windows: Int[Tensor, "windows length"]) -> list[
 
 def check_slopes(family: Family) -> None:
     """Raises ValueError for a model, or surroundings, without such slopes."""
-    check_not_inference()
+    check_has_slopes(family.model)
     if family.model.dtype == torch.float16:
         raise ValueError(
             "loss_weighted needs slopes, many of which are too small for float16: load the model "

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rotlib.disk import ROOT, check_writable, file_digest, write_atomically, write_json
 
@@ -142,6 +142,8 @@ def unpack(parts: list[Path], place: Path) -> None:
                 f"{manifests[0]['parts']} parts, and {len(parts)} were given"
             )
         path = place / name
+        if inside := [str(above) for above in PurePosixPath(name).parents if str(above) in files]:
+            raise ValueError(f"{inside[0]} and {name} can't both be files: pack the bundle anew")
         if not path.resolve().is_relative_to(place.resolve()) or not path.name:
             raise ValueError(
                 f"{name!r} would lie outside {place}: the bundle isn't one of rotlib, or a link "

@@ -61,7 +61,7 @@ def export_recipe(
             "leave the online rotations out of the recipe"
         )
     family, _ = memory.outline(recipe.model)
-    inputs = check_inputs(format, recipe.of_runtime)
+    inputs = check_inputs(format, recipe.activations)
     if format == "compressed-tensors":
         check_grid(family, recipe.grid in FP4, recipe.symmetric, inputs)
     if format == "gguf":
