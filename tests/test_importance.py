@@ -9,15 +9,10 @@ import rotlib as rl
 from rotlib.models import walk
 from rotlib.models.supported import adapt
 from rotlib.quantization.hessian import Hessian
-from rotlib.quantization.importance import WEIGHTED, loss_slopes
+from rotlib.quantization.importance import BY_SLOPE, token_shares
 from rotlib.quantization.solver import Solver
 
 QUANT = rl.WeightQuant(bits=3)
-
-
-@pytest.fixture
-def model():
-    return tiny_model(dtype=torch.float32)
 
 
 def by_autograd(model, tokens):
@@ -45,27 +40,53 @@ def by_autograd(model, tokens):
 def test_slopes_are_those_of_one_pass_back_through_the_whole_model(name, tokens):
     model = tiny_model(name, dtype=torch.float32)
     family, slopes = adapt(model), by_autograd(model, tokens)
-    for layer, found in enumerate(loss_slopes(family, tokens)):
+    for layer, found in enumerate(token_shares(family, tokens)):
         linears = family.linears(layer)
-        assert found.keys() == {site for site in WEIGHTED if site in linears}
-        for site, sizes in found.items():
+        for site in found.keys() & BY_SLOPE.keys():
             parts = [
-                slopes[linears[name]].square().sum(-1, keepdim=True) for name in WEIGHTED[site]
+                slopes[linears[name]].square().sum(-1, keepdim=True) for name in BY_SLOPE[site]
             ]
             expected = sum(parts).sqrt()
-            torch.testing.assert_close(sizes, expected / expected.mean(), rtol=1e-3, atol=1e-5)
+            expected /= expected.mean()
+            torch.testing.assert_close(found[site], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "granite, multipliers", "gemma3, tied", "mixtral, experts"]
+)
+def test_what_goes_into_the_stream_counts_by_one_over_its_size(name, tokens):
+    model = tiny_model(name, dtype=torch.float32)
+    family, streams = adapt(model), {}
+    for layer, norms in enumerate(map(family.norms, range(len(family.layers)))):
+        for of, norm in norms.items():
+            norm.register_forward_pre_hook(
+                lambda _, args, at=(layer, of): streams.update({at: args[0]})
+            )
+    family.final_norm.register_forward_pre_hook(
+        lambda _, args: streams.update({(len(family.layers), "attention_norm"): args[0]})
+    )
+    model(tokens)
+    seen = dict(streams)
+    for layer, shares in enumerate(token_shares(family, tokens)):
+        assert shares.keys() - BY_SLOPE.keys() == (
+            {"gemma3, tied": set(), "mixtral, experts": {"o"}}.get(name, {"o", "down"})
+        )
+        behind = {"o": (layer, "mlp_norm"), "down": (layer + 1, "attention_norm")}
+        for site in shares.keys() - BY_SLOPE.keys():
+            expected = 1 / seen[behind[site]].norm(dim=-1, keepdim=True)
+            torch.testing.assert_close(shares[site], expected / expected.mean())
 
 
 def test_the_first_weights_are_quantized_by_the_weighted_hessian(model, tokens):
     family = adapt(model)
-    weight = loss_slopes(family, tokens)[0]["q"]
+    weight = token_shares(family, tokens)[0]["q"]
     x, _ = walk.layer_inputs(family, tokens)[0]
     hessian = Hessian()
     hessian.add(family.norms(0)["attention_norm"](x) * weight.sqrt())
-    W = torch.cat([family.linears(0)[name].weight for name in WEIGHTED["q"]])
+    W = torch.cat([family.linears(0)[name].weight for name in BY_SLOPE["q"]])
     expected = Solver(QUANT)(W, hessian.take(), None)[0].codes
     codes = rl.gptq(model, tokens, QUANT, loss_weighted=True).weights
-    found = torch.cat([codes[f"layers.0.{name}"].codes for name in WEIGHTED["q"]])
+    found = torch.cat([codes[f"layers.0.{name}"].codes for name in BY_SLOPE["q"]])
     assert (found != expected).float().mean() < 0.01  # a sum in another order turns a tie
 
 
@@ -88,7 +109,7 @@ def test_a_mixture_of_experts_is_weighed_in_its_attention(tokens):
 
 def test_a_pass_back_leaves_no_slope_behind(model, tokens):
     before = [parameter.requires_grad for parameter in model.parameters()]
-    loss_slopes(adapt(model), tokens)
+    token_shares(adapt(model), tokens)
     assert [parameter.requires_grad for parameter in model.parameters()] == before
     assert all(parameter.grad is None for parameter in model.parameters())
 

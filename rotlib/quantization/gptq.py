@@ -30,7 +30,7 @@ from rotlib.quantization.coordinate import MOST_SWEEPS
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
 from rotlib.quantization.hessian import DAMPING, Hessian, token_weights
-from rotlib.quantization.importance import Slopes, check_slopes, loss_slopes
+from rotlib.quantization.importance import Shares, check_slopes, token_shares
 from rotlib.quantization.quantized import (
     check_alike,
     check_on_grid,
@@ -119,7 +119,8 @@ def gptq(
     error, and the sweeps follow once more. `token_cap` is how many times the energy |x|² of its
     window's median token a token counts at most: attention's sink can have so much of it that the
     codes serve it alone. With `loss_weighted` a token counts by the slope of the model's own loss
-    at what q, k, v, gate and up put out, which takes a pass through the model and back. Layers that
+    at what q, k, v, gate and up put out, which takes a pass through the model and back, and by one
+    over the size of the residual stream that o and down are added to. Layers that
     `kept` holds are put back instead of quantized, and the others are handed to it. An expert is
     quantized by the tokens that it is given, all alike and without GPTAQ, and rounded to nearest
     where that is none; a warning says how many have fewer tokens than inputs. Raises ValueError
@@ -155,8 +156,8 @@ def gptq(
         check_can_be_copied(model, "the model")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent, refit)
     batches = layer_inputs(family, calibration)
-    slopes = loss_slopes(family, calibration) if loss_weighted else None
-    weigh = _Weigh(token_cap, slopes, [len(x) for x, _ in batches])
+    shares = token_shares(family, calibration) if loss_weighted else None
+    weigh = _Weigh(token_cap, shares, [len(x) for x, _ in batches])
     with changing(model, "rotlib_quantized"):
         waiting = batches_that_wait(family, batches, streams=2 if asymmetry else 1)
         unrounded = _Unrounded(family, batches, asymmetry, waiting) if asymmetry else None
@@ -222,17 +223,17 @@ def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -
 class _Weigh:
     """What a token is multiplied by before it counts, or None where all count alike."""
 
-    def __init__(self, cap: float | None, slopes: list[Slopes] | None, windows: list[int]):
-        self._cap, self._slopes, self._windows = cap, slopes, windows
+    def __init__(self, cap: float | None, shares: list[Shares] | None, windows: list[int]):
+        self._cap, self._shares, self._windows = cap, shares, windows
 
     def __call__(
         self, layer: int, site: str, number: int, x: Float[Tensor, "... n"]
     ) -> Float[Tensor, "... 1"] | None:
         """Those of one batch at the inputs of a site."""
         weight = None if self._cap is None else token_weights(x, self._cap)
-        if self._slopes and (slopes := self._slopes[layer].get(site)) is not None:
-            slope = slopes.split(self._windows)[number].sqrt()
-            weight = slope if weight is None else weight * slope
+        if self._shares and (shares := self._shares[layer].get(site)) is not None:
+            share = shares.split(self._windows)[number].sqrt()
+            weight = share if weight is None else weight * share
         return weight
 
 

@@ -3,6 +3,10 @@
 GPTQ counts an error at every token alike. To first order an error e in what a linear puts out costs
 the loss gᵀe, g the loss's slope there, so GuidedQuant (arXiv 2505.07004) weighs H = E[‖g‖² x xᵀ] a
 token. Here a token counts by ‖g‖: the same weights, whose few largest don't drown the others.
+
+What o and down put out goes into the residual stream, whose readers divide it by its size: there a
+token counts by 1/‖stream‖. Attention's sink has a stream so large that its inputs' energy would
+drown all others, and slopes don't see that what reads it hardly moves.
 """
 
 from collections.abc import Iterator
@@ -16,25 +20,26 @@ from rotlib.models.families import Family
 from rotlib.models.sound import check_has_slopes
 from rotlib.models.walk import Batch, hooks, layer_inputs, run_layer
 
-# what they read is normed: elsewhere tokens differ by their size already, and `token_cap` is there;
-# an expert is given tokens of its own, which all count alike
-WEIGHTED = {"q": ("q", "k", "v"), "gate": ("gate", "up")}
+# whose slopes count; an expert is given tokens of its own, which all count alike
+BY_SLOPE = {"q": ("q", "k", "v"), "gate": ("gate", "up")}
 
-Slopes = dict[str, Float[Tensor, "windows length 1"]]
+Shares = dict[str, Float[Tensor, "windows length 1"]]
 
 
-def loss_slopes(family: Family, windows: Int[Tensor, "windows length"]) -> list[Slopes]:
-    """For each layer the size of the loss's slope at what q, k and v, and gate and up, put out.
+def token_shares(family: Family, windows: Int[Tensor, "windows length"]) -> list[Shares]:
+    """For each layer and input how much every token counts there, as shares of their mean.
 
-    The loss is that of the next token, and sizes are shares of their mean. A window goes through
-    the model and back, a layer at a time, so that only its states between layers are kept.
+    By the size of the loss's slope at what q, k and v, and gate and up, put out; the loss is that
+    of the next token. At o's and down's by one over the size of the residual stream they are added
+    to, where nothing but norms reads it. A window goes through the model and back, a layer at a
+    time, so that only its states between layers are kept.
     """
     found = [{} for _ in family.layers]
     batches = layer_inputs(family, windows, at_a_time=1)
     for ids, batch in zip(windows.split(1), batches, strict=True):
-        for layer, squares in _backwards(family, ids, batch):
-            for site, square in squares.items():
-                found[layer].setdefault(site, []).append(square.sqrt())
+        for layer, sizes in _backwards(family, ids, batch):
+            for site, size in sizes.items():
+                found[layer].setdefault(site, []).append(size)
     return [
         {site: _of_mean_one(torch.cat(sizes)) for site, sizes in layer.items()} for layer in found
     ]
@@ -56,8 +61,8 @@ def _of_mean_one(sizes: Tensor) -> Tensor:
 
 def _backwards(
     family: Family, ids: Int[Tensor, "1 length"], batch: Batch
-) -> Iterator[tuple[int, Slopes]]:
-    """(layer, squared slopes there), from the last layer to the first."""
+) -> Iterator[tuple[int, Shares]]:
+    """(layer, how much its tokens count), from the last layer to the first."""
     x, keywords = batch
     read = []
     for layer in family.layers:
@@ -67,24 +72,39 @@ def _backwards(
     slope = _slope_of_loss(family, x, ids)
     for index in reversed(range(len(family.layers))):
         linears = family.linears(index)
-        put_out = {}
+        put_out, streams = {}, {}
 
         def keep(module, args, output, put_out=put_out):
             put_out[module] = output
 
-        sites = {site: names for site, names in WEIGHTED.items() if site in linears}
-        watched = ((linears[name], keep) for names in sites.values() for name in names)
+        def keep_stream(norm, args, output, streams=streams):
+            streams["o"] = args[0]
+
+        sites = {site: names for site, names in BY_SLOPE.items() if site in linears}
+        watched = [(linears[name], keep) for names in sites.values() for name in names]
+        if family.has_R1:
+            watched.append((family.norms(index)["mlp_norm"], keep_stream))
         layer = family.layers[index]
         with family.on_device(layer), torch.enable_grad(), hooks(watched, after=True):
             x = read.pop().detach().requires_grad_()
             y = run_layer(layer, x, keywords)
             slope, *slopes = torch.autograd.grad(y, [x, *put_out.values()], slope)
-        square = {
-            linear: one.float().square().sum(-1, keepdim=True)
+        if streams and "down" in linears:
+            streams["down"] = y
+        size = {
+            linear: one.float().norm(dim=-1, keepdim=True)
             for linear, one in zip(put_out, slopes, strict=True)
         }
-        of_site = {site: [square[linears[name]] for name in sites[site]] for site in sites}
-        yield index, {site: sum(squares) for site, squares in of_site.items()}
+        of_sites = {
+            site: torch.stack([size[linears[name]] for name in names]).norm(dim=0)
+            for site, names in sites.items()
+        }
+        yield index, of_sites | {site: _one_over(stream) for site, stream in streams.items()}
+
+
+def _one_over(stream: Float[Tensor, "... d"]) -> Float[Tensor, "... 1"]:
+    size = stream.detach().float().norm(dim=-1, keepdim=True)
+    return 1 / size.clamp(min=torch.finfo(size.dtype).tiny ** 0.5)
 
 
 def _slope_of_loss(family: Family, x: Tensor, ids: Int[Tensor, "1 length"]) -> Tensor:

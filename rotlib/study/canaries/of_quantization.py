@@ -192,14 +192,14 @@ def _token_cap() -> dict:
     return {"weights": profile(weights), "errors": [module.error for module in report.modules][7:]}
 
 
-@canary("loss slopes", sites=importance.WEIGHTED, tolerance=5e-3)
-def _loss_slopes() -> dict:
-    slopes = importance.loss_slopes(adapt(tiny(torch.float32)), token_windows())
+@canary("loss slopes", sites=importance.BY_SLOPE, tolerance=5e-3)
+def _token_shares() -> dict:
+    slopes = importance.token_shares(adapt(tiny(torch.float32)), token_windows())
     quant = grids.WeightQuant(bits=3)
     report = gptq.gptq(tiny(torch.float32), token_windows(), quant, loss_weighted=True)
     numbers = {
         site: torch.stack([profile(layer[site]) for layer in slopes])
-        for site in importance.WEIGHTED
+        for site in importance.BY_SLOPE
     }
     return numbers | {"errors": [module.error for module in report.modules][7:]}
 
