@@ -38,6 +38,7 @@ from rotlib.checkpoints.gguf_file import NAME, GgufFile
 from rotlib.checkpoints.packed import Checkpoint, check_inputs
 from rotlib.checks import one_of, yes_or_no
 from rotlib.disk import scratch_beside
+from rotlib.models.configured import check_as_configured
 from rotlib.models.marks import is_quantized
 from rotlib.models.sound import check_not_rounding, check_sound
 from rotlib.models.supported import adapt
@@ -121,6 +122,7 @@ def export(
             "for another quantizer"
         )
     check_sound(model)
+    check_as_configured(model)
     try:
         model.config.to_json_string()
     except (TypeError, ValueError) as error:

@@ -1,11 +1,12 @@
 """A model's own files: its config and its weights', checked before transformers reads them."""
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from rotlib.models.names import hub_commit
@@ -57,7 +58,7 @@ def _check_kinds(told: dict) -> None:
     if not isinstance(told.get("model_type"), str | None):
         raise ValueError(f"its config.json says model_type {told['model_type']!r}, no word")
     pad, size = told.get("pad_token_id"), told.get("vocab_size")
-    if isinstance(pad, int) and isinstance(size, int) and not pad < size:
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
         raise ValueError(
             f"its config.json says pad_token_id {pad}, beyond its vocab_size of {size}"
         )
@@ -65,11 +66,18 @@ def _check_kinds(told: dict) -> None:
         dtype = told.get(name) or "float32"
         if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"its config.json says {name} {dtype!r}, no dtype of torch")
-    for of in ("rope_parameters", "rope_scaling"):
-        settings = told.get(of) or {}
-        for name, value in settings.items() if isinstance(settings, dict) else ():
-            if isinstance(value, str) and name not in ("rope_type", "type"):
-                raise ValueError(f"its config.json says {name} {value!r} in {of}, no number")
+    turns = {of: told.get(of) for of in ("rope_parameters", "rope_scaling", "rope_theta")}
+    for name, value in _inside(turns):
+        if isinstance(value, str) and name not in ("rope_type", "type"):
+            raise ValueError(f"its config.json says {name} {value!r}, no number")
+        if name in ("rope_theta", "factor") and isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"its config.json says {name} {value!r}, no number above 0")
+
+
+def _inside(settings: dict) -> Iterator[tuple[str, object]]:
+    """(name, value) of settings that may be apart for each type of layer."""
+    for name, value in settings.items():
+        yield from _inside(value) if isinstance(value, dict) else [(name, value)]
 
 
 def check_files(folder: Path) -> None:
@@ -97,14 +105,26 @@ def check_files(folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         if file.exists() and not file.is_file():
             raise ValueError(f"its {file.name} is no file: take it away")
+        for key, dtype in _types_in(file).items():
+            if owner.setdefault(key, file.name) != file.name:
+                raise ValueError(f"its weight {key} is in {owner[key]} and in {file.name}")
+            if dtype[0] not in "FB" or dtype == "BOOL":
+                raise ValueError(
+                    f"its weight {key} is of the type {dtype}, not of floating-point numbers"
+                )
+
+
+def _types_in(file: Path) -> dict[str, str]:
+    """The type of every tensor in a file of weights."""
+    try:
         with safe_open(file, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - it is no dictionary
-                if owner.setdefault(key, file.name) != file.name:
-                    raise ValueError(f"its weight {key} is in {owner[key]} and in {file.name}")
-                if (dtype := weights.get_slice(key).get_dtype())[0] not in "FB" or dtype == "BOOL":
-                    raise ValueError(
-                        f"its weight {key} is of the type {dtype}, not of floating-point numbers"
-                    )
+            names = weights.keys()
+            return {name: weights.get_slice(name).get_dtype() for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"its {file.name} is damaged, or only a pointer to weights: download it again, or take "
+            f"it away where it isn't the model's ({error})"
+        ) from error
 
 
 def safely(source: str) -> dict:

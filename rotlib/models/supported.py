@@ -313,6 +313,12 @@ def _check_shape(name: str, module: Module, kind: type, shape: tuple[int, int]) 
             f"{name} has a weight of {tuple(module.weight.shape)}, and the config says {shape}: "
             "one of them was changed since the model was loaded"
         )
+    bias = getattr(module, "bias", None)
+    if bias is not None and tuple(bias.shape) != shape[:1]:
+        raise ValueError(
+            f"{name} has a bias of {tuple(bias.shape)}, and its weight has {shape[0]} rows: load "
+            "the model again"
+        )
 
 
 def _stranger(model: PreTrainedModel, family: type[Family]) -> str | None:

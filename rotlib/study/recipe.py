@@ -27,12 +27,7 @@ LEARNED_ON = ("weights", "activations")
 THROUGH_NETWORK = ("spinquant", "ostquant")
 
 # what a checkpoint of one's own is made with; the study's arms keep the papers' protocols
-_CODES = {
-    "act_order": True,
-    "asymmetry": 0.25,
-    "convention": "signed",
-    "loss_weighted": True,
-}
+_CODES = {"act_order": True, "asymmetry": 0.25, "convention": "signed", "loss_weighted": True}
 _BETTER_CODES = _CODES | {"rotation": "optrot", "scale_search": True, "descent": 3}
 QUALITIES = {
     "fast": _CODES | {"rotation": "hadamard"},

@@ -288,7 +288,7 @@ def test_weights_that_are_a_pointer_of_git_are_told(tmp_path):
     save_tiny_model(tmp_path / "model")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (tmp_path / "model" / "model.safetensors").write_text(pointer)
-    with refused("or only a pointer to them: download them again"):
+    with refused("or only a pointer to weights: download it again"):
         rl.load(str(tmp_path / "model"))
 
 

@@ -1144,7 +1144,7 @@ def test_a_config_changed_in_memory_is_named(name, edit, says, tokens):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        ({"rope_parameters": {"rope_theta": "x"}}, "says rope_theta 'x' in rope_parameters"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "says rope_theta 'x', no number"),
         ({"model_type": ["llama"]}, r"says model_type \['llama'\], no word"),
         ({"dtype": "foo"}, "says dtype 'foo', no dtype of torch"),
     ],
