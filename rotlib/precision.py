@@ -5,7 +5,7 @@
 | fusing, projecting | float64 | float64 |
 | grids, GPTQ's solver, objectives | float32 | float32 |
 | passes through the model, Hessians, logits | float32 | TF32 |
-| slopes that learning follows | bfloat16 where the processor is fast at it | TF32 |
+| slopes, to learn by and to weigh tokens | bfloat16 where the processor is fast at it | TF32 |
 
 TF32 keeps ten bits of a factor's mantissa and sums in float32, so a product is off by some 3e-4 of
 its size: far less than rounding to 8 bits, and a slope's noise of sampling is larger still. Other

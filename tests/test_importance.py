@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 import rotlib as rl
 from rotlib.models import walk
 from rotlib.models.supported import adapt
+from rotlib.precision import float32_everywhere
 from rotlib.quantization.hessian import Hessian
 from rotlib.quantization.importance import BY_SLOPE, token_shares
 from rotlib.quantization.solver import Solver
@@ -40,7 +41,9 @@ def by_autograd(model, tokens):
 def test_slopes_are_those_of_one_pass_back_through_the_whole_model(name, tokens):
     model = tiny_model(name, dtype=torch.float32)
     family, slopes = adapt(model), by_autograd(model, tokens)
-    for layer, found in enumerate(token_shares(family, tokens)):
+    with float32_everywhere():
+        shares = token_shares(family, tokens)
+    for layer, found in enumerate(shares):
         linears = family.linears(layer)
         for site in found.keys() & BY_SLOPE.keys():
             parts = [
@@ -67,7 +70,9 @@ def test_what_goes_into_the_stream_counts_by_one_over_its_size(name, tokens):
     )
     model(tokens)
     seen = dict(streams)
-    for layer, shares in enumerate(token_shares(family, tokens)):
+    with float32_everywhere():
+        of_layers = token_shares(family, tokens)
+    for layer, shares in enumerate(of_layers):
         assert shares.keys() - BY_SLOPE.keys() == (
             {"gemma3, tied": set(), "mixtral, experts": {"o"}}.get(name, {"o", "down"})
         )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rotlib.models.families import Family
 from rotlib.models.sound import other_hooks
 from rotlib.models.zoo import free_memory
-from rotlib.precision import model_products
+from rotlib.precision import coarse_products, model_products
 
 BATCH_TOKENS = 16384  # tokens that go through a layer at a time
 # hidden states stay on the device if so many copies of them fit there: those of two models, before
@@ -137,10 +137,12 @@ def walk_layer(family: Family, layer: int, batches: list[Batch]) -> list[Batch]:
         return [(run_layer(family.layers[layer], *batch), batch[1]) for batch in batches]
 
 
-def run_layer(layer: nn.Module, x: Float[Tensor, "windows length d"], kwargs: dict) -> Tensor:
-    """A decoder layer's output hidden states, where its inputs are."""
+def run_layer(
+    layer: nn.Module, x: Float[Tensor, "windows length d"], kwargs: dict, coarse: bool = False
+) -> Tensor:
+    """A decoder layer's output hidden states, where its inputs are; `coarse` for its slopes."""
     device = next(layer.parameters()).device
-    with model_products(device):
+    with coarse_products() if coarse else model_products(device):
         return _through(layer, x, kwargs)
 
 

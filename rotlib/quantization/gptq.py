@@ -156,12 +156,13 @@ def gptq(
         check_can_be_copied(model, "the model")
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent, refit)
     batches = layer_inputs(family, calibration)
+    start = time.perf_counter()
     shares = token_shares(family, calibration) if loss_weighted else None
+    report = Report(seconds=time.perf_counter() - start)
     weigh = _Weigh(token_cap, shares, [len(x) for x, _ in batches])
     with changing(model, "rotlib_quantized"):
         waiting = batches_that_wait(family, batches, streams=2 if asymmetry else 1)
         unrounded = _Unrounded(family, batches, asymmetry, waiting) if asymmetry else None
-        report = Report()
         for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
             start = time.perf_counter()
             if done := _kept(kept, layer, family, quant):

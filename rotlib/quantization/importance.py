@@ -15,10 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from rotlib.models.families import Family
 from rotlib.models.sound import check_has_slopes
 from rotlib.models.walk import Batch, hooks, layer_inputs, run_layer
+from rotlib.precision import coarse_products
 
 # whose slopes count; an expert is given tokens of its own, which all count alike
 BY_SLOPE = {"q": ("q", "k", "v"), "gate": ("gate", "up")}
@@ -36,10 +38,12 @@ def token_shares(family: Family, windows: Int[Tensor, "windows length"]) -> list
     """
     found = [{} for _ in family.layers]
     batches = layer_inputs(family, windows, at_a_time=1)
-    for ids, batch in zip(windows.split(1), batches, strict=True):
-        for layer, sizes in _backwards(family, ids, batch):
-            for site, size in sizes.items():
-                found[layer].setdefault(site, []).append(size)
+    pairs = zip(windows.split(1), batches, strict=True)
+    for ids, batch in tqdm(pairs, total=len(windows), desc="loss slopes", unit="window"):
+        with coarse_products():
+            for layer, sizes in _backwards(family, ids, batch):
+                for site, size in sizes.items():
+                    found[layer].setdefault(site, []).append(size)
     return [
         {site: _of_mean_one(torch.cat(sizes)) for site, sizes in layer.items()} for layer in found
     ]
@@ -68,7 +72,7 @@ def _backwards(
     for layer in family.layers:
         read.append(x)
         with family.on_device(layer), torch.no_grad():
-            x = run_layer(layer, x, keywords)
+            x = run_layer(layer, x, keywords, coarse=True)
     slope = _slope_of_loss(family, x, ids)
     for index in reversed(range(len(family.layers))):
         linears = family.linears(index)
@@ -87,7 +91,7 @@ def _backwards(
         layer = family.layers[index]
         with family.on_device(layer), torch.enable_grad(), hooks(watched, after=True):
             x = read.pop().detach().requires_grad_()
-            y = run_layer(layer, x, keywords)
+            y = run_layer(layer, x, keywords, coarse=True)
             slope, *slopes = torch.autograd.grad(y, [x, *put_out.values()], slope)
         if streams and "down" in linears:
             streams["down"] = y
