@@ -42,7 +42,7 @@ def test_slopes_are_those_of_one_pass_back_through_the_whole_model(name, tokens)
     model = tiny_model(name, dtype=torch.float32)
     family, slopes = adapt(model), by_autograd(model, tokens)
     with float32_everywhere():
-        shares = token_shares(family, tokens)
+        shares = token_shares(family, tokens, slopes=True)
     for layer, found in enumerate(shares):
         linears = family.linears(layer)
         for site in found.keys() & BY_SLOPE.keys():
@@ -71,20 +71,19 @@ def test_what_goes_into_the_stream_counts_by_one_over_its_size(name, tokens):
     model(tokens)
     seen = dict(streams)
     with float32_everywhere():
-        of_layers = token_shares(family, tokens)
+        of_layers = token_shares(family, tokens, slopes=False)
     for layer, shares in enumerate(of_layers):
-        assert shares.keys() - BY_SLOPE.keys() == (
-            {"gemma3, tied": set(), "mixtral, experts": {"o"}}.get(name, {"o", "down"})
-        )
+        weighed = {"gemma3, tied": set(), "mixtral, experts": {"o"}}.get(name, {"o", "down"})
+        assert shares.keys() == weighed
         behind = {"o": (layer, "mlp_norm"), "down": (layer + 1, "attention_norm")}
-        for site in shares.keys() - BY_SLOPE.keys():
+        for site in weighed:
             expected = 1 / seen[behind[site]].norm(dim=-1, keepdim=True)
             torch.testing.assert_close(shares[site], expected / expected.mean())
 
 
 def test_the_first_weights_are_quantized_by_the_weighted_hessian(model, tokens):
     family = adapt(model)
-    weight = token_shares(family, tokens)[0]["q"]
+    weight = token_shares(family, tokens, slopes=True)[0]["q"]
     x, _ = walk.layer_inputs(family, tokens)[0]
     hessian = Hessian()
     hessian.add(family.norms(0)["attention_norm"](x) * weight.sqrt())
@@ -114,7 +113,7 @@ def test_a_mixture_of_experts_is_weighed_in_its_attention(tokens):
 
 def test_a_pass_back_leaves_no_slope_behind(model, tokens):
     before = [parameter.requires_grad for parameter in model.parameters()]
-    token_shares(adapt(model), tokens)
+    token_shares(adapt(model), tokens, slopes=True)
     assert [parameter.requires_grad for parameter in model.parameters()] == before
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -128,6 +127,18 @@ def test_weighing_by_loss_is_refused_where_there_is_no_slope(tokens):
         rl.gptq(model, **how)
     with pytest.raises(ValueError, match="loss_weighted must be True or False"):
         rl.gptq(tiny_model(dtype=torch.float32), tokens, QUANT, loss_weighted="yes")
+
+
+def test_streams_are_part_of_the_loss(model, tokens):
+    with pytest.raises(ValueError, match="loss_weighted weighs o's and down's tokens, too"):
+        rl.gptq(model, tokens, QUANT, stream_weighted=True, loss_weighted=True)
+    with pytest.raises(ValueError, match="stream_weighted is part of loss_weighted: leave it out"):
+        rl.Recipe(stream_weighted=True, loss_weighted=True)
+    assert not rl.Recipe.of_quality("fast", loss_weighted=True).stream_weighted
+    codes = rl.gptq(tiny_model(dtype=torch.float32), tokens, QUANT, stream_weighted=True).weights
+    plain = rl.gptq(model, tokens, QUANT).weights
+    assert torch.equal(codes["layers.0.q"].codes, plain["layers.0.q"].codes)
+    assert not torch.equal(codes["layers.0.o"].codes, plain["layers.0.o"].codes)
 
 
 def test_a_recipe_that_rounds_to_nearest_has_no_tokens_to_weigh():

@@ -106,6 +106,7 @@ def gptq(
     descent: int = 0,
     refit: bool = False,
     token_cap: float | None = None,
+    stream_weighted: bool = False,
     loss_weighted: bool = False,
     kept: Layers | None = None,
 ) -> Report:
@@ -118,11 +119,12 @@ def gptq(
     `descent` sweeps of coordinate descent follow; `refit` then gives the codes the scales of least
     error, and the sweeps follow once more. `token_cap` is how many times the energy |x|² of its
     window's median token a token counts at most: attention's sink can have so much of it that the
-    codes serve it alone. With `loss_weighted` a token counts by the slope of the model's own loss
-    at what q, k, v, gate and up put out, which takes a pass through the model and back, and by one
-    over the size of the residual stream that o and down are added to. Layers that
-    `kept` holds are put back instead of quantized, and the others are handed to it. An expert is
-    quantized by the tokens that it is given, all alike and without GPTAQ, and rounded to nearest
+    codes serve it alone. With `stream_weighted` a token counts, at o and down, by one over the size
+    of the residual stream that they are added to, which takes a pass through the model; with
+    `loss_weighted` also by the slope of the model's own loss at what q, k, v, gate and up put out,
+    which takes a pass there and back. Where blocks end in a norm o and down aren't weighed. Layers
+    that `kept` holds are put back instead of quantized, and the others are handed to it. An expert
+    is quantized by the tokens that it is given, all alike and without GPTAQ, and rounded to nearest
     where that is none; a warning says how many have fewer tokens than inputs. Raises ValueError
     before any work for unsuitable models, grids or tokens.
 
@@ -148,7 +150,10 @@ def gptq(
         raise ValueError(f"refit moves scales freely, and {quant.grid} hasn't all numbers for them")
     if token_cap is not None:
         positive("token_cap (unless it is None)", token_cap)
+    yes_or_no("stream_weighted", stream_weighted)
     yes_or_no("loss_weighted", loss_weighted)
+    if stream_weighted and loss_weighted:
+        raise ValueError("loss_weighted weighs o's and down's tokens, too: leave stream_weighted")
     if loss_weighted:
         check_slopes(family)
     keeper("kept", kept, Layers, "layers")
@@ -157,7 +162,8 @@ def gptq(
     solve = Solver(quant, act_order, damping, static_groups, scale_search, descent, refit)
     batches = layer_inputs(family, calibration)
     start = time.perf_counter()
-    shares = token_shares(family, calibration) if loss_weighted else None
+    weighted = stream_weighted or loss_weighted
+    shares = token_shares(family, calibration, loss_weighted) if weighted else None
     report = Report(seconds=time.perf_counter() - start)
     weigh = _Weigh(token_cap, shares, [len(x) for x, _ in batches])
     with changing(model, "rotlib_quantized"):

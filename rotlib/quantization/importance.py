@@ -1,4 +1,4 @@
-"""How much the loss hangs on each token, for Hessians that weigh tokens by it.
+"""How much each token counts, for Hessians that weigh tokens by it.
 
 GPTQ counts an error at every token alike. To first order an error e in what a linear puts out costs
 the loss gᵀe, g the loss's slope there, so GuidedQuant (arXiv 2505.07004) weighs H = E[‖g‖² x xᵀ] a
@@ -19,31 +19,40 @@ from tqdm import tqdm
 
 from rotlib.models.families import Family
 from rotlib.models.sound import check_has_slopes
-from rotlib.models.walk import Batch, hooks, layer_inputs, run_layer
+from rotlib.models.walk import hooks, layer_inputs, run_layer
 from rotlib.precision import coarse_products
 
 # whose slopes count; an expert is given tokens of its own, which all count alike
 BY_SLOPE = {"q": ("q", "k", "v"), "gate": ("gate", "up")}
 
 Shares = dict[str, Float[Tensor, "windows length 1"]]
+States = list[Float[Tensor, "1 length d"]]
 
 
-def token_shares(family: Family, windows: Int[Tensor, "windows length"]) -> list[Shares]:
+def token_shares(
+    family: Family, windows: Int[Tensor, "windows length"], slopes: bool
+) -> list[Shares]:
     """For each layer and input how much every token counts there, as shares of their mean.
 
-    By the size of the loss's slope at what q, k and v, and gate and up, put out; the loss is that
-    of the next token. At o's and down's by one over the size of the residual stream they are added
-    to, where nothing but norms reads it. A window goes through the model and back, a layer at a
-    time, so that only its states between layers are kept.
+    At o's and down's by one over the size of the residual stream that they are added to, where
+    nothing but norms reads it. With `slopes` also by the size of the loss's slope at what q, k and
+    v, and gate and up, put out; the loss is that of the next token. A window goes through the model
+    (and back), a layer at a time, so that only its states between layers are kept.
     """
     found = [{} for _ in family.layers]
     batches = layer_inputs(family, windows, at_a_time=1)
     pairs = zip(windows.split(1), batches, strict=True)
-    for ids, batch in tqdm(pairs, total=len(windows), desc="loss slopes", unit="window"):
+    for ids, (x, keywords) in tqdm(
+        pairs, total=len(windows), desc="weighing tokens", unit="window"
+    ):
         with coarse_products():
-            for layer, sizes in _backwards(family, ids, batch):
-                for site, size in sizes.items():
-                    found[layer].setdefault(site, []).append(size)
+            states, of_layers = _streams(family, x, keywords)
+            if slopes:
+                for layer, sizes in _slopes(family, ids, states, keywords):
+                    of_layers[layer] |= sizes
+        for layer, sizes in enumerate(of_layers):
+            for site, size in sizes.items():
+                found[layer].setdefault(site, []).append(size)
     return [
         {site: _of_mean_one(torch.cat(sizes)) for site, sizes in layer.items()} for layer in found
     ]
@@ -63,52 +72,60 @@ def _of_mean_one(sizes: Tensor) -> Tensor:
     return sizes / sizes.mean().clamp(min=torch.finfo(sizes.dtype).tiny)
 
 
-def _backwards(
-    family: Family, ids: Int[Tensor, "1 length"], batch: Batch
+@torch.no_grad()
+def _streams(family: Family, x: Tensor, keywords: dict) -> tuple[States, list[Shares]]:
+    """(what every layer reads, and what the last puts out; one over the streams' sizes)"""
+    states, of_layers = [x], []
+    for index, layer in enumerate(family.layers):
+        added_to = {}
+
+        def keep(norm, args, added_to=added_to):
+            added_to["o"] = args[0]
+
+        watched = [(family.norms(index)["mlp_norm"], keep)] if family.has_R1 else []
+        with family.on_device(layer), hooks(watched):
+            states.append(run_layer(layer, states[-1], keywords, coarse=True))
+        if family.has_R1 and "down" in family.linears(index):
+            added_to["down"] = states[-1]
+        of_layers.append({site: _one_over(stream) for site, stream in added_to.items()})
+    return states, of_layers
+
+
+def _one_over(stream: Float[Tensor, "... d"]) -> Float[Tensor, "... 1"]:
+    size = stream.float().norm(dim=-1, keepdim=True)
+    return 1 / size.clamp(min=torch.finfo(size.dtype).tiny ** 0.5)
+
+
+def _slopes(
+    family: Family, ids: Int[Tensor, "1 length"], states: States, keywords: dict
 ) -> Iterator[tuple[int, Shares]]:
-    """(layer, how much its tokens count), from the last layer to the first."""
-    x, keywords = batch
-    read = []
-    for layer in family.layers:
-        read.append(x)
-        with family.on_device(layer), torch.no_grad():
-            x = run_layer(layer, x, keywords, coarse=True)
-    slope = _slope_of_loss(family, x, ids)
+    """(layer, the size of the loss's slope at what its readers put out), from the last layer."""
+    slope = _slope_of_loss(family, states.pop(), ids)
     for index in reversed(range(len(family.layers))):
         linears = family.linears(index)
-        put_out, streams = {}, {}
+        put_out = {}
 
         def keep(module, args, output, put_out=put_out):
             put_out[module] = output
 
-        def keep_stream(norm, args, output, streams=streams):
-            streams["o"] = args[0]
-
         sites = {site: names for site, names in BY_SLOPE.items() if site in linears}
-        watched = [(linears[name], keep) for names in sites.values() for name in names]
-        if family.has_R1:
-            watched.append((family.norms(index)["mlp_norm"], keep_stream))
+        watched = ((linears[name], keep) for names in sites.values() for name in names)
         layer = family.layers[index]
         with family.on_device(layer), torch.enable_grad(), hooks(watched, after=True):
-            x = read.pop().detach().requires_grad_()
+            x = states.pop().detach().requires_grad_()
             y = run_layer(layer, x, keywords, coarse=True)
             slope, *slopes = torch.autograd.grad(y, [x, *put_out.values()], slope)
-        if streams and "down" in linears:
-            streams["down"] = y
         size = {
             linear: one.float().norm(dim=-1, keepdim=True)
             for linear, one in zip(put_out, slopes, strict=True)
         }
-        of_sites = {
-            site: torch.stack([size[linears[name]] for name in names]).norm(dim=0)
-            for site, names in sites.items()
-        }
-        yield index, of_sites | {site: _one_over(stream) for site, stream in streams.items()}
-
-
-def _one_over(stream: Float[Tensor, "... d"]) -> Float[Tensor, "... 1"]:
-    size = stream.detach().float().norm(dim=-1, keepdim=True)
-    return 1 / size.clamp(min=torch.finfo(size.dtype).tiny ** 0.5)
+        yield (
+            index,
+            {
+                site: torch.stack([size[linears[name]] for name in names]).norm(dim=0)
+                for site, names in sites.items()
+            },
+        )
 
 
 def _slope_of_loss(family: Family, x: Tensor, ids: Int[Tensor, "1 length"]) -> Tensor:

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--loss-weighted",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="let a token count by the slope of the model's loss; default: in every quality",
+        help="let a token count by the slope of the model's loss; default: in good and best",
     )
     parser.add_argument(
         "--format", default="compressed-tensors", choices=("compressed-tensors", "gguf")

@@ -228,9 +228,11 @@ def stages(recipe: Recipe) -> dict[str, Stage]:
             working = 2 * working + _FLOAT * (_of_a_layer(family) + 2 * wide**2)
             streams = 2
         working += solve
-        if recipe.loss_weighted:  # a window's way back, before
-            back = 2 * layer_run(recipe.window) + logits(recipe.window, "ostquant")
-            working = max(working, back + layers * states(1))
+        if recipe.stream_weighted or recipe.loss_weighted:  # a window's way, and back, before
+            way = layer_run(recipe.window) + layers * states(1)
+            if recipe.loss_weighted:
+                way += layer_run(recipe.window) + logits(recipe.window, "ostquant")
+            working = max(working, way)
         found["quantize"] = Stage(working, beside=streams * 2 * states(windows), host=codes)
     if recipe.tuning:  # the original's states and head are there from before the rotation on
         original = states(recipe.tuning + HELD_OUT) + _FLOAT * head

@@ -90,7 +90,7 @@ def stages_of(spec: dict) -> list[str]:
             stages |= {"covariance", "gptq"}
             options = {"asymmetry": "gptaq", "scale_search": "scale search"}
             options |= {"descent": "coordinate descent", "refit": "refit", "token_cap": "token cap"}
-            options |= {"loss_weighted": "loss slopes"}
+            options |= {"stream_weighted": "stream sizes", "loss_weighted": "loss slopes"}
             stages |= {stage for name, stage in options.items() if setting(name)}
     return sorted(stages)
 

@@ -27,10 +27,15 @@ LEARNED_ON = ("weights", "activations")
 THROUGH_NETWORK = ("spinquant", "ostquant")
 
 # what a checkpoint of one's own is made with; the study's arms keep the papers' protocols
-_CODES = {"act_order": True, "asymmetry": 0.25, "convention": "signed", "loss_weighted": True}
-_BETTER_CODES = _CODES | {"rotation": "optrot", "scale_search": True, "descent": 3}
+_CODES = {"act_order": True, "asymmetry": 0.25, "convention": "signed"}
+_BETTER_CODES = _CODES | {
+    "rotation": "optrot",
+    "scale_search": True,
+    "descent": 3,
+    "loss_weighted": True,
+}
 QUALITIES = {
-    "fast": _CODES | {"rotation": "hadamard"},
+    "fast": _CODES | {"rotation": "hadamard", "stream_weighted": True},
     "good": _BETTER_CODES | {"calibration_windows": 32},
     "best": _BETTER_CODES | {"calibration_windows": 112, "tuning": 64},
 }
@@ -62,11 +67,14 @@ _WEIGHT_GRID = tuple(field.name for field in fields(WeightQuant))
 _FIXED_BY_FP4 = ("bits", "group_size", "symmetric", "convention")
 _GPTQ = (
     *("act_order", "asymmetry", "static_groups", "scale_search", "descent", "refit"),
-    *("token_cap", "loss_weighted"),
+    *("token_cap", "stream_weighted", "loss_weighted"),
 )
 _ACTIVATION_GRID = ("activation_bits", "activation_grid", "kv_bits", "protocol", "sinks")
 # what was kept before there were these settings keeps its name
-_LATER = ("lr", "activation_grid", "clip_norm", "learned_bits", "token_cap", "loss_weighted")
+_LATER = (
+    *("lr", "activation_grid", "clip_norm", "learned_bits"),
+    *("token_cap", "stream_weighted", "loss_weighted"),
+)
 
 _PLAIN = {str: str.__str__, int: int.__int__, float: float.__float__}
 
@@ -100,10 +108,11 @@ class Recipe:
     with what `learned_on` names rounded on this recipe's grid, or activations to `learned_bits`
     whatever is evaluated, by a `preset` whose `steps` and `lr` can be replaced. `rounding` "none"
     keeps 16-bit weights; `act_order`, `asymmetry`, `static_groups`, `scale_search`, `descent`,
-    `refit`, `token_cap` and `loss_weighted` are `gptq`'s; `tuning` is how many steps scales and
-    gains are tuned for, each on a window of its own, and further ones are held out. `order`
-    "weights-first" calibrates GPTQ on unrounded activations, "activations-first" on rounded ones.
-    Raises ValueError at construction for a value outside the choices, or one that would go unread.
+    `refit`, `token_cap`, `stream_weighted` and `loss_weighted` are `gptq`'s; `tuning` is how many
+    steps scales and gains are tuned for, each on a window of its own, and further ones are held
+    out. `order` "weights-first" calibrates GPTQ on unrounded activations, "activations-first" on
+    rounded ones. Raises ValueError at construction for a value outside the choices, or one that
+    would go unread.
 
     >>> Recipe(rotation="optrot", bits=3).spec()
     {'task': 'quantize', 'rotation': 'optrot', 'bits': 3}
@@ -142,6 +151,7 @@ class Recipe:
     descent: int = 0
     refit: bool = False
     token_cap: float | None = None
+    stream_weighted: bool = False
     loss_weighted: bool = False
     tuning: int = 0
     activation_bits: int = FULL
@@ -208,6 +218,7 @@ class Recipe:
             "static_groups",
             "scale_search",
             "refit",
+            "stream_weighted",
             "loss_weighted",
             "R3",
             "R4",
@@ -244,13 +255,15 @@ class Recipe:
             yield "scale_search", "goes by GPTQ's error: it needs rounding 'gptq'"
             yield "descent", "goes on from GPTQ's codes: it needs rounding 'gptq'"
             yield "refit", "fits scales to GPTQ's codes: it needs rounding 'gptq'"
-            for name in ("token_cap", "loss_weighted"):
+            for name in ("token_cap", "stream_weighted", "loss_weighted"):
                 yield name, "weighs the tokens that GPTQ learns from: it needs rounding 'gptq'"
         if (self.group_size is None and self.grid not in FP4) or self.act_order:
             needs = "it needs a group_size, and act_order has them already"
             yield "static_groups", f"keeps groups the scales of the original weights: {needs}"
         if self.rounding != "gptq" or not rounded:
             yield "order", "needs rounding 'gptq', and activation_bits or kv_bits below 16"
+        if self.loss_weighted:
+            yield "stream_weighted", "is part of loss_weighted: leave it out"
         if not self.clip_search:
             yield "clip_norm", "is what clip_search goes by"
         if not self.symmetric:
@@ -325,6 +338,8 @@ class Recipe:
             made_of.pop("tuning", None)
         if settings.get("grid") == "mxfp4":
             made_of.pop("scale_search", None)
+        if settings.get("loss_weighted"):
+            made_of.pop("stream_weighted", None)
         return cls(**made_of | settings)
 
     @property

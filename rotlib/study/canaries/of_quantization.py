@@ -194,12 +194,23 @@ def _token_cap() -> dict:
 
 @canary("loss slopes", sites=importance.BY_SLOPE, tolerance=5e-3)
 def _token_shares() -> dict:
-    slopes = importance.token_shares(adapt(tiny(torch.float32)), token_windows())
+    slopes = importance.token_shares(adapt(tiny(torch.float32)), token_windows(), slopes=True)
     quant = grids.WeightQuant(bits=3)
     report = gptq.gptq(tiny(torch.float32), token_windows(), quant, loss_weighted=True)
     numbers = {
         site: torch.stack([profile(layer[site]) for layer in slopes])
         for site in importance.BY_SLOPE
+    }
+    return numbers | {"errors": [module.error for module in report.modules][7:]}
+
+
+@canary("stream sizes", tolerance=5e-3)
+def _stream_sizes() -> dict:
+    found = importance.token_shares(adapt(tiny(torch.float32)), token_windows(), slopes=False)
+    quant = grids.WeightQuant(bits=3)
+    report = gptq.gptq(tiny(torch.float32), token_windows(), quant, stream_weighted=True)
+    numbers = {
+        site: torch.stack([profile(layer[site]) for layer in found]) for site in ("o", "down")
     }
     return numbers | {"errors": [module.error for module in report.modules][7:]}
 
