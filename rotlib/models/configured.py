@@ -26,30 +26,23 @@ def check_as_configured(model: PreTrainedModel) -> None:
         raise ValueError(f"the model's config makes no model any more: {reason}") from error
     expected = dict(made.named_modules())
     for name, module in model.named_modules():
-        _compare(name or "the model", module, expected.get(name))
+        if told := _difference(name or "the model", module, expected.get(name)):
+            raise ValueError(f"{told}: a file holds the config alone, so change both")
 
 
-def _compare(name: str, module: Module, expected: Module | None) -> None:
+def _difference(name: str, module: Module, expected: Module | None) -> str | None:
     if type(module) is not type(expected):
-        raise ValueError(
-            f"{name} is a {type(module).__name__}, and the config makes "
-            f"{'nothing' if expected is None else f'a {type(expected).__name__}'} there: a file "
-            "holds the config alone, so change both"
-        )
+        made = "nothing" if expected is None else f"a {type(expected).__name__}"
+        return f"{name} is a {type(module).__name__}, and the config makes {made} there"
     shapes = {of: tuple(part.shape) for of, part in expected.named_parameters(recurse=False)}
     for of, parameter in module.named_parameters(recurse=False):
-        if shapes.get(of) != tuple(parameter.shape):
-            raise ValueError(
-                f"{name} has a {of} of {tuple(parameter.shape)}, and the config makes "
-                f"{shapes.get(of, 'none')} there: a file holds the config alone, so change both"
-            )
+        if (shape := tuple(parameter.shape)) != (made := shapes.get(of, "none")):
+            return f"{name} has a {of} of {shape}, and the config makes {made} there"
     if isinstance(module, PreTrainedModel):  # whose own settings are the config's
-        return
+        return None
     theirs = vars(expected)
     for of, value in vars(module).items():
         plain = isinstance(value, int | float | str) and isinstance(theirs.get(of), type(value))
         if plain and value != theirs[of] and not of.startswith("_") and not of.endswith(_PASSING):
-            raise ValueError(
-                f"{name}.{of} is {value!r}, and the config makes it {theirs[of]!r}: a file holds "
-                "the config alone, so change both"
-            )
+            return f"{name}.{of} is {value!r}, and the config makes it {theirs[of]!r}"
+    return None

@@ -1,5 +1,7 @@
 """Grids, GPTQ and its kin, tuning, activations."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -193,26 +195,21 @@ def _token_cap() -> dict:
 
 
 @canary("loss slopes", sites=importance.BY_SLOPE, tolerance=5e-3)
-def _token_shares() -> dict:
-    slopes = importance.token_shares(adapt(tiny(torch.float32)), token_windows(), slopes=True)
-    quant = grids.WeightQuant(bits=3)
-    report = gptq.gptq(tiny(torch.float32), token_windows(), quant, loss_weighted=True)
-    numbers = {
-        site: torch.stack([profile(layer[site]) for layer in slopes])
-        for site in importance.BY_SLOPE
-    }
-    return numbers | {"errors": [module.error for module in report.modules][7:]}
+def _loss_slopes() -> dict:
+    return _weighed(importance.BY_SLOPE, slopes=True, loss_weighted=True)
 
 
 @canary("stream sizes", tolerance=5e-3)
 def _stream_sizes() -> dict:
-    found = importance.token_shares(adapt(tiny(torch.float32)), token_windows(), slopes=False)
-    quant = grids.WeightQuant(bits=3)
-    report = gptq.gptq(tiny(torch.float32), token_windows(), quant, stream_weighted=True)
-    numbers = {
-        site: torch.stack([profile(layer[site]) for layer in found]) for site in ("o", "down")
-    }
-    return numbers | {"errors": [module.error for module in report.modules][7:]}
+    return _weighed(("o", "down"), slopes=False, stream_weighted=True)
+
+
+def _weighed(sites: Iterable[str], slopes: bool, **how: bool) -> dict:
+    """How much tokens count at these inputs, and the errors of a GPTQ that they weigh."""
+    found = importance.token_shares(adapt(tiny(torch.float32)), token_windows(), slopes)
+    report = gptq.gptq(tiny(torch.float32), token_windows(), grids.WeightQuant(bits=3), **how)
+    shares = {site: torch.stack([profile(layer[site]) for layer in found]) for site in sites}
+    return shares | {"errors": [module.error for module in report.modules][7:]}
 
 
 @canary("scale search", widths=solver.WIDTHS, tolerance=5e-3)
