@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import refused, tiny_model
 
 import rotlib as rl
 from rotlib import precision
@@ -137,7 +137,7 @@ def test_what_pip_said_last_is_the_error(parts, tmp_path, capsys):
     assert "pip can't install the bundle's wheels: ERROR: You must give" in capsys.readouterr().err
 
 
-def test_a_bundle_that_is_not_whole_says_what_is_wrong(parts, tmp_path, capsys, monkeypatch):
+def test_a_bundle_that_is_not_whole_says_what_is_wrong(parts, tmp_path, capsys):
     def said(*given):
         with pytest.raises(SystemExit):
             bundle.main(["unpack", str(tmp_path / "there"), *map(str, given)])
@@ -154,8 +154,13 @@ def test_a_bundle_that_is_not_whole_says_what_is_wrong(parts, tmp_path, capsys, 
     assert "these parts are of several bundles" in said(*parts)
     manifest.write_text("{")
     assert "manifest.json" in said(*parts)
+
+
+def test_a_whole_bundle_says_which_python_its_wheels_are_for(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "PYTHON", "3.1")
-    assert "the bundle's wheels are for Python 3.1" in said(*parts)
+    with refused("the bundle's wheels are for Python 3.1"):
+        bundle.unpack(parts, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", ""])

@@ -13,6 +13,11 @@ from rotlib.models.names import hub_commit
 
 # whatever a config asks for: other implementations may be code of the Hub, or compile first
 _ATTENTION = "sdpa"
+# whichever of a tokenizer's files are JSON
+_OF_TOKENIZERS = (
+    *("tokenizer.json", "vocab.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 # of a config, what can't be zero
 _COUNTS = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -38,8 +43,8 @@ def config_of(source: str) -> PreTrainedConfig:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises ValueError for settings beside a tokenizer that transformers would fall over."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    """Raises ValueError for files of a tokenizer that transformers would fall over."""
+    for name in _OF_TOKENIZERS:
         if (folder / name).is_file():
             _settings(folder / name)
 
@@ -57,6 +62,11 @@ def _check_kinds(told: dict) -> None:
     """Raises ValueError for settings that transformers would fall over without naming them."""
     if not isinstance(told.get("model_type"), str | None):
         raise ValueError(f"its config.json says model_type {told['model_type']!r}, no word")
+    for name in ("is_encoder_decoder", "add_cross_attention"):
+        if told.get(name):
+            raise ValueError(
+                f"its config.json says {name} {told[name]!r}, and only decoders alone are read here"
+            )
     pad, size = told.get("pad_token_id"), told.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
         raise ValueError(

@@ -112,9 +112,8 @@ def check_rotation(family: Family, rotation: Rotation) -> None:
         if name == "R1" and isinstance(R, BlockHadamard):
             found = (R.n, R.n)
         elif not isinstance(R, torch.Tensor) or not R.is_floating_point():
-            raise ValueError(
-                f"{name} must be a real floating-point tensor or None, not a {type(R).__name__}"
-            )
+            found = R.dtype if isinstance(R, torch.Tensor) else f"a {type(R).__name__}"
+            raise ValueError(f"{name} must be a real floating-point tensor or None, not {found}")
         else:
             floats(name, R)
             blocks, *square = R.shape if name == "R1" and R.ndim == 3 else (1, *R.shape)

@@ -125,8 +125,6 @@ def unpack(parts: list[Path], place: Path) -> None:
     Raises ValueError before anything is written, naming the file, for parts of several bundles, a
     piece that is missing, a file whose sha256 is another one, or another file in its place.
     """
-    if (here := "{}.{}".format(*sys.version_info)) != PYTHON:
-        raise ValueError(f"the bundle's wheels are for Python {PYTHON}, and this is {here}")
     for part in parts:
         if not (part / MANIFEST).is_file():
             raise ValueError(f"{part} holds no {MANIFEST}: it is no part of a bundle")
@@ -158,6 +156,8 @@ def unpack(parts: list[Path], place: Path) -> None:
             raise ValueError(f"{blocked[0]} is no folder: name another place")
         if path.exists() and not (path.is_file() and file_digest(path) == file["sha256"]):
             raise ValueError(f"{path} is there already, and is another one: name a new folder")
+    if (here := "{}.{}".format(*sys.version_info)) != PYTHON:
+        raise ValueError(f"the bundle's wheels are for Python {PYTHON}, and this is {here}")
     for name, file in files.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place / name, partial(_join, [at[piece] for piece in file["pieces"]]))

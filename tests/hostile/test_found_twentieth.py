@@ -1,4 +1,4 @@
-"""What the twentieth hunt found."""
+"""What the twentieth and the twenty-first hunt found."""
 
 import json
 
@@ -79,6 +79,7 @@ def test_a_bias_of_another_length_than_its_weight_is_named(model):
         ({"rope_theta": 0}, "rope_theta 0"),
         ({"rope_scaling": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 0}}, "factor 0"),
         ({"pad_token_id": -500}, "pad_token_id -500, beyond its vocab_size"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder True, and only decoders alone"),
     ],
 )
 def test_settings_that_make_no_numbers_are_named_as_the_model_is_loaded(settings, says, tmp_path):
@@ -94,3 +95,18 @@ def test_the_damaged_one_of_several_files_is_named(tmp_path):
     (tmp_path / "notes.safetensors").touch()
     with refused("its notes.safetensors is damaged, .* take it away where it isn't the model's"):
         rl.load(str(tmp_path))
+
+
+def test_a_tokenizer_cut_short_is_named(tmp_path):
+    save_tiny_model(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:100])
+    with refused("its tokenizer.json is not a valid JSON file"):
+        rl.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_an_R1_of_no_real_numbers_is_named_by_its_type(dtype, model):
+    width = model.config.hidden_size
+    with refused(f"R1 must be a real floating-point tensor or None, not {dtype}"):
+        rl.fuse(model, rl.Rotation(torch.eye(width, dtype=dtype), None))
