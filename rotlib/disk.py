@@ -111,8 +111,11 @@ def scratch_beside(path: Path, folder: bool = False) -> Iterator[Path]:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a scratch file beside `path`, then rename it.
 
-    A killed run leaves no half file to read.
+    A killed run leaves no half file to read. Raises ValueError where a device, a pipe or a folder
+    has that name.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is there, and is no file: name another one")
     with scratch_beside(path) as scratch:
         try:
             write(scratch)

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import rotlib as rl
-from rotlib.checkpoints.gguf_file import NAME, GgufFile, block_type, blocks, cut_of
+from rotlib.checkpoints.gguf_file import NAME, GgufFile, block_type, blocks
 from rotlib.checkpoints.stock import has_llama_cpp, read_by_llama_cpp, read_by_transformers
+from rotlib.models.gguf_tokenizer import cut_of
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.grids import QuantizedWeight, round_to_nearest
 from rotlib.study import memory

@@ -10,10 +10,10 @@ import pytest
 from test_gguf import GRIDS, quantized, tokenizer, tokens  # noqa: F401 - two are fixtures
 
 import rotlib as rl
-from rotlib.checkpoints.gguf_file import NAME, cut_of
+from rotlib.checkpoints.gguf_file import NAME
 from rotlib.models import gguf_model, names, zoo
 from rotlib.models.content import model_content
-from rotlib.models.gguf_model import CUTS
+from rotlib.models.gguf_tokenizer import CUTS, cut_of, pre_tokenizer_of
 
 pytestmark = pytest.mark.slow
 MIXED = (
@@ -28,7 +28,9 @@ def file(tmp_path, monkeypatch, tokens, tokenizer):  # noqa: F811
 
     def written(name="qwen2, biases"):
         model = quantized(name, GRIDS["Q8_0, groups"], tokens)
-        own = gguf_model.cutting(deepcopy(tokenizer), "qwen2" if "qwen" in name else "smollm")
+        own = deepcopy(tokenizer)
+        cut = "qwen2" if "qwen" in name else "smollm"
+        own.backend_tokenizer.pre_tokenizer = pre_tokenizer_of(cut)
         return rl.export(model, tmp_path / "out", "gguf", own) / NAME, model, own
 
     return written
@@ -166,6 +168,8 @@ def test_a_file_that_would_be_misread_is_refused_in_one_sentence(file):
         ("tokenizer.ggml.tokens", ["a", "a"]),
         ("tokenizer.ggml.tokens", [1, 2]),
         ("tokenizer.ggml.token_type", ["normal"]),
+        ("tokenizer.ggml.token_type", [1, 3]),
+        ("tokenizer.ggml.token_type", [99] * 384),
         ("tokenizer.ggml.merges", ["th"]),
         ("split.count", "2"),
     ],

@@ -102,8 +102,10 @@ def entries_of(folder: Path) -> list[str]:
 
 
 def put_in_place(scratch: Path, folder: Path) -> None:
-    """Rename, with an old export aside until the new one stands."""
+    """Rename, with an old export aside until the new one stands; who may enter stays the same."""
     aside = _aside(folder)
+    if folder.exists():
+        shutil.copymode(folder, scratch)
     if (folder / MARKER).exists():
         os.replace(folder, aside)
     try:

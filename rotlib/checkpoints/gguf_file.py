@@ -7,8 +7,6 @@ float16 (5e-4 of them) is all that differs. Embedding and head are float16, norm
 float32.
 """
 
-import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rotlib.checkpoints.packed import bits_for, tied
 from rotlib.checks import all_finite
 from rotlib.models.families import Family
-from rotlib.models.gguf_model import ARCHITECTURES, CUTS, DIGITS, PLAIN, SPLIT
+from rotlib.models.gguf_model import ARCHITECTURES
+from rotlib.models.gguf_tokenizer import cut_of, write_tokenizer
 from rotlib.models.supported import adapt
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
@@ -98,7 +97,7 @@ class GgufFile:
         writer.add_vocab_size(config.vocab_size)
         writer.add_file_type(_FILE_TYPES[next(iter(self._types.values()))])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        self._add_tokenizer(writer)
+        write_tokenizer(writer, self._tokenizer, config.vocab_size, self._cut)
         for name, shape, dtype, size, kind in self._layout:
             writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=kind)
         writer.write_header_to_file()
@@ -167,30 +166,6 @@ class GgufFile:
                 tensor = tensor[rows]
                 weight = weight and QuantizedWeight(*(part[rows] for part in weight.stored))
             yield names.get_name(path, try_suffixes=(".weight", ".bias")), tensor, weight, kind
-
-    def _add_tokenizer(self, writer: gguf.GGUFWriter) -> None:
-        known = {number: token for token, number in self._tokenizer.get_vocab().items()}
-        kind_of = {
-            None: gguf.TokenType.NORMAL,
-            True: gguf.TokenType.CONTROL,
-            False: gguf.TokenType.USER_DEFINED,
-        }
-        added = self._tokenizer.added_tokens_decoder
-        tokens, kinds = [], []
-        for number in range(self._family.config.vocab_size):
-            tokens.append(known.get(number, f"[unused {number}]"))
-            special = added[number].special if number in added else None
-            kinds.append(kind_of[special])
-            if number not in known:
-                kinds[-1] = gguf.TokenType.UNUSED
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self._cut)
-        writer.add_token_list(tokens)
-        writer.add_token_types(kinds)
-        with tempfile.TemporaryDirectory() as folder:
-            self._tokenizer.save_pretrained(folder)
-            vocabulary = gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokens))
-            vocabulary.add_to_gguf(writer, quiet=True)
 
 
 def _floats(tensor: Tensor) -> Tensor:
@@ -314,36 +289,3 @@ def _frequency_factors(family: Family) -> Float[Tensor, " half_head_dim"]:
     exponents = torch.arange(0, family.head_dim, 2).double() / family.head_dim
     plain = family.config.rope_parameters["rope_theta"] ** -exponents
     return (plain / family.decoder.rotary_emb.inv_freq.cpu().double()).float()
-
-
-def cut_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name for the way a tokenizer cuts text before its merges.
-
-    Raises ValueError where it has none that is known here.
-    """
-    refusal = (
-        "this tokenizer isn't one that llama.cpp is known to share: "
-        "export the model as 'fused', for llama.cpp's own converter"
-    )
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise ValueError(refusal)
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    if (description["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # which it leaves out
-        raise ValueError(refusal)
-    cut = description["pre_tokenizer"] or {"type": None}
-    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    found = CUTS.get(tuple(map(_step, steps)))
-    model = description["model"]
-    if found is None or model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ValueError(refusal)
-    return found
-
-
-def _step(step: dict) -> str:
-    if step["type"] == "Split":
-        return step["pattern"].get("Regex", "")
-    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-        return PLAIN if step["use_regex"] else SPLIT
-    if step["type"] == "Digits" and step["individual_digits"]:
-        return DIGITS
-    return f"{step['type']}, otherwise"

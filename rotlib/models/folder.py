@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,11 +49,13 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def _settings(file: Path) -> dict:
-    told = None
-    with suppress(ValueError):
+    told, reason = None, ""
+    try:
         told = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        reason = f" ({error})"
     if not isinstance(told, dict):
-        raise ValueError(f"its {file.name} is not a valid JSON file of settings by name")
+        raise ValueError(f"its {file.name} is not a valid JSON file of settings by name{reason}")
     return told
 
 
@@ -101,8 +102,8 @@ def check_files(folder: Path) -> None:
             "merge it into them (peft's merge_and_unload), or take it away"
         )
     for index in folder.glob("*.safetensors.index.json") if folder.is_dir() else ():
-        told = json.loads(index.read_text(encoding="utf-8"))
-        if not isinstance(told, dict) or not isinstance(told.get("weight_map"), dict):
+        told = _settings(index)
+        if not isinstance(told.get("weight_map"), dict):
             raise ValueError(f"its {index.name} holds no weight_map")
         for name in told["weight_map"].values():
             if (

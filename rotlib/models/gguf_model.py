@@ -15,13 +15,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from tokenizers import Regex, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from rotlib.disk import (
@@ -32,11 +30,8 @@ from rotlib.disk import (
     scratch_beside,
     write_json,
 )
+from rotlib.models.gguf_tokenizer import CUTS, check_vocabulary, tokenizer_of
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # the model types that are read and written, with llama.cpp's names of their architectures
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # the keys of an architecture that must be there, and all that are understood
@@ -49,15 +44,7 @@ _NUMBERS = (
     *("rope.dimension_count", "rope.freq_base"),
 )
 _KNOWN = {*_NEEDED, *_NUMBERS, "rope.scaling.type", "attention.causal"}
-_SUMS = "rotlib_sums.json"  # of an unpacked folder: the sha256 of each of its files
-PLAIN, SPLIT, DIGITS = "ByteLevel, by its own rule", "ByteLevel", "Digits"
-# how a tokenizer cuts text before its merges, and llama.cpp's name for it
-CUTS = {
-    (PLAIN,): "gpt-2",
-    (DIGITS, PLAIN): "smollm",
-    (_WORDS % r"\p{N}{1,3}", SPLIT): "llama-bpe",
-    (_WORDS % r"\p{N}", SPLIT): "qwen2",
-}
+_SUMS = "rotlib_files.json"  # of an unpacked folder: the sha256 of each of its files
 
 
 def unpacked_gguf(file: Path) -> Path:
@@ -108,7 +95,8 @@ def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = 
     model.load_state_dict(quantized.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     if cut:
-        tokenizer = cutting(tokenizer, cut)
+        keys = {name: field.contents() for name, field in reader.fields.items()}
+        tokenizer = tokenizer_of(keys, cut, tokenizer)
     with scratch_beside(folder, folder=True) as scratch:
         model.save_pretrained(scratch, max_shard_size="1TB")
         tokenizer.save_pretrained(scratch)
@@ -223,44 +211,9 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
             f"its tokenizer is of the kind {kind!r}, cut like {cut!r}, and only 'gpt2' with "
             f"{', '.join(sorted(CUTS.values()))} are known here: load the original model"
         )
-    for name in ("tokens", "merges", "token_type"):
-        if not keys.get(f"tokenizer.ggml.{name}"):
-            raise ValueError(f"its key tokenizer.ggml.{name} is missing: download the file again")
-    _check_vocabulary(keys, reader)
-    return cut
-
-
-def _check_vocabulary(keys: dict, reader: gguf.GGUFReader) -> None:
-    """Raises ValueError for tokens that aren't distinct words, and ids and marks that are none."""
-    tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    faults = {
-        "tokens": not _all(str, tokens) or len({*tokens}) < len(tokens),
-        "token_type": not _all(int, kinds),
-        "merges": not _all(str, merges := keys["tokenizer.ggml.merges"])
-        or any(merge.count(" ") < 1 for merge in merges),
-    }
-    for name in ("bos", "eos", "padding", "unknown"):
-        number = keys.get(f"tokenizer.ggml.{name}_token_id", 0)
-        faults[f"{name}_token_id"] = not _all(int, [number]) or not 0 <= number < len(tokens)
-    for name in ("bos", "eos"):
-        faults[f"add_{name}_token"] = not isinstance(
-            keys.get(f"tokenizer.ggml.add_{name}_token", False), bool
-        )
-    if wrong := [name for name, fault in faults.items() if fault]:
-        raise ValueError(
-            f"its key tokenizer.ggml.{wrong[0]} doesn't hold what belongs there (distinct tokens, "
-            "their types and merges, the ids of some, yes or no): download the file again"
-        )
     rows = {tensor.name: int(tensor.shape[1]) for tensor in reader.tensors if len(tensor.shape) > 1}
-    if len(tokens) > rows.get("token_embd.weight", len(tokens)):
-        raise ValueError(
-            f"it names {len(tokens)} tokens, and its embedding has {rows['token_embd.weight']} "
-            "rows: download the file again"
-        )
-
-
-def _all(kind: type, values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)
+    check_vocabulary(keys, rows.get("token_embd.weight"))
+    return cut
 
 
 def _check_all_read(reader: gguf.GGUFReader, model: PreTrainedModel, loading: dict) -> None:
@@ -288,22 +241,3 @@ def _check_all_read(reader: gguf.GGUFReader, model: PreTrainedModel, loading: di
             f"its tensor {min(unread)} has no place in {type(model).__name__} as transformers "
             "reads this file: load the original model"
         )
-
-
-def cutting(tokenizer: PreTrainedTokenizerBase, cut: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with that cut, of a class that doesn't bring one of its own when it is read."""
-    made = {
-        PLAIN: pre_tokenizers.ByteLevel(add_prefix_space=False),
-        SPLIT: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        DIGITS: pre_tokenizers.Digits(individual_digits=True),
-    }
-    steps = next(steps for steps, name in CUTS.items() if name == cut)
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [made.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=tokenizer.chat_template,
-        **tokenizer.special_tokens_map,
-    )

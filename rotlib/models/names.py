@@ -99,11 +99,12 @@ def resolve(name: str) -> str:
     match = [] if "/" in name else get_close_matches(name, known, cutoff=0.6)
     hint = f" (did you mean {match[0]!r}?)" if match else ""
     if hint or not on_hub(name):
+        its_id = name if name.isprintable() else "ID"
         raise ValueError(
             f"unknown model {name!r}{hint}: it is no alias ({', '.join(known)}), "
             "no local folder or GGUF file, and the Hugging Face Hub doesn't have it or can't be "
             "reached from here; offline, name a folder with its config.json, tokenizer and "
-            f"*.safetensors, such as `hf download {name} --local-dir FOLDER` makes elsewhere"
+            f"*.safetensors, such as `hf download {its_id} --local-dir FOLDER` makes elsewhere"
         )
     return name
 

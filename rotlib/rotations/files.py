@@ -40,7 +40,7 @@ def save_rotation(rotation: Rotation, file: str | Path) -> Path:
             f"SpinQuant's file holds R1 and R2, and this rotation has {beside} as well"
         )
     path = _path(file)
-    if path.exists() and not _is_rotations(_held(path)):
+    if path.exists() and not (path.stat().st_size and _is_rotations(_held(path))):
         raise ValueError(f"{path} is there, and holds no rotation: name another file")
     check_writable(path.parent, "name another file")
     check_orthogonal(rotation)

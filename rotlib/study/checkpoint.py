@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from rotlib.checkpoints.folder import check_room, checked_folder
-from rotlib.checkpoints.gguf_file import check_family, check_holds, cut_of
+from rotlib.checkpoints.gguf_file import check_family, check_holds
 from rotlib.checkpoints.packed import INPUTS, check_fp4_dtype, check_grid, check_inputs
 from rotlib.checkpoints.write import FORMATS, check_dtype, check_vocabulary, export
 from rotlib.checks import one_of, yes_or_no
 from rotlib.models.content import weights_sample
+from rotlib.models.gguf_tokenizer import cut_of
 from rotlib.models.names import source_of
 from rotlib.models.zoo import load_tokenizer
 from rotlib.quantization.activations import FULL

@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     grid = {name: getattr(options, name) for name in ("model", "window", "bits", "group_size")}
     try:
-        if options.out.is_dir():
-            raise ValueError(f"--out must name a file, and {options.out} is a folder")
+        if options.out.exists() and not options.out.is_file():
+            raise ValueError(f"--out must name a file, and {options.out} is none")
         check_writable(options.out.parent, "name another file with --out")
         if options.peers:
             check_writable(options.environments, "name another folder with --environments")

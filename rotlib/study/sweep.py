@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -164,11 +164,13 @@ def plan(states: dict[Recipe, State], rerun_stale: bool) -> dict[Recipe, State]:
 
 
 def estimates_of(todo: list[Recipe], device: str = "auto") -> dict[Recipe, Estimate]:
-    """Every recipe's estimate, by the results that there are."""
+    """Every recipe's estimate, by the results that there are; the same one for every seed."""
     finished = []
     with suppress(ValueError):  # a damaged result, of any sweep, takes no more than the estimates
         finished = store.load_results()
-    return {recipe: estimate(recipe, finished, device) for recipe in todo}
+    of_settings = {replace(recipe, seed=0): recipe for recipe in todo}
+    found = {key: estimate(recipe, finished, device) for key, recipe in of_settings.items()}
+    return {recipe: found[replace(recipe, seed=0)] for recipe in todo}
 
 
 def forecast(estimates: dict[Recipe, Estimate], workers: int) -> str:
@@ -223,7 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("the engine 'ray' isn't installed: pip install ray")
     except ValueError as error:
         parser.error(str(error))
-    states = {recipe: state_of(recipe) for recipe in recipes}
+    looked_at = tqdm(recipes, desc="looking for results", unit="recipe", delay=2, leave=False)
+    states = {recipe: state_of(recipe) for recipe in looked_at}
     todo = plan(states, options.rerun_stale)
     estimates = estimates_of(list(todo))
     counts = Counter(state.name for state in states.values())

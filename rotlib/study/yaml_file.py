@@ -7,6 +7,7 @@ import yaml
 
 _MOST = 2**20  # characters
 _DEEPEST = 20
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # six times as fast, where it was built
 _POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d{1,3}")
 
 
@@ -31,7 +32,7 @@ def read_yaml(path: Path) -> yaml.Node | None:
         raise ValueError(f"{path.name} is longer than {_MOST} characters: split it")
     try:
         _check_growth(path, text)
-        root = yaml.compose(text, yaml.SafeLoader)
+        root = yaml.compose(text, _LOADER)
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name} isn't valid YAML: {' '.join(str(error).split())}") from error
     _check_names(path, root)
@@ -41,7 +42,7 @@ def read_yaml(path: Path) -> yaml.Node | None:
 def value_of(path: Path, node: yaml.Node) -> object:
     """What a node of the file stands for; raises ValueError naming file and line."""
     try:
-        return yaml.safe_load(yaml.serialize(node))
+        return yaml.SafeLoader("").construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError) as error:  # 2026-13-45 is a date to YAML
         raise ValueError(f"{place(path, node)}: {' '.join(str(error).split())}") from error
 
@@ -68,7 +69,7 @@ def word_of(text: str) -> object:
 
 def _read_power(node: yaml.Node) -> None:
     """Make 1e-3 the number that it is; to YAML 1.1 it is a word."""
-    if isinstance(node, yaml.ScalarNode) and node.style is None and _POWER.fullmatch(node.value):
+    if isinstance(node, yaml.ScalarNode) and not node.style and _POWER.fullmatch(node.value):
         node.tag = "tag:yaml.org,2002:float"
 
 
@@ -81,7 +82,7 @@ def _plain(node: yaml.ScalarNode) -> bool:
 def _check_growth(path: Path, text: str) -> None:
     """Raises ValueError for anchors and deep nesting, before anything is made of them."""
     depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
+    for event in yaml.parse(text, _LOADER):
         where = f"{path.name}, line {event.start_mark.line + 1}"
         if getattr(event, "anchor", None):
             raise ValueError(

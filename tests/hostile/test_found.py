@@ -737,7 +737,7 @@ def test_an_adapter_beside_the_weights_is_not_passed_over(tmp_path):
     [
         ("config.json", "null", "is not a valid JSON file of settings by name"),
         ("config.json", '{"model_type": "llama", "num_key_value_heads": 0}', "no number above 0"),
-        ("model.safetensors.index.json", "[]", "holds no weight_map"),
+        ("model.safetensors.index.json", "[]", "is not a valid JSON file of settings by name"),
     ],
 )
 def test_a_file_that_says_nothing_is_named(tmp_path, file, text, said):
