@@ -43,11 +43,12 @@ def keeper(name: str, value: object, protocol: type, what: str) -> None:
         raise ValueError(f"{name} must hold {what} by get and put, not be {value!r}")
 
 
-def positive(name: str, value: object) -> None:
-    """Known to be a finite number above zero."""
+def positive(name: str, value: object, least: float = 0.0) -> None:
+    """Known to be a finite number above zero, and no smaller than `least`."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
-    if not real or not 0 < value <= _LARGEST:
-        raise ValueError(f"{name} must be a positive number, not {shown(value)}")
+    if not real or not 0 < value <= _LARGEST or value < least:
+        bound = f" from {least:g}" if least else ""
+        raise ValueError(f"{name} must be a positive number{bound}, not {shown(value)}")
 
 
 def share(name: str, value: object) -> None:

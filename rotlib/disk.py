@@ -40,8 +40,9 @@ def folder_of(variable: str, default: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"{variable} can't name a folder: {error.strerror}") from error
     except RuntimeError as error:
+        by = variable if os.environ.get(variable, "").strip() else f"{variable}'s default"
         raise ValueError(
-            f"{variable} names {str(named)!r}, and there is no such user: write the folder out"
+            f"{by} names {str(named)!r}, and there is no such user: write the folder out"
         ) from error
 
 
@@ -111,11 +112,14 @@ def scratch_beside(path: Path, folder: bool = False) -> Iterator[Path]:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a scratch file beside `path`, then rename it.
 
-    A killed run leaves no half file to read. Raises ValueError where a device, a pipe or a folder
-    has that name.
+    A killed run leaves no half file to read. Of a file that is there the permissions stay, and a
+    link goes on leading to it. Raises FileExistsError where a device, a pipe or a folder has that
+    name.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is there, and is no file: name another one")
+    if there := path.exists():
+        path = path.resolve()
+        if not path.is_file():
+            raise FileExistsError(f"{path} is there, and is no file")
     with scratch_beside(path) as scratch:
         try:
             write(scratch)
@@ -124,6 +128,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             raise OSError(
                 f"{path.name} couldn't be written: is the disk full? ({reason})"
             ) from error
+        if there:
+            shutil.copymode(path, scratch)
         os.replace(scratch, path)
 
 

@@ -25,7 +25,7 @@ FUNCTIONS = [
 
 CLAIM = {
     **{"paper": "OptRot", "claim": "first", "setting": "W4A16 GPTQ", "verdict": "reproduced"},
-    **{"KL, %": -14.0, "from": -20.0, "to": -7.0},
+    **{"KL, %": -14.0, "from": -20.0, "to": -7.0, "model": "smollm2-135m"},
 }
 
 

@@ -449,9 +449,9 @@ def test_a_cap_that_no_token_reaches_changes_no_code(tokens, asymmetry):
 
 @pytest.mark.parametrize("cap", [0, -1.0, float("nan"), "4", True])
 def test_a_cap_that_is_no_positive_number_is_refused(tokens, cap):
-    with pytest.raises(ValueError, match=r"token_cap .* must be a positive number"):
+    with pytest.raises(ValueError, match="token_cap must be a positive number"):
         rl.gptq(tiny_model(dtype=torch.float32), tokens, rl.WeightQuant(), token_cap=cap)
-    with pytest.raises(ValueError, match=r"token_cap .* must be a positive number"):
+    with pytest.raises(ValueError, match="token_cap must be a positive number"):
         rl.Recipe(token_cap=cap)
 
 

@@ -32,6 +32,7 @@ NOT_NUMBERS = {
         "_HEADS",
         "_SYLVESTER",
         "_ONE",
+        "LEAST_CAP",
     ),
     *(
         "_SENTENCE_END",

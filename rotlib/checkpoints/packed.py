@@ -85,7 +85,9 @@ class Checkpoint:
         """Raises ValueError for what this dtype makes infinite of, or nothing."""
         whole = {f"{name}_scale": stored.weight.scale for name, stored in self._codes.items()}
         for name, tensor in (self._model.state_dict() | whole).items():
-            if name not in self._codes and tensor.is_floating_point():
+            if name in self._codes:  # readers multiply its codes and scales in this dtype
+                tensor = self._codes[name].weight.dense()
+            if tensor.is_floating_point():
                 tensor = tensor.double()
                 lost = (tensor.to(self.dtype).double() - tensor).norm() / tensor.norm()
                 if tensor.any() and not lost < 0.01:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -43,9 +44,12 @@ def config_of(source: str) -> PreTrainedConfig:
 
 def check_tokenizer_files(folder: Path) -> None:
     """Raises ValueError for files of a tokenizer that transformers would fall over."""
-    for name in _OF_TOKENIZERS:
-        if (folder / name).is_file():
-            _settings(folder / name)
+    told = {name: _settings(folder / name) for name in _OF_TOKENIZERS if (folder / name).is_file()}
+    longest = told.get("tokenizer_config.json", {}).get("model_max_length")
+    if longest is not None and (isinstance(longest, bool | str) or not longest > 0):
+        raise ValueError(
+            f"its tokenizer_config.json says model_max_length {longest!r}, no number above 0"
+        )
 
 
 def _settings(file: Path) -> dict:
@@ -77,6 +81,9 @@ def _check_kinds(told: dict) -> None:
         dtype = told.get(name) or "float32"
         if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"its config.json says {name} {dtype!r}, no dtype of torch")
+    for name, value in _inside(told):
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"its config.json says {name} {value!r}, no finite number")
     turns = {of: told.get(of) for of in ("rope_parameters", "rope_scaling", "rope_theta")}
     for name, value in _inside(turns):
         if isinstance(value, str) and name not in ("rope_type", "type"):

@@ -61,10 +61,13 @@ def unpacked_gguf(file: Path) -> Path:
 
 
 def as_unpacked(folder: Path) -> bool:
-    """Whether a folder is there, and its files are still those that `unpack` wrote."""
+    """Whether a folder holds what `unpack` wrote, and nothing else."""
     with suppress(OSError, TypeError, ValueError):
         sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
-        return bool(sums) and all(known_digest(folder / name) == sums[name] for name in sums)
+        found = {path.name for path in folder.iterdir()}
+        return found == {*sums, _SUMS} and all(
+            known_digest(folder / name) == sums[name] for name in sums
+        )
     return False
 
 
@@ -111,6 +114,8 @@ def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = 
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 os.replace(scratch, folder)
+        if not as_unpacked(folder):
+            raise ValueError(f"{folder} is in the way of the dequantized model: take it away")
 
 
 def _cut_in(tokenizer: PreTrainedTokenizerBase) -> dict:

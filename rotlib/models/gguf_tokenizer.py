@@ -57,7 +57,21 @@ def cut_of(tokenizer: PreTrainedTokenizerBase) -> str:
             f"vocabulary and merges under the cut {found!r}: export the model as 'fused', for "
             "llama.cpp's own converter"
         )
+    _check_ends(tokenizer)
     return found
+
+
+def _check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where more is put around a text than the file's keys say: bos and eos."""
+    text, whole = (tokenizer("a", add_special_tokens=ends).input_ids for ends in (False, True))
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    if whole not in (text, bos + text, text + eos, bos + text + eos):
+        around = tokenizer.convert_ids_to_tokens([each for each in whole if each not in text])
+        raise ValueError(
+            f"this tokenizer puts {' and '.join(map(repr, around))} around a text, and a GGUF file "
+            "knows of one bos_token before it and one eos_token behind it: export the model as "
+            "'fused', for llama.cpp's own converter"
+        )
 
 
 def _step(step: dict) -> str:

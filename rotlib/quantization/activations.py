@@ -189,11 +189,27 @@ def _rounded_input(grid: WeightQuant, clip: float, width: int | None, sinks: int
 
 
 def _check_whole(decoder: nn.Module, args: tuple, keywords: dict) -> None:
-    """Raises ValueError where a sequence goes on from a cache, so that its sinks are behind it."""
+    """Raises ValueError where a sequence's first tokens aren't where its batch begins.
+
+    It goes on from a cache, is padded on the left, or is one of several in a row.
+    """
     if (cache := keywords.get("past_key_values")) is not None and cache.get_seq_length():
         raise ValueError(
             "sinks are the first tokens of a sequence, and a cache holds them already: give whole "
             "sequences (use_cache=False)"
+        )
+    mask, positions = keywords.get("attention_mask"), keywords.get("position_ids")
+    if mask is not None and mask.ndim == 2 and not mask[:, 0].all():
+        raise ValueError(
+            "sinks are the first tokens of a sequence, and here padding comes before them: pad on "
+            "the right"
+        )
+    begins = torch.zeros(1, 1) if positions is None else positions == 0
+    begins = begins & mask.bool() if mask is not None and mask.ndim == 2 else begins
+    if begins[..., 1:].any():
+        raise ValueError(
+            "sinks are the first tokens of a sequence, and here several follow each other in a "
+            "row: give each a row of its own"
         )
 
 

@@ -29,7 +29,7 @@ from rotlib.precision import exact_products
 from rotlib.quantization.coordinate import MOST_SWEEPS
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import QuantizedWeight, WeightQuant
-from rotlib.quantization.hessian import DAMPING, Hessian, token_weights
+from rotlib.quantization.hessian import DAMPING, LEAST_CAP, Hessian, token_weights
 from rotlib.quantization.importance import Shares, check_slopes, token_shares
 from rotlib.quantization.quantized import (
     check_alike,
@@ -149,7 +149,7 @@ def gptq(
     if refit and quant.grid in FP4:
         raise ValueError(f"refit moves scales freely, and {quant.grid} hasn't all numbers for them")
     if token_cap is not None:
-        positive("token_cap (unless it is None)", token_cap)
+        positive("token_cap", token_cap, LEAST_CAP)
     yes_or_no("stream_weighted", stream_weighted)
     yes_or_no("loss_weighted", loss_weighted)
     if stream_weighted and loss_weighted:

@@ -67,6 +67,9 @@ class Hessian:
         return H
 
 
+LEAST_CAP = 1e-6  # below it all tokens count alike, and float32 has no numbers for how much
+
+
 def token_weights(x: Float[Tensor, "... n"], cap: float) -> Float[Tensor, "... 1"]:
     """What each token is multiplied by for an energy |x|² of at most `cap` times the median's.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rotlib.checks import inner_share, one_of, whole_number
 from rotlib.disk import check_writable
-from rotlib.models.names import resolve
+from rotlib.models.names import check_name, resolve
 from rotlib.models.zoo import pick_device
 from rotlib.study.claims import claims
 from rotlib.study.figures import figures_folder
@@ -28,6 +28,7 @@ PARAMETERS = {
     "extra_seeds": list,
     "shares": list,
     "budgets": list,
+    "beside": list,
     "steps": int,
     "every": int,
     "block": int,
@@ -48,7 +49,7 @@ _LEARNING = ("steps", "learning_windows")
 _COUNTS = ("every", "block", "items")  # what a notebook hands on itself: not every recipe reads it
 _OTHERS = ("compare", "folder", "quality", "settings")  # no recipe reads them
 # what one entry of a list is; the other lists hold seeds
-_ENTRY = {"shares": "share", "budgets": "budget"}
+_ENTRY = {"shares": "share", "budgets": "budget", "beside": "model"}
 
 
 def check_parameters() -> Recipe:
@@ -142,6 +143,8 @@ def check_type(name: str, value: object) -> None:
     for one in value:
         if entry == "share":
             inner_share(f"every share in {name}", one)
+        elif entry == "model":
+            check_name(one)
         else:
             whole_number(f"every {entry} in {name}", one, 1 if entry == "budget" else 0)
     if len(set(value)) < len(value):

@@ -443,22 +443,30 @@ def effects(changes: dict[str, dict[str, tuple[Arm, Arm]]], among: Sequence[Arm]
 def claims(found: Sequence[dict]) -> Figure:
     """Every claim's ratio of divergences with its 95 % interval, a line a claim, by paper.
 
-    `found` are the rows of `claims.verdicts`.
+    `found` are the rows of `claims.verdicts`, of one model or of several, each with its own marker.
     Left of 1 it goes the claimed way.
     """
     colors = {"reproduced": "#009E73", "not reproduced": "#D55E00", "equivalent": "#0072B2"}
-    papers = dict.fromkeys(row["paper"] for row in found)
-    size = (WIDTH, 1.0 + 0.2 * (len(found) + len(papers)))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    axis.axvline(1, color="0.7", lw=0.8, zorder=0)
-    labels = []
+    papers, models = (dict.fromkeys(row[name] for row in found) for name in ("paper", "model"))
+    marks = dict(zip(models, "osD^v", strict=False))
+    labels, places = [], {}
     for paper in papers:
         labels.append(f"{paper}’s paper")
         for row in (row for row in found if row["paper"] == paper):
-            ratio, *ends = (1 + row[name] / 100 for name in ("KL, %", "from", "to"))
-            color = colors.get(row["verdict"], "0.5")
-            _ratio(axis, ratio, ends if ends[0] == ends[0] else None, len(labels), color)
-            labels.append(f"{row['claim']}, {row['setting'].split(' GPTQ')[0]}")
+            label = f"{row['claim']}, {row['setting'].split(' GPTQ')[0]}"
+            if (paper, label) not in places:
+                places[paper, label] = len(labels)
+                labels.append(label)
+    size = (WIDTH, 1.0 + 0.2 * len(labels))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.axvline(1, color="0.7", lw=0.8, zorder=0)
+    for row in found:
+        label = f"{row['claim']}, {row['setting'].split(' GPTQ')[0]}"
+        below = 0.36 * (list(models).index(row["model"]) - (len(models) - 1) / 2)
+        ratio, *ends = (1 + row[name] / 100 for name in ("KL, %", "from", "to"))
+        spread = ends if ends[0] == ends[0] else None
+        color = colors.get(row["verdict"], "0.5")
+        _ratio(axis, ratio, spread, places[row["paper"], label] + below, color, marks[row["model"]])
     axis.set_yticks(range(len(labels)), labels)
     for text in axis.get_yticklabels():
         if text.get_text().endswith("’s paper"):
@@ -471,18 +479,32 @@ def claims(found: Sequence[dict]) -> Figure:
         "KL divergence of the side that should be nearer, over the other’s (95 % interval)",
         fontsize=9,
     )
+    point = {"ls": "", "ms": 4}
     handles = [
-        Line2D([], [], marker="o", ls="", ms=4, color=color, label=word)
+        Line2D([], [], marker="o", color=color, label=word, **point)
         for word, color in (colors | {"undecided": "0.5"}).items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    if len(models) > 1:
+        named = [
+            Line2D([], [], marker=mark, color="0.2", mfc="none", label=model, **point)
+            for model, mark in marks.items()
+        ]
+        axis.legend(handles=named, loc="lower left")
     return figure
 
 
-def _ratio(axis: Axes, ratio: float, ends: Sequence[float] | None, place: int, color: str) -> None:
+def _ratio(
+    axis: Axes,
+    ratio: float,
+    ends: Sequence[float] | None,
+    place: float,
+    color: str,
+    mark: str = "o",
+) -> None:
     """A point with its interval, where it has one."""
     spread = None if ends is None else [[ratio - ends[0]], [ends[1] - ratio]]
-    axis.errorbar(ratio, place, xerr=spread, fmt="o", ms=4, capsize=2, lw=0.9, color=color)
+    axis.errorbar(ratio, place, xerr=spread, fmt=mark, ms=4, capsize=2, lw=0.9, color=color)
 
 
 @_figure

@@ -17,6 +17,7 @@ from rotlib.quantization.activations import FULL, PROTOCOLS, ActivationQuant
 from rotlib.quantization.coordinate import MOST_SWEEPS
 from rotlib.quantization.fp4 import FP4
 from rotlib.quantization.grids import CLIP_NORM, GRIDS, WeightQuant
+from rotlib.quantization.hessian import LEAST_CAP
 from rotlib.rotations.drawn import DRAWN, R1_ORDERS
 from rotlib.rotations.rotation import Rotation
 
@@ -209,7 +210,7 @@ class Recipe:
         positive("clip_norm", self.clip_norm)
         object.__setattr__(self, "clip_norm", float(self.clip_norm))  # 2 and 2.0 are one arm
         if self.token_cap is not None:
-            positive("token_cap (unless it is None)", self.token_cap)
+            positive("token_cap", self.token_cap, LEAST_CAP)
             object.__setattr__(self, "token_cap", float(self.token_cap))
         share("asymmetry", self.asymmetry)
         object.__setattr__(self, "asymmetry", float(self.asymmetry))  # 1 and 1.0 are one arm
@@ -331,6 +332,10 @@ class Recipe:
         """
         one_of("quality", quality, QUALITIES)
         one_of("grid", settings.get("grid", GRIDS[0]), GRIDS)
+        if settings.get("rounding", cls.rounding) != cls.rounding:
+            raise ValueError(
+                f"quality {quality!r} is of {cls.rounding}'s codes: leave rounding out"
+            )
         made_of = dict(QUALITIES[quality])
         if not settings.get("symmetric", True) or settings.get("grid", GRIDS[0]) in FP4:
             del made_of["convention"]

@@ -277,9 +277,8 @@ def test_a_config_that_does_not_fit_its_weights_is_refused(config, says, tmp_pat
         rl.load(model_with(tmp_path / "model", **config))
 
 
-@pytest.mark.parametrize("config", [{"rms_norm_eps": -1.0}, {"rms_norm_eps": float("nan")}])
-def test_a_config_that_makes_the_original_compute_no_numbers_is_refused(config, tmp_path):
-    model, _ = rl.load(model_with(tmp_path / "model", **config))
+def test_a_config_that_makes_the_original_compute_no_numbers_is_refused(tmp_path):
+    model, _ = rl.load(model_with(tmp_path / "model", rms_norm_eps=-1.0))
     with refused("computes NaN or infinite states"):
         rl.Reference(model, torch.arange(64).view(2, 32))
 

@@ -1,21 +1,25 @@
-"""What the twenty-second hunt found."""
+"""What the twenty-second and the twenty-third hunt found."""
 
 import json
 import os
 from copy import deepcopy
+from shutil import rmtree
 from stat import S_IMODE
 
 import pytest
 import torch
 from conftest import CONFIGS, refused, save_tiny_model, small_tokenizer
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rotlib as rl
-from rotlib.disk import write_text
+from rotlib.disk import cache_folder, write_text
+from rotlib.models.gguf_model import unpacked_gguf
 from rotlib.models.gguf_tokenizer import cut_of
 from rotlib.models.zoo import load_tokenizer
 from rotlib.study import peers
+from rotlib.study.files import local_path
 
 
 def edited(**settings: object) -> PreTrainedTokenizerFast:
@@ -92,7 +96,7 @@ def test_a_pipe_is_not_replaced_by_what_peers_find(folder, capsys):
 
 def test_no_file_that_is_written_whole_replaces_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with refused("pipe is there, and is no file"):
+    with pytest.raises(FileExistsError, match="pipe is there, and is no file"):
         write_text(tmp_path / "pipe", "text")
     assert (tmp_path / "pipe").is_fifo()
 
@@ -122,3 +126,104 @@ def test_a_rotation_is_not_written_over_an_empty_file_of_another(tmp_path):
     (tmp_path / "R.bin").touch()
     with refused("is there, and holds no rotation: name another file"):
         rl.save_rotation(rl.Rotation(torch.eye(48, dtype=torch.float64), None), tmp_path / "R.bin")
+
+
+@pytest.mark.parametrize("ends", ["<|endoftext|> $A", "<|im_start|> <|im_start|> $A"])
+def test_what_a_tokenizer_puts_around_a_text_is_in_the_file_or_refused(ends):
+    tokenizer = deepcopy(small_tokenizer())
+    numbers = [(name, tokenizer.convert_tokens_to_ids(name)) for name in set(ends.split()[:-1])]
+    template = TemplateProcessing(single=ends, special_tokens=numbers)
+    tokenizer.backend_tokenizer.post_processor = template
+    with refused("this tokenizer puts .* around a text"):
+        cut_of(tokenizer)
+
+
+def test_sinks_are_not_looked_for_among_padding_or_behind_another_sequence(model, tokens):
+    length = tokens.shape[1]
+    mask, row = torch.ones_like(tokens), torch.arange(length)
+    mask[0, :3] = 0
+    with rl.quantized_activations(model, rl.ActivationQuant(bits=4, sinks=2)):
+        with refused("padding comes before them: pad on the right"):
+            model(tokens, attention_mask=mask)
+        with refused("several follow each other in a row"):
+            model(tokens, position_ids=(row % 5).expand_as(tokens))
+        right = model(tokens, attention_mask=mask.flip(1), position_ids=row.expand_as(tokens))
+        assert torch.isfinite(right.logits).all()
+
+
+def test_a_packed_weight_beyond_the_dtype_is_named(model, tmp_path):
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight[:4] *= 1e-6
+        layer.mlp.down_proj.weight[:, :4] /= 1e-6
+    rl.rtn(model, rl.WeightQuant(group_size=16))
+    with refused("down_proj.* has values beyond torch.float16"):
+        rl.export(model, tmp_path / "out", dtype=torch.float16)
+
+
+def test_settings_that_are_no_numbers_are_named(tmp_path):
+    save_tiny_model(tmp_path)
+    file = tmp_path / "config.json"
+    whole = file.read_text()
+    file.write_text(json.dumps(json.loads(whole) | {"rms_norm_eps": float("nan")}))
+    with refused("its config.json says rms_norm_eps nan, no finite number"):
+        rl.load(str(tmp_path))
+    file.write_text(whole)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": "x"}))
+    with refused("its tokenizer_config.json says model_max_length 'x', no number above 0"):
+        rl.load(str(tmp_path))
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions_and_its_links(tmp_path):
+    store, link = tmp_path / "real", tmp_path / "current"
+    store.write_text("old")
+    store.chmod(0o600)
+    link.symlink_to(store)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert store.read_text() == "new"
+    assert S_IMODE(store.stat().st_mode) == 0o600
+
+
+def test_a_folder_in_the_place_of_a_kept_file_costs_a_run_nothing(folder):
+    settings = {"window": 64, "calibration_windows": 2, "test_windows": 2}
+    recipe = rl.Recipe(model=str(folder / "model"), text="wikitext2", **settings)
+    kept = local_path(recipe.sharing_weights().spec() | {"task": "weights"}, ".pt")
+    kept.mkdir(parents=True)
+    with pytest.warns(UserWarning, match="couldn't be written, so it won't be reused"):
+        result = rl.run(recipe)
+    assert result.metrics["kl"] > 0
+
+
+def test_a_cap_so_low_that_no_token_counts_is_refused(model, tokens):
+    with refused("token_cap must be a positive number from 1e-06"):
+        rl.gptq(model, tokens, rl.WeightQuant(), token_cap=1e-60)
+    with refused("token_cap must be a positive number from 1e-06"):
+        rl.Recipe(token_cap=1e-60)
+
+
+@pytest.mark.parametrize("stranger", ["added_tokens.json", "adapter_config.json"])
+def test_a_stranger_in_an_unpacked_folder_is_not_read(stranger, written):
+    tokenizer, file = written
+    rl.load(str(file))
+    unpacked = unpacked_gguf(file)
+    (unpacked / stranger).write_text('{"Hi": 7}')
+    _, read = rl.load(str(file))
+    assert read("Hi there").input_ids == tokenizer("Hi there").input_ids
+    assert not (unpacked / stranger).exists()
+    rmtree(unpacked)
+    unpacked.touch()
+    with refused("is in the way of the dequantized model: take it away"):
+        rl.load(str(file))
+
+
+def test_a_quality_of_another_rounding_is_refused_by_its_name():
+    with refused("quality 'fast' is of gptq's codes: leave rounding out"):
+        rl.Recipe.of_quality("fast", rounding="rtn")
+
+
+def test_a_default_that_leads_nowhere_is_not_blamed_on_its_variable(monkeypatch):
+    monkeypatch.delenv("ROTLIB_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-at-all")
+    with refused("ROTLIB_CACHE's default names '~nobody-at-all/rotlib'"):
+        cache_folder()
