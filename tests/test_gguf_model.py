@@ -158,6 +158,7 @@ def test_a_file_that_would_be_misread_is_refused_in_one_sentence(file):
         ("qwen2.block_count", 3),
         ("qwen2.attention.head_count_kv", 4),
         ("qwen2.attention.head_count_kv", 0),
+        ("qwen2.attention.head_count_kv", 3),
         ("qwen2.attention.layer_norm_rms_epsilon", inf),
         ("qwen2.rope.freq_base", inf),
         ("qwen2.block_count", 1000),

@@ -45,18 +45,21 @@ def config_of(source: str) -> PreTrainedConfig:
 def check_tokenizer_files(folder: Path) -> None:
     """Raises ValueError for files of a tokenizer that transformers would fall over."""
     told = {name: _settings(folder / name) for name in _OF_TOKENIZERS if (folder / name).is_file()}
-    longest = told.get("tokenizer_config.json", {}).get("model_max_length")
+    settings = told.get("tokenizer_config.json", {})
+    longest, kind = settings.get("model_max_length"), settings.get("tokenizer_class", "")
     if longest is not None and (isinstance(longest, bool | str) or not longest > 0):
         raise ValueError(
             f"its tokenizer_config.json says model_max_length {longest!r}, no number above 0"
         )
+    if not isinstance(kind, str | None):
+        raise ValueError(f"its tokenizer_config.json says tokenizer_class {kind!r}, no word")
 
 
 def _settings(file: Path) -> dict:
     told, reason = None, ""
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         reason = f" ({error})"
     if not isinstance(told, dict):
         raise ValueError(f"its {file.name} is not a valid JSON file of settings by name{reason}")

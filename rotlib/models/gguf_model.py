@@ -190,6 +190,12 @@ def _check_keys(reader: gguf.GGUFReader) -> str:
         number = own.get(name)
         if isinstance(number, bool | str | list | None) or not 0 < number < inf:
             raise ValueError(f"its key {architecture}.{name} is missing, or no number above zero")
+    heads, pairs = (own.get(f"attention.head_count{kind}") for kind in ("", "_kv"))
+    if pairs is not None and heads % pairs:
+        raise ValueError(
+            f"its key {architecture}.attention.head_count_kv is {pairs}, which doesn't divide the "
+            f"{heads} heads: download the file again"
+        )
     blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name[:4] == "blk."}
     if len(blocks) != own["block_count"]:
         raise ValueError(

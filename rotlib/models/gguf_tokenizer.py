@@ -91,6 +91,9 @@ def _read_otherwise(backend: Tokenizer, description: dict, cut: str) -> str | No
     """
     added, merges = description["added_tokens"], description["model"]["merges"]
     tokens = description["model"]["vocab"] | {token["content"]: token["id"] for token in added}
+    backend = Tokenizer.from_str(backend.to_str())
+    backend.no_truncation()  # as transformers calls it
+    backend.no_padding()
     bare = Tokenizer(BPE(tokens, [*map(tuple, merges)], ignore_merges=cut == _WHOLE))
     bare.normalizer, bare.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     _add(bare, {token["content"]: token["special"] for token in added})

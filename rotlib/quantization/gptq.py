@@ -24,6 +24,7 @@ from rotlib.models.families import Family, is_experts, kind_of
 from rotlib.models.marks import changing
 from rotlib.models.sound import check_can_be_copied
 from rotlib.models.supported import adapt
+from rotlib.models.text import fingerprint
 from rotlib.models.walk import Batch, Passes, batches_that_wait, layer_inputs, walk_layer
 from rotlib.precision import exact_products
 from rotlib.quantization.coordinate import MOST_SWEEPS
@@ -61,6 +62,8 @@ class ModuleReport:
 class Report:
     """What GPTQ did, a line a weight, and what it stored, by names such as "layers.0.q".
 
+    One that `gptq` hands to its `kept` also says what it is `of`: text and settings.
+
     >>> report = gptq(model, tokens, WeightQuant(bits=3))
     >>> report.modules[0].name, report.fallbacks
     ('layers.0.q', 0)
@@ -69,6 +72,7 @@ class Report:
     modules: list[ModuleReport] = field(default_factory=list)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
     seconds: float = 0.0
+    of: str = ""
 
     @property
     def fallbacks(self) -> int:
@@ -123,7 +127,8 @@ def gptq(
     of the residual stream that they are added to, which takes a pass through the model; with
     `loss_weighted` also by the slope of the model's own loss at what q, k, v, gate and up put out,
     which takes a pass there and back. Where blocks end in a norm o and down aren't weighed. Layers
-    that `kept` holds are put back instead of quantized, and the others are handed to it. An expert
+    that `kept` holds, of this text and these settings, are put back instead of quantized, and the
+    others are handed to it. An expert
     is quantized by the tokens that it is given, all alike and without GPTAQ, and rounded to nearest
     where that is none; a warning says how many have fewer tokens than inputs. Raises ValueError
     before any work for unsuitable models, grids or tokens.
@@ -159,7 +164,10 @@ def gptq(
     keeper("kept", kept, Layers, "layers")
     if asymmetry:
         check_can_be_copied(model, "the model")
-    solve = Solver(quant, act_order, damping, static_groups, scale_search, descent, refit)
+    settings = (quant, act_order, damping, static_groups, scale_search, descent, refit)
+    how = (asymmetry, token_cap, stream_weighted, loss_weighted)
+    of = f"{fingerprint(calibration)} {settings} {how}"
+    solve = Solver(*settings)
     batches = layer_inputs(family, calibration)
     start = time.perf_counter()
     weighted = stream_weighted or loss_weighted
@@ -171,14 +179,14 @@ def gptq(
         unrounded = _Unrounded(family, batches, asymmetry, waiting) if asymmetry else None
         for layer in tqdm(range(len(family.layers)), desc="GPTQ", unit="layer"):
             start = time.perf_counter()
-            if done := _kept(kept, layer, family, quant):
+            if done := _kept(kept, layer, family, quant, of):
                 if unrounded:
                     unrounded.walk(layer)
                 for site, linear in family.linears(layer).items():
                     set_weight(linear, done.weights[f"layers.{layer}.{site}"])
                 batches = walk_layer(family, layer, batches)
             else:
-                done = Report()
+                done = Report(of=of)
                 with family.on_device(family.layers[layer], changed=True):
                     batches = _quantize_layer(
                         family, layer, batches, waiting, solve, weigh, done, unrounded
@@ -212,8 +220,13 @@ def _warn_of_starved(family: Family, report: Report) -> None:
     )
 
 
-def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -> Report | None:
-    """What is kept of a layer; raises ValueError where that isn't this layer's, on this grid."""
+def _kept(
+    kept: Layers | None, layer: int, family: Family, quant: WeightQuant, of: str
+) -> Report | None:
+    """What is kept of a layer, if it is of the same text and settings.
+
+    Raises ValueError where it isn't this layer's, or on another grid.
+    """
     if kept is None or (done := kept.get(layer)) is None:
         return None
     if not isinstance(done, Report) or not isinstance(done.weights, dict):
@@ -224,7 +237,7 @@ def _kept(kept: Layers | None, layer: int, family: Family, quant: WeightQuant) -
             raise ValueError(f"what is kept of layer {layer} lacks {name}, or has another shape")
         check_on_grid(name, weight, quant, family.model.dtype)
         check_alike(name, weight, linear.weight)
-    return done
+    return done if done.of == of else None
 
 
 class _Weigh:

@@ -6,6 +6,7 @@ the width of the residual stream, and one of a head's width for all heads of the
 """
 
 from contextlib import suppress
+from errno import EINVAL
 from pathlib import Path
 from stat import S_ISREG
 
@@ -79,7 +80,8 @@ def _held(path: Path) -> dict:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        reason = error.strerror or "it is damaged"
+        seen = error.strerror if error.errno != EINVAL else None  # torch seeks before the beginning
+        reason = seen or "it is damaged or cut short"
         raise ValueError(f"{path} isn't a file of tensors: {reason}") from error
     except Exception as error:  # whatever bytes make torch raise
         raise ValueError(f"{path} isn't a file of tensors as torch.save writes them") from error

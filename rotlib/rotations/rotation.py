@@ -156,8 +156,10 @@ class Rotation:
     def orthogonality_error(self) -> float:
         """The largest entry of |R Rᵀ − I| over R1 and all R2.
 
-        A Hadamard matrix kept as its factors has no error.
+        A Hadamard matrix that is kept as its factors has none. Raises ValueError for other factors.
         """
+        if isinstance(self.R1, BlockHadamard):
+            replace(self.R1)  # looks at them: they may have been changed in place
         return max((_defect(R) for R in self._matrices().values()), default=0.0)
 
     def tensors(self) -> Iterator[Tensor]:

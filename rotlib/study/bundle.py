@@ -140,6 +140,8 @@ def unpack(parts: list[Path], place: Path) -> None:
                 f"{manifests[0]['parts']} parts, and {len(parts)} were given"
             )
         path = place / name
+        if PurePosixPath(name).as_posix() != name:  # else two names could stand for one file
+            raise ValueError(f"{name!r} isn't written out plainly: the bundle isn't one of rotlib")
         if inside := [str(above) for above in PurePosixPath(name).parents if str(above) in files]:
             raise ValueError(f"{inside[0]} and {name} can't both be files: pack the bundle anew")
         if not path.resolve().is_relative_to(place.resolve()) or not path.name:

@@ -64,14 +64,14 @@ class KeptLayers:
                 [ModuleReport(*module) for module in contents["modules"]],
                 unpacked(contents["weights"]),
                 contents["seconds"],
+                contents.get("of", ""),
             )
         return None
 
     def put(self, layer: int, report: Report) -> None:
         modules = [astuple(module) for module in report.modules]
-        self._of_layer(layer).write(
-            {"weights": packed(report.weights), "modules": modules, "seconds": report.seconds}
-        )
+        about = {"modules": modules, "seconds": report.seconds, "of": report.of}
+        self._of_layer(layer).write({"weights": packed(report.weights)} | about)
 
     def clear(self) -> None:
         every = self._of_layer("*").path  # with a star where the number stands: a pattern

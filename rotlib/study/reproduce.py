@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--in-place is of the packaged model's notebooks: leave --model out")
     if options.seeds and not options.model:
         parser.error("--seeds are of the models that --model names")
+    # notebooks run in a folder of their own
+    options.model = [os.path.abspath(one) if os.path.exists(one) else one for one in options.model]
     try:
         plan = make_plan(options.scale, options.only)
         batch = [(model, plan_for(model, plan, options.seeds)) for model in options.model]
