@@ -448,25 +448,24 @@ def claims(found: Sequence[dict]) -> Figure:
     """
     colors = {"reproduced": "#009E73", "not reproduced": "#D55E00", "equivalent": "#0072B2"}
     papers, models = (dict.fromkeys(row[name] for row in found) for name in ("paper", "model"))
-    marks = dict(zip(models, "osD^v", strict=False))
+    marks = dict(zip(models, cycle("osD^v"), strict=False))
     labels, places = [], {}
     for paper in papers:
         labels.append(f"{paper}’s paper")
         for row in (row for row in found if row["paper"] == paper):
-            label = f"{row['claim']}, {row['setting'].split(' GPTQ')[0]}"
-            if (paper, label) not in places:
-                places[paper, label] = len(labels)
-                labels.append(label)
+            if (line := (paper, row["claim"], row["setting"])) not in places:
+                places[line] = len(labels)
+                labels.append(f"{row['claim']}, {row['setting'].split(' GPTQ')[0]}")
     size = (WIDTH, 1.0 + 0.2 * len(labels))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.axvline(1, color="0.7", lw=0.8, zorder=0)
     for row in found:
-        label = f"{row['claim']}, {row['setting'].split(' GPTQ')[0]}"
-        below = 0.36 * (list(models).index(row["model"]) - (len(models) - 1) / 2)
+        place = places[row["paper"], row["claim"], row["setting"]]
+        place += 0.36 * (list(models).index(row["model"]) - (len(models) - 1) / 2)
         ratio, *ends = (1 + row[name] / 100 for name in ("KL, %", "from", "to"))
         spread = ends if ends[0] == ends[0] else None
         color = colors.get(row["verdict"], "0.5")
-        _ratio(axis, ratio, spread, places[row["paper"], label] + below, color, marks[row["model"]])
+        _ratio(axis, ratio, spread, place, color, marks[row["model"]])
     axis.set_yticks(range(len(labels)), labels)
     for text in axis.get_yticklabels():
         if text.get_text().endswith("’s paper"):
