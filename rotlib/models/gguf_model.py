@@ -112,10 +112,13 @@ def unpack(file: Path, folder: Path, reader: gguf.GGUFReader, cut: str | None = 
         write_json(scratch / _SUMS, sums)
         if not as_unpacked(folder):  # another process may have finished first
             shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):
+            try:
                 os.replace(scratch, folder)
-        if not as_unpacked(folder):
-            raise ValueError(f"{folder} is in the way of the dequantized model: take it away")
+            except OSError as error:
+                if not as_unpacked(folder):
+                    raise ValueError(
+                        f"{folder} is in the way of the dequantized model: take it away"
+                    ) from error
 
 
 def _cut_in(tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -199,13 +199,15 @@ def _check_whole(decoder: nn.Module, args: tuple, keywords: dict) -> None:
             "sequences (use_cache=False)"
         )
     mask, positions = keywords.get("attention_mask"), keywords.get("position_ids")
-    if mask is not None and mask.ndim == 2 and not mask[:, 0].all():
+    read = mask.bool() if mask is not None and mask.ndim == 2 else None
+    if read is not None and not read[:, 0].all():
         raise ValueError(
             "sinks are the first tokens of a sequence, and here padding comes before them: pad on "
             "the right"
         )
-    begins = torch.zeros(1, 1) if positions is None else positions == 0
-    begins = begins & mask.bool() if mask is not None and mask.ndim == 2 else begins
+    if positions is None:
+        return
+    begins = positions == 0 if read is None else (positions == 0) & read
     if begins[..., 1:].any():
         raise ValueError(
             "sinks are the first tokens of a sequence, and here several follow each other in a "

@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> yaml.Node | None:
 def value_of(path: Path, node: yaml.Node) -> object:
     """What a node of the file stands for; raises ValueError naming file and line."""
     try:
-        return yaml.SafeLoader("").construct_document(node)
+        return _made_of(node)
     except (yaml.YAMLError, ValueError, TypeError) as error:  # 2026-13-45 is a date to YAML
         raise ValueError(f"{place(path, node)}: {' '.join(str(error).split())}") from error
 
@@ -62,9 +62,13 @@ def word_of(text: str) -> object:
             raise ValueError("it isn't a plain number")
         for part in [node] if isinstance(node, yaml.ScalarNode) else node.value:
             _read_power(part)
-        return yaml.safe_load(yaml.serialize(node))
+        return _made_of(node)
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{text[:50]!r} can't be read: {' '.join(str(error).split())}") from error
+
+
+def _made_of(node: yaml.Node) -> object:
+    return yaml.SafeLoader("").construct_document(node)
 
 
 def _read_power(node: yaml.Node) -> None:

@@ -149,6 +149,8 @@ def test_sinks_are_not_looked_for_among_padding_or_behind_another_sequence(model
             model(tokens, position_ids=(row % 5).expand_as(tokens))
         right = model(tokens, attention_mask=mask.flip(1), position_ids=row.expand_as(tokens))
         assert torch.isfinite(right.logits).all()
+        whole = model(tokens, attention_mask=torch.ones_like(tokens))
+        assert torch.equal(whole.logits, model(tokens).logits)
 
 
 def test_a_packed_weight_beyond_the_dtype_is_named(model, tmp_path):
